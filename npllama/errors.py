@@ -1,0 +1,43 @@
+"""What can go wrong, as one family.
+
+    NpllamaError
+    ├── CheckpointError   a foreign file (PyTorch, safetensors, params.json, ...) is malformed or not supported
+    ├── ModelError        a model directory is missing, incomplete, damaged or does not fit this machine
+    ├── ContextError      a text does not fit into the context
+    └── UsageError        an argument is out of range or of the wrong kind (also a ValueError)
+
+Every message says what was found, what is needed and what to do, on one line.
+"""
+
+from __future__ import annotations
+
+QUOTED_CHARACTERS = 80
+
+
+class NpllamaError(Exception):
+    """Base of every error that npllama raises on purpose."""
+
+
+class CheckpointError(NpllamaError):
+    """A foreign checkpoint file is malformed, incomplete or of a kind that is not supported."""
+
+
+class ModelError(NpllamaError):
+    """A model directory is missing, incomplete, damaged or does not fit this machine."""
+
+
+class ContextError(NpllamaError):
+    """A text does not fit into the context."""
+
+
+class UsageError(NpllamaError, ValueError):
+    """An argument is out of range or of the wrong kind."""
+
+
+def quote(foreign: object) -> str:
+    """Foreign data for a message: one printable line of at most 80 characters, in quotes."""
+    text = foreign if isinstance(foreign, str) else repr(foreign)
+    shown = ascii(text[: QUOTED_CHARACTERS + 1])[1:-1]
+    if len(shown) > QUOTED_CHARACTERS:
+        shown = shown[: QUOTED_CHARACTERS - 3] + "..."
+    return f"'{shown}'"

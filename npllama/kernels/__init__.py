@@ -1,0 +1,1 @@
+"""Numba implementations of the functions of ops.py."""
