@@ -1,0 +1,290 @@
+"""The engine: chooses NumPy or compiled execution once, and runs model.forward on validated batches."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npllama import cache as kv
+from npllama import machine, model, ops
+from npllama.cache import KVCache
+from npllama.errors import ModelError, UsageError
+from npllama.quant import Weight, widen
+from npllama.weights import OpenModel, Weights
+
+SMALL_MODEL_BYTES = 20_000_000
+BACKENDS = ("auto", "numpy", "numba")
+# Rounds that an idle OpenMP thread spins before it sleeps. Never spinning is ten times slower on an idle machine,
+# spinning forever three hundred times slower on a busy one.
+SPIN_COUNT = "20000"
+
+
+def say_nothing(message: str) -> None:
+    """The default reporter."""
+
+
+class Engine:
+    """One model ready to compute. Threads may call it at the same time: calls take turns.
+
+    backend "auto" | "numpy" | "numba"; threads None: as many as are worth it. report gets one-line messages.
+    Raises UsageError for values that cannot be honoured, ModelError when memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        opened: OpenModel,
+        backend: str = "auto",
+        threads: int | None = None,
+        report: Callable[[str], None] = say_nothing,
+    ) -> None:
+        self.config = opened.config
+        self._opened = opened
+        self._weights: Weights | None = opened.weights
+        self._lock = threading.Lock()
+        self._report = report
+        self.backend = choose_backend(backend, opened, report)
+        self.threads = _checked_threads(threads)
+        self.compile_s = 0.0
+        c = self.config
+        self._numbers = model.Numbers(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, float(c.norm_eps))
+        self._table = ops.rotation(np.arange(min(c.max_seq_len, 8192)), c.head_dim, c.rope_theta)
+        if self.backend == "numpy":
+            self._prepare_numpy(threads is not None)
+        else:
+            self._prepare_numba()
+
+    def _prepare_numpy(self, threads_asked: bool) -> None:
+        """NumPy's products are threaded by its BLAS; narrow weights are widened once where memory allows."""
+        if not set_blas_threads(self.threads) and threads_asked:
+            raise UsageError(
+                f"threads={self.threads} cannot be honoured by this NumPy, whose BLAS offers no way to set it; "
+                f"leave threads out, or set its own variable (OPENBLAS_NUM_THREADS, VECLIB_MAXIMUM_THREADS) before the start."
+            )
+        weights = self._opened.weights
+        narrow = [w for w in weights if not isinstance(w, np.ndarray)]
+        needed = sum(4 * count for count in map(_count, {id(w): w for w in narrow}.values()))
+        if needed and needed <= machine.free_memory() // 2:
+            if needed > SMALL_MODEL_BYTES:
+                self._report(f"widening the weights to float32 in memory ({needed / 1e6:,.0f} MB)")
+            widened = {id(w): widen(w) for w in weights}
+            self._weights = Weights(*(widened[id(w)] for w in weights))
+        elif needed:
+            self._report(
+                "weights stay narrow, each layer is widened in each call: float32 would take half of the free memory"
+            )
+        self._forward: Callable[..., np.ndarray] = model.forward
+
+    def _prepare_numba(self) -> None:
+        """Compile model.forward for this model's number formats, or take it from the disk cache."""
+        import_numba()
+        import numba
+
+        from npllama.kernels import entry
+
+        if self.threads > numba.config.NUMBA_NUM_THREADS:
+            raise UsageError(
+                f"threads={self.threads} is more than the {numba.config.NUMBA_NUM_THREADS} that Numba was started with; "
+                f"ask for fewer, or set NUMBA_NUM_THREADS before the start."
+            )
+        started = time.perf_counter()
+        folder, why = machine.cache_directory()
+        if folder is None:
+            self._report(f"compiled code is not kept: {why}")
+        file = None if folder is None else folder / cache_name(self._opened)
+        if not compiled_exists(self._opened):
+            self._report(f"compiling kernels for {formats(self._opened)} (once; 10 to 20 s) ...")
+        arguments = self._arguments(self.new_cache(1, 1), *(np.zeros(1, np.int64) for _ in range(4)))
+        compiled, _ = entry.compile_forward(arguments, file, self._report)
+        self.compile_s = time.perf_counter() - started
+
+        def forward(*arguments: Any) -> np.ndarray:
+            numba.set_num_threads(self.threads)  # per Python thread, so in every call
+            logits: np.ndarray = compiled(*arguments)
+            return logits
+
+        self._forward = forward
+        self.compiled = compiled
+
+    def new_cache(self, n_seqs: int, n_slots: int, window: int = 0, n_sink: int = 0) -> KVCache:
+        """An empty KV cache for this model. Raises ModelError, with the arithmetic, when memory does not suffice."""
+        c = self.config
+        needed, free = kv.size_bytes(c.n_layers, n_seqs, c.n_kv_heads, n_slots, c.head_dim), machine.free_memory()
+        if needed > free:
+            raise ModelError(
+                f"a KV cache for {n_slots} positions needs {needed / 1e6:,.0f} MB ({c.n_layers} layers x {n_seqs} sequences x "
+                f"{c.n_kv_heads} heads x {n_slots} slots x {c.head_dim} numbers x 2 x 4 bytes), {free / 1e6:,.0f} MB are free; "
+                f"ask for a smaller context."
+            )
+        return kv.allocate(c.n_layers, n_seqs, c.n_kv_heads, n_slots, c.head_dim, window, n_sink)
+
+    def forward(
+        self,
+        cache: KVCache,
+        tokens: Sequence[int] | np.ndarray,
+        pos: Sequence[int] | np.ndarray,
+        seq: Sequence[int] | np.ndarray,
+        out: Sequence[int] | np.ndarray,
+    ) -> np.ndarray:
+        """Logits of the rows in `out`: (R, V) float32. Writes the cache.
+
+        tokens, pos, seq (T,), out (R,): see model.Batch. Compiled kernels do not check bounds, so everything
+        that addresses memory is checked here; a violation is a UsageError.
+        """
+        batch = [np.ascontiguousarray(a, np.int64) for a in (tokens, pos, seq, out)]
+        self._check(cache, *batch)
+        with self._lock:
+            return self._forward(*self._arguments(cache, *batch))
+
+    def _arguments(
+        self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray
+    ) -> tuple[Any, ...]:
+        """The arguments of model.forward: always of the same types, so that one compiled signature serves."""
+        if self._weights is None:
+            raise UsageError("this model is closed; load it again.")
+        batch = model.Batch(tokens, pos, seq, out)
+        return batch, self._rotation(cache, pos), self._weights, cache, self._numbers
+
+    def _rotation(self, cache: KVCache, pos: np.ndarray) -> model.Rotation:
+        """Cosines and sines of the batch's positions, and of the nearer ones from which the sinks are seen."""
+        cos, sin = self._angles(pos)
+        if not cache.n_sink:
+            return model.Rotation(cos, sin, cos, sin)
+        return model.Rotation(cos, sin, *self._angles(np.minimum(pos, cache.n_sink + cache.window - 1)))
+
+    def _angles(self, pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if len(pos) and pos.max() < len(self._table[0]):
+            return self._table[0][pos], self._table[1][pos]
+        return ops.rotation(pos, self.config.head_dim, self.config.rope_theta)
+
+    def _check(self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray) -> None:
+        T = len(tokens)
+        if T == 0 or pos.shape != (T,) or seq.shape != (T,) or tokens.ndim != 1 or out.ndim != 1:
+            raise UsageError(
+                f"a batch needs equally many tokens, pos and seq, at least one; got {T}, {pos.shape}, {seq.shape}."
+            )
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise UsageError(
+                f"token ids must be 0 to {self.config.vocab_size - 1}; got {tokens.min()} to {tokens.max()}."
+            )
+        if pos.min() < 0 or seq.min() < 0 or seq.max() >= cache.pos.shape[1]:
+            raise UsageError(f"pos must be at least 0, seq 0 to {cache.pos.shape[1] - 1}.")
+        if len(out) and (out.min() < 0 or out.max() >= T):
+            raise UsageError(f"out must be rows 0 to {T - 1}; got {out.min()} to {out.max()}.")
+        if T > 1:
+            same = seq[1:] == seq[:-1]
+            starts = seq[1:][~same]
+            if not (pos[1:][same] == pos[:-1][same] + 1).all() or len(set(starts) | {seq[0]}) != len(starts) + 1:
+                raise UsageError("the rows of a sequence must stand together, their positions ascending by one.")
+
+    def close(self) -> None:
+        """Let go of the weights. Waits for a call that is under way."""
+        with self._lock:
+            self._weights = None
+            self._forward = model.forward
+
+
+def _checked_threads(threads: int | None) -> int:
+    if threads is None:
+        return machine.default_threads()[0]
+    if type(threads) is not int or not 1 <= threads <= 4096:
+        raise UsageError(f"threads={threads!r} is not a number of threads; it needs 1 or more.")
+    return threads
+
+
+def _count(w: Weight) -> int:
+    """Numbers in a 16-bit weight."""
+    return int(np.size(w[0]))
+
+
+def choose_backend(asked: str, opened: OpenModel, report: Callable[[str], None]) -> str:
+    """ "numpy" or "numba". An explicit backend wins; NPLLAMA_BACKEND decides what "auto" means.
+
+    Left to itself, auto is compiled where numba is installed, but NumPy for a small model that nothing is compiled for yet.
+    """
+    source = "backend"
+    if asked == "auto" and os.environ.get("NPLLAMA_BACKEND"):
+        asked, source = os.environ["NPLLAMA_BACKEND"], "NPLLAMA_BACKEND"
+    if asked not in BACKENDS:
+        raise UsageError(f"{source}={asked!r} is not known; it needs one of {', '.join(BACKENDS)}.")
+    installed = importlib.util.find_spec("numba") is not None
+    if asked == "numba" and not installed:
+        raise UsageError(f"{source}=numba needs the package numba, which is not installed; install it or use numpy.")
+    if asked != "auto":
+        return asked
+    if not installed:
+        return "numpy"
+    if opened.size_bytes < SMALL_MODEL_BYTES and not compiled_exists(opened):
+        report("a small model that nothing is compiled for yet: using NumPy; --backend numba compiles it")
+        return "numpy"
+    return "numba"
+
+
+def import_numba() -> None:
+    """Import numba with OpenMP told how to wait, which is read when the library loads. A user's own setting wins."""
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+    if "NUMBA_NUM_THREADS" not in os.environ and "numba" not in sys.modules:
+        os.environ["NUMBA_NUM_THREADS"] = str(max(machine.affinity(), 1))
+    import numba  # noqa: F401
+
+
+def formats(opened: OpenModel) -> str:
+    """The number formats of a model's matrices, as part of a file name: the compiled code depends on them."""
+    used = [type(w).__name__.lower() if isinstance(w, tuple) else "f32" for w in opened.weights]
+    return "+".join(sorted(set(used), key=used.index))
+
+
+def cache_name(opened: OpenModel) -> str:
+    """Name of the file of compiled code, without the CPU's part: formats and a hash of all that the code depends on."""
+    layout = hashlib.sha256(repr([type(w).__name__ for w in opened.weights]).encode()).hexdigest()[:8]
+    return f"forward-{formats(opened)}.{layout}-{sources_hash()}"
+
+
+def compiled_exists(opened: OpenModel) -> bool:
+    """Whether compiled code for this model is kept, for this or another CPU. Does not import numba."""
+    folder, _ = machine.cache_directory()
+    return folder is not None and any(folder.glob(cache_name(opened) + "-*"))
+
+
+def sources_hash() -> str:
+    """Hash of everything compiled code depends on but the CPU: sources, versions, switches."""
+    digest = hashlib.sha256(sys.version.encode())
+    for package in ("numba", "llvmlite", "numpy"):
+        try:
+            digest.update(importlib.metadata.version(package).encode())
+        except importlib.metadata.PackageNotFoundError:
+            digest.update(b"none")
+    digest.update(os.environ.get("NPLLAMA_PLAIN_KERNELS", "0").encode())
+    folder = Path(__file__).parent
+    names = ("model.py", "ops.py", "cache.py", "quant.py", "weights.py")
+    for path in [folder / name for name in names] + sorted((folder / "kernels").glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def set_blas_threads(n: int) -> bool:
+    """Tell the OpenBLAS inside NumPy's wheel how many threads to use; False where it is another BLAS."""
+    package = Path(np.__file__).parent
+    for folder in (package.parent / "numpy.libs", package / ".dylibs"):
+        for library in folder.glob("*openblas*") if folder.is_dir() else ():
+            handle = ctypes.CDLL(str(library))
+            for name in (
+                "scipy_openblas_set_num_threads64_",
+                "scipy_openblas_set_num_threads",
+                "openblas_set_num_threads64_",
+            ):
+                if hasattr(handle, name):
+                    getattr(handle, name)(ctypes.c_int(n))
+                    return True
+    return False

@@ -1,0 +1,418 @@
+"""Text in, text out: load a model, generate, stream, or ask for logits. The public interface."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+
+from npllama.cache import KVCache, clear
+from npllama.config import ModelConfig
+from npllama.engine import Engine
+from npllama.errors import ContextError, UsageError
+from npllama.sampling import SamplingOptions, sample
+from npllama.streaming import StopStrings, StreamDecoder
+from npllama.tokenizer import Tokenizer
+from npllama.weights import OpenModel, open_model
+
+DEMO = Path(__file__).parent / "demo"
+MOST_CONTEXT_UNASKED = 4096
+PENALTY_WINDOW = 64
+# A prompt is read in chunks of about a second, so that an interrupt is served. The length follows from the model's
+# size alone and not from a clock, so that the same prompt is always cut the same way.
+CHUNK_OPERATIONS = 2.0e11
+MOST_CHUNK = 512
+
+log = logging.getLogger("npllama")
+
+Prompt = str | Sequence[int]
+
+
+class Piece(NamedTuple):
+    """One step of a stream: a generated id, and the text that it completes (often a word, sometimes nothing).
+
+    token is None for a last piece of text that had been held back.
+    """
+
+    text: str
+    token: int | None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens read and generated."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a prompt led to.
+
+    text: the continuation (with echo: prompt and continuation); tokens: the generated ids without BOS and EOS;
+    finish_reason "stop" (end of text, or a stop string) or "length" (max_tokens or the context is used up);
+    prompt_s, generate_s: seconds.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    usage: Usage
+    seed: int
+    prompt_s: float
+    generate_s: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """The validated options of one call."""
+
+    max_tokens: int | None
+    sampling: SamplingOptions
+    seed: int
+    stop: tuple[str, ...]
+    echo: bool
+
+
+class Llama:
+    """An open model. Made by `load`; also a context manager, which closes it."""
+
+    def __init__(self, opened: OpenModel, engine: Engine, tokenizer: Tokenizer, context: int) -> None:
+        self.config: ModelConfig = opened.config
+        self.tokenizer = tokenizer
+        self.context = context
+        self.engine = engine
+        self._opened = opened
+        self._spare: list[KVCache] = []
+        self._chunk = _chunk(opened.config)
+
+    @property
+    def backend(self) -> str:
+        """The execution in use: "numpy" or "numba"."""
+        return self.engine.backend
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_tokens: int | None = 256,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        echo: bool = False,
+        *,
+        max_new_tokens: int | None = None,
+        repetition_penalty: float | None = None,
+    ) -> Result | list[Result]:
+        """Continue a prompt, or each of a list of prompts (a list of results, in order).
+
+        prompt: text (BOS is put before it), or token ids (taken as they are). max_tokens: None or -1 until the
+        context is full, 0 reads the prompt only. temperature 0 is greedy; the sampling order is repetition penalty
+        (over the last 64 tokens), top-k, top-p, min-p, temperature. seed None: random, see Result.seed. stop: texts
+        that end the generation and are not returned. max_new_tokens and repetition_penalty are other names.
+        Raises UsageError for values out of range, ContextError for a prompt that does not fit.
+        """
+        request = _request(
+            max_tokens if max_new_tokens is None else max_new_tokens,
+            (temperature, top_k, top_p, min_p, repeat_penalty if repetition_penalty is None else repetition_penalty),
+            seed,
+            stop,
+            echo,
+        )
+        if _is_one(prompt):
+            return Stream(self, self._ids(prompt), request, 0).run()  # type: ignore[arg-type]
+        streams = [Stream(self, self._ids(one), request, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
+        return [stream.run() for stream in streams]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = 256,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        echo: bool = False,
+        *,
+        max_new_tokens: int | None = None,
+        repetition_penalty: float | None = None,
+    ) -> Stream:
+        """Like `generate` for one prompt, piece by piece as they come: an iterator of Piece with a `.result`.
+
+        The texts of the pieces, joined, are the text that `generate` returns.
+        """
+        request = _request(
+            max_tokens if max_new_tokens is None else max_new_tokens,
+            (temperature, top_k, top_p, min_p, repeat_penalty if repetition_penalty is None else repetition_penalty),
+            seed,
+            stop,
+            echo,
+        )
+        if not _is_one(prompt):
+            raise UsageError("stream takes one prompt (text or a list of ids); generate takes a list of prompts.")
+        return Stream(self, self._ids(prompt), request, 0)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits of the next token after each of the ids: (T, V) float32. Nothing is added to the ids."""
+        checked = self._ids(list(ids)) if len(ids) else []
+        if len(checked) > self.context:
+            raise ContextError(self._too_long(len(checked)))
+        cache = self.borrow_cache()
+        try:
+            chunks = [self.read(cache, checked, start, every=True) for start in range(0, len(checked), self._chunk)]
+        finally:
+            self.return_cache(cache)
+        return np.concatenate(chunks) if chunks else np.zeros((0, self.config.vocab_size), np.float32)
+
+    def read(self, cache: KVCache, ids: list[int], start: int, every: bool = False) -> np.ndarray:
+        """Feed the chunk of a prompt that begins at `start`; logits of its last row, or of every row."""
+        stop = min(len(ids), start + self._chunk)
+        n = stop - start
+        out = range(n) if every else range(n - 1, n)
+        return self.engine.forward(cache, ids[start:stop], range(start, stop), [0] * n, list(out))
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a prompt that are read in one call."""
+        return self._chunk
+
+    def borrow_cache(self) -> KVCache:
+        """An empty KV cache of the context's length, used before or new."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return self.engine.new_cache(1, self.context)
+
+    def return_cache(self, cache: KVCache) -> None:
+        """Hand a cache back for the next call: its memory is kept."""
+        clear(cache, 0)
+        if not self._spare:
+            self._spare.append(cache)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        """The token ids of one prompt, validated against the vocabulary."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=True)
+        ids = []
+        for item in prompt:
+            if isinstance(item, (bool, str)) or not hasattr(item, "__index__"):
+                raise UsageError(f"a prompt is text or a list of token ids; got {type(item).__name__} in the list.")
+            ids.append(operator.index(item))
+        if not ids:
+            raise UsageError("the prompt has no token: give at least one id (text gets BOS by itself).")
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise UsageError(
+                f"token ids must be 0 to {self.config.vocab_size - 1}; the prompt has {min(ids)} to {max(ids)}."
+            )
+        return ids
+
+    def _too_long(self, n: int) -> str:
+        return (
+            f"the prompt has {n} tokens, the context holds {self.context}; shorten the prompt, "
+            f"or load the model with a larger context."
+        )
+
+    def close(self) -> None:
+        """Free the model's memory maps and caches. A later call raises UsageError. Closing twice is fine."""
+        self._spare.clear()
+        self.engine.close()
+        self._opened.close()
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Stream:
+    """A generation under way: an iterator of Piece. `result` is what has come so far, complete after the last piece."""
+
+    def __init__(self, llama: Llama, ids: list[int], request: Request, completion: int) -> None:
+        room = llama.context - len(ids)
+        if room < (0 if request.max_tokens == 0 else 1):
+            raise ContextError(llama._too_long(len(ids)))
+        self._llama, self._ids, self._request, self._completion = llama, ids, request, completion
+        self._most = room if request.max_tokens is None else min(request.max_tokens, room)
+        self._n_prompt = len(ids)
+        self._text: list[str] = []
+        self._tokens: list[int] = []
+        self._finish_reason = "length"
+        self._prompt_s = self._generate_s = 0.0
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        piece = next(self._pieces)
+        self._text.append(piece.text)
+        return piece
+
+    def close(self) -> None:
+        """End the generation early and hand its cache back."""
+        self._pieces.close()
+
+    def run(self) -> Result:
+        """Generate to the end."""
+        for _ in self:
+            pass
+        return self.result
+
+    @property
+    def result(self) -> Result:
+        return Result(
+            text="".join(self._text),
+            tokens=list(self._tokens),
+            finish_reason=self._finish_reason,
+            usage=Usage(self._n_prompt, len(self._tokens)),
+            seed=self._request.seed,
+            prompt_s=self._prompt_s,
+            generate_s=self._generate_s,
+        )
+
+    def _run(self) -> Iterator[Piece]:
+        cache = self._llama.borrow_cache()
+        try:
+            yield from self._generate(cache)
+        finally:
+            self._llama.return_cache(cache)
+
+    def _generate(self, cache: KVCache) -> Iterator[Piece]:
+        llama, request = self._llama, self._request
+        started = time.perf_counter()
+        decoder, stops = StreamDecoder(llama.tokenizer), StopStrings(request.stop)
+        before = "".join([decoder.push(i) for i in self._ids])  # the continuation's text depends on what it continues
+        if request.echo and before:
+            yield Piece(before, None)
+        for start in range(0, len(self._ids), llama.chunk):
+            logits = llama.read(cache, self._ids, start)
+        self._prompt_s = time.perf_counter() - started
+        started = time.perf_counter()
+        ends = {*llama.config.eos_token_ids, llama.config.bos_token_id}
+        for i in range(self._most):
+            position = self._n_prompt + i
+            token = sample(
+                logits[0], self._ids[-PENALTY_WINDOW:], request.sampling, request.seed, self._completion, position
+            )
+            if token in ends:
+                self._finish_reason = "stop"
+                break
+            self._ids.append(token)
+            self._tokens.append(token)
+            text, stopped = stops.push(decoder.push(token))
+            self._generate_s = time.perf_counter() - started
+            if stopped:
+                self._finish_reason = "stop"
+                yield Piece(text, token)
+                return
+            yield Piece(text, token)
+            if i + 1 < self._most:
+                logits = llama.engine.forward(cache, [token], [position], [0], [0])
+        text, stopped = stops.push(decoder.finish())
+        if stopped:
+            self._finish_reason = "stop"
+        else:
+            text += stops.finish()
+        self._generate_s = time.perf_counter() - started
+        if text:
+            yield Piece(text, None)
+
+
+def _is_one(prompt: object) -> bool:
+    """Whether a prompt is one prompt (text, or a list of ids) and not a list of prompts."""
+    if isinstance(prompt, str):
+        return True
+    if isinstance(prompt, (bytes, dict, set)) or not hasattr(prompt, "__iter__"):
+        raise UsageError(f"a prompt is text, a list of token ids, or a list of either; got {type(prompt).__name__}.")
+    items = list(prompt)
+    return not items or hasattr(items[0], "__index__")
+
+
+def _request(
+    max_tokens: int | None,
+    options: tuple[float, int, float, float, float],
+    seed: int | None,
+    stop: str | Sequence[str],
+    echo: bool,
+) -> Request:
+    """Check the options of a call; UsageError names what is out of range."""
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < -1):
+        raise UsageError(f"max_tokens={max_tokens!r}: needs 0 or more, or -1 (or None) for until the context is full.")
+    if seed is not None and (type(seed) is not int or not -1 <= seed < 2**64):
+        raise UsageError(f"seed={seed!r}: needs a whole number from 0 to 2^64 - 1, or None (or -1) for a random one.")
+    temperature, top_k, top_p, min_p, repeat_penalty = options
+    return Request(
+        max_tokens=None if max_tokens == -1 else max_tokens,
+        sampling=SamplingOptions(temperature, top_k, top_p, min_p, repeat_penalty),
+        seed=secrets.randbits(32) if seed is None or seed == -1 else seed,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        echo=bool(echo),
+    )
+
+
+def load(
+    model: str | Path | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    *,
+    n_ctx: int | None = None,
+) -> Llama:
+    """Open a model directory; without an argument, the demo model that ships inside the package.
+
+    backend "auto", "numpy" or "numba" (see NPLLAMA_BACKEND); threads None: physical cores, affinity or the
+    container's quota, whichever is least; context: positions, None: the checkpoint's own, at most 4096 (n_ctx is
+    another name). Raises ModelError for a directory that is not a sound model, UsageError for values out of range.
+    """
+    context = context if n_ctx is None else n_ctx
+    if context is not None and (type(context) is not int or context < 1):
+        raise UsageError(f"context={context!r}: needs a number of positions, 1 or more.")
+    opened = open_model(DEMO if model is None else model)
+    try:
+        tokenizer = Tokenizer(opened.tokenizer_path)
+        engine = Engine(opened, backend, threads, log.warning)
+        return Llama(opened, engine, tokenizer, _context(opened.config.max_seq_len, context))
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _context(own: int, asked: int | None) -> int:
+    if asked is None:
+        if own > MOST_CONTEXT_UNASKED:
+            log.warning(
+                f"the model claims a context of {own} positions; using {MOST_CONTEXT_UNASKED}, context= asks for more"
+            )
+        return min(own, MOST_CONTEXT_UNASKED)
+    if asked > own:
+        log.warning(f"a context of {asked} positions is more than the {own} that the model was trained on")
+    return asked
+
+
+def _chunk(c: ModelConfig) -> int:
+    """Tokens of a prompt to read in one call: a power of two from 8 to 512, fewer the larger the model."""
+    block = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim
+    affordable = int(CHUNK_OPERATIONS / (2 * c.n_layers * block))
+    return max(8, min(MOST_CHUNK, 1 << (affordable.bit_length() - 1 if affordable else 0)))

@@ -1,0 +1,109 @@
+"""model.forward compiled whole, and the disk cache of what was compiled.
+
+The cache keeps one file for each combination of number formats. Its name holds a hash of everything the machine code
+depends on (the package's sources, versions, switches, the CPU), so a stale file is never read; a checksum stands
+before the code, because one flipped byte in machine code is a crash and not an exception. The directory is private
+(0700): these files are code. Whatever is wrong with directory or file costs one compilation, with one warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import njit
+from numba.core import caching, compiler, serialize
+from numba.extending import register_jitable
+
+from npllama import model
+from npllama.kernels import attention, linear, steps  # noqa: F401 (importing registers the overloads)
+from npllama.kernels.flags import SERIAL
+
+register_jitable(model.attention)
+register_jitable(model.feed_forward)
+
+DIGEST_BYTES = 32
+
+
+class DiskCache(caching._Cache):
+    """What Numba asks of a cache for one compiled function, kept in one file: checksum, then code."""
+
+    def __init__(self, file: Path, warn: Callable[[str], None]) -> None:
+        self._file, self._warn = file, warn
+        self.loaded = False
+
+    @property
+    def cache_path(self) -> str:
+        return str(self._file.parent)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled function from the file, or None: then Numba compiles."""
+        target_context.refresh()
+        try:
+            content = self._file.read_bytes()
+            digest, code = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+            if hashlib.sha256(code).digest() != digest:
+                raise ValueError("its checksum does not match")
+            stored_sig, payload = serialize.loads(code)
+            if stored_sig != str(sig):
+                return None
+            result = compiler.CompileResult._rebuild(target_context, *payload)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # noqa: BLE001 (whatever is wrong with the file: compile, and replace it)
+            self._warn(f"{self._file}: not usable ({error}); compiling again")
+            return None
+        self.loaded = True
+        return result
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Replace the file, and remove what other sources or versions left for the same formats."""
+        try:
+            code = serialize.dumps((str(sig), data._reduce()))
+            handle, name = tempfile.mkstemp(dir=self._file.parent, prefix="new-")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(hashlib.sha256(code).digest())
+                    file.write(code)
+                os.replace(name, self._file)
+            except BaseException:
+                os.unlink(name)
+                raise
+            formats, stamp, _ = self._file.name.rsplit("-", 2)
+            for other in self._file.parent.glob(f"{formats}-*-*"):
+                if not other.name.startswith(f"{formats}-{stamp}-"):
+                    other.unlink(missing_ok=True)
+        except Exception as error:  # noqa: BLE001 (a full or read-only disk: run uncached)
+            self._warn(f"{self._file}: cannot keep compiled code ({error}); the next start compiles again")
+
+    def enable(self) -> None:
+        raise NotImplementedError("this cache is always on")
+
+    def disable(self) -> None:
+        raise NotImplementedError("this cache is always on")
+
+    def flush(self) -> None:
+        self._file.unlink(missing_ok=True)
+
+
+def target() -> str:
+    """The CPU that code is compiled for: name and features, NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included."""
+    return "|".join(numba.core.registry.cpu_target.target_context.codegen().magic_tuple())
+
+
+def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callable[[str], None]) -> tuple[Any, bool]:
+    """model.forward for arguments of these types. Returns the function, and whether it came from the cache file.
+
+    file: where compiled code is kept, without the CPU's part of the name; None: nowhere.
+    """
+    function = njit(**SERIAL)(model.forward)
+    if file is not None:
+        cpu = hashlib.sha256(target().encode()).hexdigest()[:16]
+        function._cache = DiskCache(file.with_name(f"{file.name}-{cpu}"), warn)
+    function.compile(tuple(numba.typeof(a) for a in arguments))
+    return function, file is not None and function._cache.loaded

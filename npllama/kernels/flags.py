@@ -1,0 +1,16 @@
+"""The compiler flags of every kernel, and the switches that are read once.
+
+No fastmath but contraction: reassociation gives other bits in a fresh compile than from a cache, and element-wise code
+then differs with the number of threads. Every kernel states its flags, because one that does not inherits those of
+whoever compiles it first.
+"""
+
+from __future__ import annotations
+
+import os
+
+SERIAL = {"error_model": "numpy", "fastmath": {"contract"}, "boundscheck": False, "nogil": True}
+PARALLEL = {**SERIAL, "parallel": True}
+
+# Read once, before anything compiles: a later change would be ignored. Part of the key of the compile cache.
+PLAIN = os.environ.get("NPLLAMA_PLAIN_KERNELS", "0") not in ("", "0")

@@ -1,0 +1,167 @@
+"""The steps of the transformer in NumPy: each function is the definition that a kernel must compute.
+
+Axes: T tokens in this call, D model width, H query heads, G key/value heads, E head size, F feed-forward width,
+V vocabulary, L layers, N sequences, S cache slots. Activations are float32 between any two steps.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from npllama.cache import KVCache, run_stop, slot
+from npllama.quant import Weight, widen
+
+# Scores of one attention step: at most this many, so that memory does not grow with T x S.
+MOST_SCORES = 1 << 22
+
+
+def layer(w: Weight, l: int) -> Weight:
+    """Layer l of stacked weights: (L, rows, columns) -> (rows, columns), a view, in the same number format."""
+    if isinstance(w, np.ndarray):
+        return w[l]
+    return type(w)(*(part[l] for part in w))
+
+
+def embed(table: Weight, tokens: np.ndarray) -> np.ndarray:
+    """Look up each token's row of the embedding table.
+
+        x[t] = table[tokens[t]]
+
+    table (V, D) in any format, tokens (T,) int64 in [0, V). Returns (T, D) float32, new.
+    """
+    if isinstance(table, np.ndarray):
+        return table[tokens]
+    return widen(type(table)(*(part[tokens] for part in table)))
+
+
+def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
+    """Scale each row to unit root-mean-square, then by a learned gain.
+
+        y[t, d] = gain[d] * x[t, d] / sqrt(mean_d(x[t, d]^2) + eps)
+
+    x (T, D) float32, gain (D,) float32, eps > 0 inside the root (LLaMA 2: 1e-5). Returns (T, D) float32, new.
+    Source: Zhang & Sennrich 2019, arXiv:1910.07467, section 4. Differs: eps, placed as in Meta's model.py.
+    """
+    mean_square = np.mean(x * x, axis=-1, keepdims=True)  # (T, D) -> (T, 1)
+    return gain * (x / np.sqrt(mean_square + np.float32(eps)))
+
+
+def linear(x: np.ndarray, w: Weight) -> np.ndarray:
+    """Multiply every row by a weight matrix.
+
+        y[t, n] = sum_k x[t, k] * w[n, k]
+
+    x (T, K) float32, w (N, K) in any format. Returns (T, N) float32, new.
+    """
+    return x @ widen(w).T
+
+
+def rotation(pos: np.ndarray, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of every angle by which positions turn the pairs of a head.
+
+        angle[t, i] = pos[t] * theta^(-2 i / E)        i = 0 .. E/2 - 1
+
+    pos (T,) integers. Angles are computed in float64: in float32 they lose a digit for each factor of ten in pos.
+    Returns cos, sin (T, E/2) float32. Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
+    """
+    frequency = float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)  # (E/2,) float64
+    angle = np.asarray(pos, np.float64)[:, None] * frequency  # (T,) -> (T, E/2)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """Turn each adjacent pair of a head by its position's angle (rotary position embedding).
+
+        y[t, h, 2i]   = x[t, h, 2i] * cos[t, i] - x[t, h, 2i+1] * sin[t, i]
+        y[t, h, 2i+1] = x[t, h, 2i] * sin[t, i] + x[t, h, 2i+1] * cos[t, i]
+
+    x (T, H, E) float32, cos and sin (T, E/2) float32 from `rotation`. Returns (T, H, E) float32, new.
+    Source: Su et al. 2021, arXiv:2104.09864, equation 34; pairs are adjacent, as in Meta's checkpoints.
+    """
+    even, odd = x[:, :, 0::2], x[:, :, 1::2]  # (T, H, E) -> 2 x (T, H, E/2)
+    c, s = cos[:, None, :], sin[:, None, :]
+    y = np.empty_like(x)
+    y[:, :, 0::2] = even * c - odd * s
+    y[:, :, 1::2] = even * s + odd * c
+    return y
+
+
+def attend(
+    q: np.ndarray,
+    q_sink: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    cache: KVCache,
+    l: int,
+    pos: np.ndarray,
+    seq: np.ndarray,
+) -> np.ndarray:
+    """Store the new keys and values in layer l of the cache, then let every query read what it may see.
+
+        score[t, h, s] = q[t, h] . K[g, s] / sqrt(E)            for visible s, g = h // (H/G)
+        y[t, h]        = sum_s softmax_s(score[t, h, s]) * V[g, s]
+
+    q, q_sink (T, H, E); k, v (T, G, E) float32, rotated; pos, seq (T,) int64; the rows of a sequence stand together,
+    their positions ascending by one. q_sink is q rotated to the distance at which the sinks are seen.
+    Returns (T, H*E) float32, new. Rows are written in runs that overwrite nothing their first row still sees,
+    so a chunk of any length equals its tokens one at a time.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; Ainslie et al. 2023, arXiv:2305.13245 (groups);
+    Xiao et al. 2023, arXiv:2309.17453 (sinks).
+    """
+    T, H, E = q.shape
+    y = np.empty((T, H * E), np.float32)
+    most = max(1, MOST_SCORES // (H * cache.pos.shape[2]))
+    start = 0
+    while start < T:
+        stop = run_stop(cache, pos, seq, start, most)
+        rows, n = slice(start, stop), seq[start]
+        at = [slot(cache, p) for p in pos[rows].tolist()]
+        cache.k[l, n][:, at] = k[rows].transpose(1, 0, 2)  # (T, G, E) -> (G, T, E)
+        cache.v[l, n][:, at] = v[rows].transpose(1, 0, 2)
+        cache.pos[l, n, at] = pos[rows]
+        y[rows] = _attend_run(q[rows], q_sink[rows], cache, l, n, pos[rows])
+        start = stop
+    return y
+
+
+def _attend_run(q: np.ndarray, q_sink: np.ndarray, cache: KVCache, l: int, n: int, pos: np.ndarray) -> np.ndarray:
+    """Attention of rows whose keys are all in the cache. q (T, H, E) -> (T, H*E)."""
+    T, H, E = q.shape
+    G = cache.k.shape[2]
+    used = min(int(pos[-1]) + 1, cache.pos.shape[2])  # slots beyond have never been written
+    K, V = cache.k[l, n, :, :used], cache.v[l, n, :, :used]  # (G, S, E) views, never a gather
+    slot_pos, n_sink = cache.pos[l, n, :used], cache.n_sink
+
+    score = _by_group(q, G) @ K.transpose(0, 2, 1)  # (G, T*H/G, E) @ (G, E, S) -> (G, T*H/G, S)
+    if n_sink:
+        score[:, :, :n_sink] = _by_group(q_sink, G) @ K[:, :n_sink].transpose(0, 2, 1)
+    score /= np.float32(np.sqrt(E))
+
+    recent = (slot_pos > pos[:, None] - cache.window) | (slot_pos < n_sink)
+    visible = (slot_pos >= 0) & (slot_pos <= pos[:, None]) & recent  # (T, S)
+    if not visible.all():
+        hidden = np.where(visible, np.float32(0), np.float32(-np.inf))
+        score.reshape(G, T, H // G, used)[:] += hidden[None, :, None, :]
+
+    weight = np.exp(score - score.max(axis=-1, keepdims=True))
+    weight /= weight.sum(axis=-1, keepdims=True)
+    y = weight @ V  # (G, T*H/G, S) @ (G, S, E) -> (G, T*H/G, E)
+    return y.reshape(G, T, H // G, E).transpose(1, 0, 2, 3).reshape(T, H * E)
+
+
+def _by_group(q: np.ndarray, G: int) -> np.ndarray:
+    """Bring together the query heads that share a key/value head: (T, H, E) -> (G, T*H/G, E)."""
+    T, H, E = q.shape
+    return q.reshape(T, G, H // G, E).transpose(1, 0, 2, 3).reshape(G, T * (H // G), E)
+
+
+def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Gate one projection by the SiLU of the other.
+
+        y[t, f] = gate[t, f] * sigmoid(gate[t, f]) * up[t, f]
+
+    gate, up (T, F) float32. Returns (T, F) float32, new.
+    Source: Shazeer 2020, arXiv:2002.05202, equation 6; SiLU is Swish with beta = 1.
+    """
+    with np.errstate(over="ignore"):  # exp(-gate) = inf is the right limit: sigmoid = 0
+        return gate / (np.float32(1) + np.exp(-gate)) * up
