@@ -20,8 +20,8 @@ __all__ = [
     "Piece",
     "Result",
     "Stream",
-    "UsageError",
     "Usage",
+    "UsageError",
     "__version__",
     "load",
 ]

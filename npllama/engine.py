@@ -69,7 +69,7 @@ class Engine:
         if not set_blas_threads(self.threads) and threads_asked:
             raise UsageError(
                 f"threads={self.threads} cannot be honoured by this NumPy, whose BLAS offers no way to set it; "
-                f"leave threads out, or set its own variable (OPENBLAS_NUM_THREADS, VECLIB_MAXIMUM_THREADS) before the start."
+                f"leave threads out, or set the BLAS's own variable (VECLIB_MAXIMUM_THREADS, ...) before the start."
             )
         weights = self._opened.weights
         narrow = [w for w in weights if not isinstance(w, np.ndarray)]
@@ -94,8 +94,8 @@ class Engine:
 
         if self.threads > numba.config.NUMBA_NUM_THREADS:
             raise UsageError(
-                f"threads={self.threads} is more than the {numba.config.NUMBA_NUM_THREADS} that Numba was started with; "
-                f"ask for fewer, or set NUMBA_NUM_THREADS before the start."
+                f"threads={self.threads} is more than the {numba.config.NUMBA_NUM_THREADS} that Numba was started "
+                f"with; ask for fewer, or set NUMBA_NUM_THREADS before the start."
             )
         started = time.perf_counter()
         folder, why = machine.cache_directory()
@@ -122,9 +122,9 @@ class Engine:
         needed, free = kv.size_bytes(c.n_layers, n_seqs, c.n_kv_heads, n_slots, c.head_dim), machine.free_memory()
         if needed > free:
             raise ModelError(
-                f"a KV cache for {n_slots} positions needs {needed / 1e6:,.0f} MB ({c.n_layers} layers x {n_seqs} sequences x "
-                f"{c.n_kv_heads} heads x {n_slots} slots x {c.head_dim} numbers x 2 x 4 bytes), {free / 1e6:,.0f} MB are free; "
-                f"ask for a smaller context."
+                f"a KV cache for {n_slots} positions needs {needed / 1e6:,.0f} MB ({c.n_layers} layers x {n_seqs} "
+                f"sequences x {c.n_kv_heads} heads x {n_slots} slots x {c.head_dim} numbers x 2 x 4 bytes), "
+                f"{free / 1e6:,.0f} MB are free; ask for a smaller context."
             )
         return kv.allocate(c.n_layers, n_seqs, c.n_kv_heads, n_slots, c.head_dim, window, n_sink)
 
@@ -208,9 +208,9 @@ def _count(w: Weight) -> int:
 
 
 def choose_backend(asked: str, opened: OpenModel, report: Callable[[str], None]) -> str:
-    """ "numpy" or "numba". An explicit backend wins; NPLLAMA_BACKEND decides what "auto" means.
+    """The execution to use: "numpy" or "numba". An explicit backend wins; NPLLAMA_BACKEND decides what "auto" means.
 
-    Left to itself, auto is compiled where numba is installed, but NumPy for a small model that nothing is compiled for yet.
+    Left to itself, auto is compiled where numba is installed, but NumPy for a small model that nothing is compiled for.
     """
     source = "backend"
     if asked == "auto" and os.environ.get("NPLLAMA_BACKEND"):

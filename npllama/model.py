@@ -1,7 +1,7 @@
 """LLaMA 2: which steps happen in which order.
 
 Touvron et al. 2023, arXiv:2307.09288 (LLaMA 2) and arXiv:2302.13971 (LLaMA). What each step means stands in ops.py.
-This file runs as it stands in NumPy, and is compiled as it stands by Numba, which puts a kernel in the place of each op.
+This file runs as it stands in NumPy, and is compiled as it stands by Numba, which puts a kernel in place of each op.
 
 Axes: T tokens in this call, D model width, H query heads, G key/value heads, E head size, F feed-forward width,
 V vocabulary, L layers, R rows whose logits are wanted.
