@@ -1,0 +1,187 @@
+"""From logits to the next id: penalty, top-k, top-p, min-p, temperature, draw, in the order of llama.cpp.
+
+Axes: V ids of the vocabulary, C candidates that are left. A draw depends on its logits, the latest ids, the options and
+(seed, completion, position) alone, not on what else runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import numpy as np
+
+from npllama.errors import ModelError, UsageError, quote
+
+PENALTY_WINDOW = 64
+"""How many of the latest ids the repetition penalty looks at (llama.cpp's default)."""
+SEEDS = 1 << 64
+FIRST_TRY = 64
+"""How many of the largest logits are sorted first when top-k does not say how many can be needed."""
+_LARGEST = float(np.finfo(np.float32).max)
+BLOCK = 64
+"""Most logits per block in the search for the largest: 500 blocks at V = 32,000."""
+
+_RANGES = {
+    "temperature": (0.0, math.inf, "a finite number of at least 0 (0: the most probable id)"),
+    "top_p": (0.0, 1.0, "a number from 0 to 1 (1: off)"),
+    "min_p": (0.0, 1.0, "a number from 0 to 1 (0: off)"),
+    "repeat_penalty": (math.ulp(0.0), math.inf, "a finite number above 0 (1: off)"),
+}
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How an id is chosen.
+
+    temperature 0 takes the most probable id; top_k <= 0, top_p 1, min_p 0 and repeat_penalty 1 are off.
+    Raises UsageError for a value of another type or out of range.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, Integral):
+            raise UsageError(f"top_k={quote(self.top_k)}: needs a whole number (0 or -1: off).")
+        for name, (low, high, needed) in _RANGES.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if not (is_number and low <= value <= high and value < math.inf):
+                raise UsageError(f"{name}={quote(value)}: needs {needed}.")
+
+
+def probabilities(logits: np.ndarray, recent: Sequence[int], options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
+    """The candidates for the next id, and their probabilities.
+
+        l[v] <- l[v] / penalty if l[v] > 0 else l[v] * penalty      for v among the last 64 of recent
+        top-k: the k largest l; among equals the lower id
+        top-p: q = softmax(l) over what is left; the shortest prefix, most probable first, whose sum of q reaches top_p
+        min-p: those with q[v] >= min_p * max(q)
+        p = softmax(l / temperature) over what is left; temperature 0: 1 for the largest l, among equals the lowest id
+
+    logits (V,) float32; recent ids, the latest last. Returns ids (C,) int64 and p (C,) float64, C >= 1, the most
+    probable first (by id when top-k, top-p and min-p are all off). Raises ModelError for logits that are not finite.
+    Source: the order of llama.cpp's sampler chain; arXiv:1904.09751 section 3.1 (top-p), arXiv:2407.01082 (min-p),
+    arXiv:1909.05858 section 4.1 (penalty). Differs: a logit below 0 is multiplied, so that a penalty lowers it too.
+    """
+    if not np.isfinite(logits).all():
+        raise ModelError(
+            "the logits are not all finite (NaN or infinity): the weights are damaged, or the model overflows. "
+            "Finite logits are needed to choose a token; check the model's files, or export the checkpoint again."
+        )
+    logits = _penalised(logits, recent, options.repeat_penalty)
+    if options.temperature == 0:
+        return np.array([logits.argmax()]), np.ones(1)
+    with np.errstate(over="ignore"):  # what lies beyond the range below the largest goes to -inf: probability 0
+        if _truncates(options, len(logits)):
+            ids, relative = _truncated(logits, options)
+        else:
+            # All V ids stay float32, where exp takes a fifteenth of the time, unless the temperature vanishes there.
+            wide = logits if options.temperature > 1e-30 else logits.astype(np.float64)
+            ids, relative = np.arange(len(logits)), wide - wide.max()
+        p = np.exp(relative / options.temperature).astype(np.float64, copy=False)
+    p /= p.sum()
+    return ids, p
+
+
+def sample(
+    logits: np.ndarray,
+    recent: Sequence[int],
+    options: SamplingOptions,
+    seed: int,
+    completion: int,
+    position: int,
+) -> int:
+    """The next id: drawn from `probabilities` with a number that (seed, completion, position) alone decide.
+
+    logits (V,) float32; 0 <= seed, completion, position < 2^64. Raises ModelError for logits that are not finite,
+    UsageError for a seed out of range.
+    """
+    if not 0 <= seed < SEEDS:
+        raise UsageError(f"seed={quote(seed)}: needs a whole number from 0 to 2^64 - 1.")
+    ids, p = probabilities(logits, recent, options)
+    if len(ids) == 1:
+        return int(ids[0])
+    below = p.cumsum()
+    drawn = below.searchsorted(uniform(seed, completion, position) * below[-1], side="right")
+    return int(ids[min(int(drawn), len(ids) - 1)])
+
+
+def uniform(seed: int, completion: int, position: int) -> float:
+    """A multiple of 2^-53 from [0, 1): the Philox 4x64-10 block of key (seed, completion) at counter position.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3; NumPy's Philox steps the
+    counter before its first block.
+    """
+    raw = np.random.Philox(key=seed | completion << 64, counter=position).random_raw()
+    return float(raw >> 11) * 2.0**-53
+
+
+def _penalised(logits: np.ndarray, recent: Sequence[int], penalty: float) -> np.ndarray:
+    """The logits with the repetition penalty: once for each id of the last 64, however often it is there."""
+    if penalty == 1 or not len(recent):
+        return logits
+    ids = np.array(sorted(set(recent[-PENALTY_WINDOW:])), dtype=np.int64)
+    old = logits[ids].astype(np.float64)
+    with np.errstate(over="ignore"):
+        new = np.where(old > 0, old / penalty, old * penalty)
+    logits = logits.copy()
+    logits[ids] = new.clip(-_LARGEST, _LARGEST)
+    return logits
+
+
+def _truncates(options: SamplingOptions, n_ids: int) -> bool:
+    """Whether top-k, top-p or min-p can leave ids out."""
+    return 0 < options.top_k < n_ids or options.top_p < 1 or options.min_p > 0
+
+
+def _truncated(logits: np.ndarray, options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
+    """What top-k, top-p and min-p leave: ids (C,) and their logits less the largest (C,) float64, the largest first.
+
+    Without top-k, as many of the largest are sorted as top-p and min-p turn out to need, eight times more at each try.
+    """
+    by_top_k = 0 < options.top_k < len(logits)
+    n = int(options.top_k) if by_top_k else FIRST_TRY
+    total = 0.0 if by_top_k else float(np.exp(logits - logits.max()).sum(dtype=np.float64))
+    while True:
+        ids = _largest(logits, n)
+        relative = logits[ids].astype(np.float64)
+        relative -= relative[0]
+        weight = np.exp(relative)
+        n_left = _n_left(weight, weight.sum() if by_top_k else total, options)
+        if by_top_k or n_left < n or n >= len(logits):
+            return ids[:n_left], relative[:n_left]
+        n *= 8
+
+
+def _n_left(weight: np.ndarray, total: float, options: SamplingOptions) -> int:
+    """How many of the most probable top-p and min-p leave; weight (C,) = q / max(q), total = 1 / max(q)."""
+    n = len(weight)
+    if options.top_p < 1:
+        n = min(n, int(weight.cumsum().searchsorted(options.top_p * total)) + 1)
+    if options.min_p > 0:
+        n = min(n, int(np.count_nonzero(weight >= options.min_p)))
+    return n
+
+
+def _largest(logits: np.ndarray, k: int) -> np.ndarray:
+    """The ids (min(k, V),) of the k largest logits, the largest first, among equals the lower id.
+
+    Is np.argsort(-logits, kind="stable")[:k], without sorting all: at least k logits reach the k-th largest of the
+    maxima of disjoint blocks, so whatever is below it is not among the k largest.
+    """
+    n_ids = len(logits)
+    if k >= n_ids:
+        return np.argsort(-logits, kind="stable")
+    rows = max(1, min(BLOCK, n_ids // (4 * k)))
+    n_blocks = n_ids // rows  # a block is a column, so that the maximum runs along whole rows
+    peaks = logits[: rows * n_blocks].reshape(rows, n_blocks).max(axis=0)
+    candidates = np.flatnonzero(logits >= np.partition(peaks, n_blocks - k)[n_blocks - k])
+    order = np.argsort(-logits[candidates], kind="stable")
+    return candidates[order[:k]]
