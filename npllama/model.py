@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npllama.cache import KVCache
-from npllama.ops import attend, embed, layer, linear, rms_norm, rope, swiglu
+from npllama.ops import attend, embed, layer, linear, rms_norm, rope, rope_to_sinks, swiglu
 from npllama.weights import Weights
 
 
@@ -77,7 +77,7 @@ def attention(
     k = linear(x, layer(weights.wk, l)).reshape(T, config.n_kv_heads, config.head_dim)  # (T, D) -> (T, G, E)
     v = linear(x, layer(weights.wv, l)).reshape(T, config.n_kv_heads, config.head_dim)  # (T, D) -> (T, G, E)
 
-    q_sink = rope(q, rotation.sink_cos, rotation.sink_sin)
+    q_sink = rope_to_sinks(q, rotation.sink_cos, rotation.sink_sin, cache)
     q = rope(q, rotation.cos, rotation.sin)
     k = rope(k, rotation.cos, rotation.sin)
 

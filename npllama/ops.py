@@ -86,6 +86,17 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     return y
 
 
+def rope_to_sinks(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: KVCache) -> np.ndarray:
+    """Turn queries as `rope` does, to the positions from which they see the sinks; x itself where there are none.
+
+    x (T, H, E) float32, cos and sin (T, E/2) of the positions min(p, n_sink + window - 1). Returns (T, H, E) float32.
+    Source: Xiao et al. 2023, arXiv:2309.17453, section 3.2: distances are counted within the cache.
+    """
+    if cache.n_sink == 0:
+        return x
+    return rope(x, cos, sin)
+
+
 def attend(
     q: np.ndarray,
     q_sink: np.ndarray,
@@ -115,13 +126,22 @@ def attend(
     while start < T:
         stop = run_stop(cache, pos, seq, start, most)
         rows, n = slice(start, stop), seq[start]
-        at = [slot(cache, p) for p in pos[rows].tolist()]
-        cache.k[l, n][:, at] = k[rows].transpose(1, 0, 2)  # (T, G, E) -> (G, T, E)
-        cache.v[l, n][:, at] = v[rows].transpose(1, 0, 2)
-        cache.pos[l, n, at] = pos[rows]
+        _store(cache, l, n, pos[rows], k[rows], v[rows])
         y[rows] = _attend_run(q[rows], q_sink[rows], cache, l, n, pos[rows])
         start = stop
     return y
+
+
+def _store(cache: KVCache, l: int, n: int, pos: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    """Write the keys and values (T, G, E) of ascending positions into layer l of sequence n."""
+    first, last = slot(cache, int(pos[0])), slot(cache, int(pos[-1]))
+    if last - first == len(pos) - 1:
+        at: slice | list[int] = slice(first, last + 1)
+    else:
+        at = [slot(cache, p) for p in pos.tolist()]
+    cache.k[l, n][:, at] = k.transpose(1, 0, 2)  # (T, G, E) -> (G, T, E)
+    cache.v[l, n][:, at] = v.transpose(1, 0, 2)
+    cache.pos[l, n, at] = pos
 
 
 def _attend_run(q: np.ndarray, q_sink: np.ndarray, cache: KVCache, l: int, n: int, pos: np.ndarray) -> np.ndarray:
@@ -135,7 +155,7 @@ def _attend_run(q: np.ndarray, q_sink: np.ndarray, cache: KVCache, l: int, n: in
     score = _by_group(q, G) @ K.transpose(0, 2, 1)  # (G, T*H/G, E) @ (G, E, S) -> (G, T*H/G, S)
     if n_sink:
         score[:, :, :n_sink] = _by_group(q_sink, G) @ K[:, :n_sink].transpose(0, 2, 1)
-    score /= np.float32(np.sqrt(E))
+    score /= np.float32(np.sqrt(E))  # in place here and below: a new array of this size costs more than the step
 
     recent = (slot_pos > pos[:, None] - cache.window) | (slot_pos < n_sink)
     visible = (slot_pos >= 0) & (slot_pos <= pos[:, None]) & recent  # (T, S)
@@ -143,9 +163,10 @@ def _attend_run(q: np.ndarray, q_sink: np.ndarray, cache: KVCache, l: int, n: in
         hidden = np.where(visible, np.float32(0), np.float32(-np.inf))
         score.reshape(G, T, H // G, used)[:] += hidden[None, :, None, :]
 
-    weight = np.exp(score - score.max(axis=-1, keepdims=True))
-    weight /= weight.sum(axis=-1, keepdims=True)
+    score -= score.max(axis=-1, keepdims=True)
+    weight = np.exp(score, out=score)
     y = weight @ V  # (G, T*H/G, S) @ (G, S, E) -> (G, T*H/G, E)
+    y /= weight.sum(axis=-1, keepdims=True)  # the softmax's sum, divided by after the product: E numbers and not S
     return y.reshape(G, T, H // G, E).transpose(1, 0, 2, 3).reshape(T, H * E)
 
 
@@ -163,5 +184,10 @@ def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     gate, up (T, F) float32. Returns (T, F) float32, new.
     Source: Shazeer 2020, arXiv:2002.05202, equation 6; SiLU is Swish with beta = 1.
     """
+    y = np.negative(gate)
     with np.errstate(over="ignore"):  # exp(-gate) = inf is the right limit: sigmoid = 0
-        return gate / (np.float32(1) + np.exp(-gate)) * up
+        np.exp(y, out=y)
+    y += np.float32(1)
+    np.divide(gate, y, out=y)  # gate / (1 + exp(-gate)), in place: new arrays cost more than the arithmetic
+    y *= up
+    return y

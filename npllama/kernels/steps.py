@@ -85,6 +85,16 @@ def _rope(x, cos, sin):
     return lambda x, cos, sin: rope(x, cos, sin)
 
 
+@overload(ops.rope_to_sinks)
+def _rope_to_sinks(x, cos, sin, cache):
+    def rope_to_sinks(x, cos, sin, cache):
+        if cache.n_sink == 0:
+            return x
+        return rope(x, cos, sin)
+
+    return rope_to_sinks
+
+
 @overload(ops.swiglu)
 def _swiglu(gate, up):
     return lambda gate, up: swiglu(gate, up)
