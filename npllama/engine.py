@@ -116,6 +116,27 @@ class Engine:
         self._forward = forward
         self.compiled = compiled
 
+    @property
+    def weights(self) -> Weights:
+        """The weights as they are computed with. Raises UsageError once the engine is closed."""
+        if self._weights is None:
+            raise UsageError("this model is closed; load it again.")
+        return self._weights
+
+    def reader(self) -> Callable[[np.ndarray], object]:
+        """A function that reads (n,) int64 once through with this engine's threads: the yardstick of `bench`."""
+        if self.backend == "numpy":
+            return lambda data: data.view(np.float32).reshape(-1, 4096) @ np.ones(4096, np.float32)
+        import numba
+
+        from npllama.kernels.bandwidth import read
+
+        def reader(data: np.ndarray) -> object:
+            numba.set_num_threads(self.threads)
+            return read(data)
+
+        return reader
+
     def new_cache(self, n_seqs: int, n_slots: int, window: int = 0, n_sink: int = 0) -> KVCache:
         """An empty KV cache for this model. Raises ModelError, with the arithmetic, when memory does not suffice."""
         c = self.config
@@ -150,10 +171,8 @@ class Engine:
         self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray
     ) -> tuple[Any, ...]:
         """The arguments of model.forward: always of the same types, so that one compiled signature serves."""
-        if self._weights is None:
-            raise UsageError("this model is closed; load it again.")
         batch = model.Batch(tokens, pos, seq, out)
-        return batch, self._rotation(cache, pos), self._weights, cache, self._numbers
+        return batch, self._rotation(cache, pos), self.weights, cache, self._numbers
 
     def _rotation(self, cache: KVCache, pos: np.ndarray) -> model.Rotation:
         """Cosines and sines of the batch's positions, and of the nearer ones from which the sinks are seen."""

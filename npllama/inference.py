@@ -97,7 +97,7 @@ class Llama:
         self.engine = engine
         self._opened = opened
         self._spare: list[KVCache] = []
-        self._chunk = _chunk(opened.config)
+        self._chunk = chunk_tokens(opened.config)
 
     @property
     def backend(self) -> str:
@@ -391,7 +391,7 @@ def load(
         raise UsageError(f"context={context!r}: needs a number of positions, 1 or more.")
     opened = open_model(DEMO if model is None else model)
     try:
-        tokenizer = Tokenizer(opened.tokenizer_path)
+        tokenizer = Tokenizer(opened.tokenizer_path, opened.config.vocab_size)
         engine = Engine(opened, backend, threads, log.warning)
         return Llama(opened, engine, tokenizer, _context(opened.config.max_seq_len, context))
     except BaseException:
@@ -411,7 +411,7 @@ def _context(own: int, asked: int | None) -> int:
     return asked
 
 
-def _chunk(c: ModelConfig) -> int:
+def chunk_tokens(c: ModelConfig) -> int:
     """Tokens of a prompt to read in one call: a power of two from 8 to 512, fewer the larger the model."""
     block = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim
     affordable = int(CHUNK_OPERATIONS / (2 * c.n_layers * block))
