@@ -158,7 +158,7 @@ def _from_model_args(args: Mapping[str, object], max_seq_len: int) -> ModelConfi
         n_layers=_need(args, "n_layers"),
         n_heads=n_heads,
         n_kv_heads=_get(args, "n_kv_heads", n_heads),
-        head_dim=_get(args, "head_dim", None) or _head_dim(dim, n_heads),
+        head_dim=_head_dim(args, dim, n_heads),
         hidden_dim=width,
         vocab_size=_need(args, "vocab_size"),
         norm_eps=_get(args, "norm_eps", 1e-5),
@@ -188,7 +188,7 @@ def from_hugging_face(config: Mapping[str, object], generation: Mapping[str, obj
         n_layers=_need(config, "num_hidden_layers"),
         n_heads=n_heads,
         n_kv_heads=_get(config, "num_key_value_heads", n_heads if kind == "llama" else 8),
-        head_dim=_get(config, "head_dim", None) or _head_dim(dim, n_heads),
+        head_dim=_head_dim(config, dim, n_heads),
         hidden_dim=_need(config, "intermediate_size"),
         vocab_size=_need(config, "vocab_size"),
         norm_eps=_get(config, "rms_norm_eps", 1e-6),
@@ -260,7 +260,9 @@ def _rope_theta(config: Mapping[str, object]) -> Any:
     return found[0] if found else 10000.0
 
 
-def _head_dim(dim: int, n_heads: int) -> int:
+def _head_dim(config: Mapping[str, object], dim: int, n_heads: int) -> Any:
+    if config.get("head_dim") is not None:
+        return config["head_dim"]
     if dim % n_heads:
         raise UsageError(f"the width {dim} is no multiple of the {n_heads} heads; the config is damaged")
     return dim // n_heads

@@ -1,0 +1,165 @@
+"""Files that nobody vouches for: regular files only, bounded reads, a bounded number open at a time.
+
+Bytes are read into the caller's memory instead of being mapped: pages of a map would count as this process's memory,
+and a file that shrinks under a map ends the process with a bus error that no Python code can catch.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from npllama.errors import CheckpointError, quote
+
+MOST_OPEN = 8
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What the operating system refuses, as CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read: {error.strerror or quote(str(error))}; check the path and its permissions"
+        ) from error
+
+
+class InputFile:
+    """One file of a checkpoint, its size fixed when it was first opened; a Pool decides when it is really open."""
+
+    def __init__(self, path: Path, pool: Pool) -> None:
+        self.path = path
+        self.name = path.name
+        self._pool = pool
+        with _reading(path):
+            self._identity = _identity(pool.open(path))
+        self.size = self._identity[1]
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`; CheckpointError unless all of them lie inside the file."""
+        self._check(offset, size)
+        data = bytearray(size)
+        self.read_into(offset, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, offset: int, target: Any) -> None:
+        """Fill `target` (a C-contiguous buffer) with the bytes from `offset`; CheckpointError when it has fewer."""
+        view = memoryview(target).cast("B")
+        self._check(offset, len(view))
+        with _reading(self.path):
+            file = self._pool.open(self.path)
+            if _identity(file) != self._identity:
+                raise CheckpointError(f"{self.name} was changed while it was read; start again when it is complete")
+            file.seek(offset)
+            while view:
+                got = file.readinto(view)
+                if not got:
+                    raise CheckpointError(
+                        f"{self.name} became shorter while it was read; start again with a whole file"
+                    )
+                view = view[got:]
+
+    def _check(self, offset: int, size: int) -> None:
+        if not 0 <= offset <= offset + size <= self.size:
+            raise CheckpointError(
+                f"{self.name} points to bytes {offset:,} to {offset + size:,}, but has only {self.size:,}; "
+                "it is damaged or incomplete: download it again"
+            )
+
+
+class Pool:
+    """The open files of one checkpoint, at most 8; the one used longest ago is closed first."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, io.FileIO] = OrderedDict()
+
+    def open(self, path: Path) -> io.FileIO:
+        """The open file; raises OSError, and CheckpointError when it is no regular file."""
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        while len(self._open) >= MOST_OPEN:
+            self._open.popitem(last=False)[1].close()
+        self._open[path] = _open_regular(path)
+        return self._open[path]
+
+    def close(self) -> None:
+        """Close all; a later read opens again."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def read_whole(path: Path, max_bytes: int) -> bytes:
+    """A small file at once; CheckpointError when it is larger, missing or no regular file."""
+    with _reading(path), _open_regular(path) as file:
+        data = b""
+        while len(data) <= max_bytes and (more := file.read(max_bytes + 1 - len(data))):
+            data += more
+    if len(data) > max_bytes:
+        raise CheckpointError(f"{path.name} has more than the {max_bytes:,} bytes that such a file may have")
+    return data
+
+
+def _open_regular(path: Path) -> io.FileIO:
+    """Open without waiting: a named pipe or a device would block or never end."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    file = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise CheckpointError(f"{path.name} is not a regular file; give the file itself")
+    return io.FileIO(file, "rb")
+
+
+def _identity(file: io.FileIO) -> tuple[int, int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+MAGICS = (
+    (b"PK\x03\x04", "zip"),
+    (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e", "legacy"),
+    (b"version https://git-lfs", "a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`"),
+    (b"GGUF", "a GGUF file of llama.cpp; give the checkpoint that it was made from"),
+    (b"tjgg", "a GGJT file of llama.cpp; give the checkpoint that it was made from"),
+    (b"lmgg", "a GGML file of llama.cpp; give the checkpoint that it was made from"),
+    (b"fmgg", "a GGMF file of llama.cpp; give the checkpoint that it was made from"),
+    (b"24ka", "a llama2.c run.c file; give the ckpt.pt that it was made from"),
+    (b"\x93NUMPY", "a NumPy array; give a PyTorch or safetensors checkpoint"),
+    (b"\x89HDF", "an HDF5 file; give a PyTorch or safetensors checkpoint"),
+    (b"\x1f\x8b", "compressed with gzip; unpack it first"),
+    (b"BZh", "compressed with bzip2; unpack it first"),
+    (b"\xfd7zXZ", "compressed with xz; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it first"),
+    (b"<!DOCTYPE", "a web page; download the file itself"),
+    (b"<html", "a web page; download the file itself"),
+    (b"PK\x05\x06", "an empty zip archive; download the file again"),
+)
+
+
+def sniff(file: InputFile) -> str:
+    """Which format the first bytes show: "zip", "legacy" or "safetensors"; any other is refused by its name."""
+    head = file.read(0, min(file.size, 512))
+    if not head:
+        raise CheckpointError(f"{file.name} is empty; download it again")
+    for magic, what in MAGICS:
+        if head.startswith(magic):
+            if what in ("zip", "legacy"):
+                return what
+            raise CheckpointError(f"{file.name} is {what}")
+    if head[257:262] == b"ustar":
+        raise CheckpointError(f"{file.name} is a tar file (torch before 0.2); save it again with a current torch")
+    if head[8:9] in b"{ \t\r\n" and 2 <= int.from_bytes(head[:8], "little") <= file.size - 8:
+        return "safetensors"
+    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+        raise CheckpointError(f"{file.name} is a plain pickle, not written by torch.save; save it with torch.save")
+    raise CheckpointError(
+        f"{file.name} begins with {quote(repr(head[:8]))}, which is no format that is read; "
+        "a checkpoint of PyTorch or safetensors is needed"
+    )

@@ -1,0 +1,220 @@
+"""The three kinds of checkpoints: a release of Meta, a Hugging Face folder, a training checkpoint of llama2.c."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from npllama import config as configs
+from npllama import strict_json
+from npllama.checkpoints import names
+from npllama.checkpoints.checkpoint import Checkpoint, Shard, equal, merge, state_dict
+from npllama.checkpoints.files import InputFile, Pool, read_whole, sniff
+from npllama.checkpoints.pytorch import read_legacy, read_zip
+from npllama.checkpoints.safetensors import read_safetensors
+from npllama.checkpoints.tensors import Tensor, View
+from npllama.config import ModelConfig
+from npllama.errors import CheckpointError, UsageError, quote
+
+META_SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
+INDEX = re.compile(r"(model\.safetensors|pytorch_model\.bin)\.index\.json")
+HF_SHARD = re.compile(r"(model|pytorch_model)-\d{5}-of-\d{5}\.(safetensors|bin)")
+HF_WHOLE = ("model.safetensors", "pytorch_model.bin")
+LLAMA_1 = "layers.0.attention.inner_attention.rope.freqs"
+LLAMA_1_CONTEXT = 2048
+LLAMA_3_VOCABULARY = 128256
+MOST_FILES = 1024
+
+
+def read_tree(file: InputFile) -> object:
+    """The content of a weight file: the object tree of PyTorch's, or the tensors of a safetensors file by name."""
+    readers: dict[str, Callable[[InputFile], object]] = {
+        "zip": read_zip,
+        "legacy": read_legacy,
+        "safetensors": read_safetensors,
+    }
+    return readers[sniff(file)](file)
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A small JSON object of a checkpoint; CheckpointError naming the file."""
+    data = read_whole(path, strict_json.MAX_BYTES)
+    try:
+        return strict_json.parse_object(data)
+    except UsageError as error:
+        raise CheckpointError(f"{path.name}: {error}") from error
+
+
+# Meta -----------------------------------------------------------------------------------------------------------------
+
+
+def open_meta(paths: Sequence[Path], pool: Pool) -> Checkpoint:
+    """A release of Meta: model-parallel shards consolidated.NN.pth in order, and params.json beside them."""
+    folder = paths[0].parent
+    params = _beside(paths[0], "params.json")
+    shards = []
+    for path in paths:
+        file = InputFile(path, pool)
+        shards.append(Shard(file.name, state_dict(read_tree(file), file)))
+    old = LLAMA_1 in shards[0].tensors
+    config = _meta_config(params, shards, LLAMA_1_CONTEXT if old else configs.META_CONTEXT)
+    found = [shard.select(names.shapes(config), lambda name: name) for shard in shards]
+    tensors = {
+        name: merge(name, shape, [views[name] for views in found], "params.json")
+        for name, shape in names.shapes(config).items()
+    }
+    warnings = [
+        f"params.json: {quote(key)} is not known and was ignored" for key in sorted(params.keys() - configs.META_KNOWN)
+    ]
+    if config.norm_eps == 1e-6 and config.vocab_size == 32000 and not old:
+        warnings.append(
+            "params.json says norm_eps 1e-06, as the first downloads of LLaMA 2 7B did by mistake; if this is LLaMA 2, "
+            "correct it to 1e-05 (github.com/meta-llama/llama/issues/771)"
+        )
+    return _checkpoint("meta", folder, config, tensors, pool, warnings)
+
+
+def _meta_config(params: Mapping[str, object], shards: Sequence[Shard], context: int) -> ModelConfig:
+    """params.json, and the number of rows of the embedding, which it leaves open."""
+    embedding = shards[0].tensors.get("tok_embeddings.weight")
+    if not isinstance(embedding, View) or len(embedding.shape) != 2:
+        raise CheckpointError(
+            f"{shards[0].source} has no matrix 'tok_embeddings.weight'; it is no checkpoint of Meta's LLaMA 2"
+        )
+    rows = embedding.shape[0]
+    if embedding.shape[1] == params.get("dim"):
+        rows *= len(shards)  # split over the vocabulary
+    try:
+        config = configs.from_meta(params, vocab_size=rows, max_seq_len=context)
+    except UsageError as error:
+        raise CheckpointError(f"params.json: {error}") from error
+    if config.vocab_size == LLAMA_3_VOCABULARY:
+        raise CheckpointError(f"params.json: a vocabulary of {rows:,} is LLaMA 3's, whose tokenizer is not supported")
+    return config
+
+
+# llama2.c -------------------------------------------------------------------------------------------------------------
+
+
+def is_llama2c(tree: object) -> bool:
+    """Whether an object tree is a training checkpoint of llama2.c: the sizes stand beside the weights."""
+    return isinstance(tree, dict) and "model_args" in tree and "model" in tree
+
+
+def open_llama2c(tree: object, file: InputFile, pool: Pool) -> Checkpoint:
+    """A training checkpoint of llama2.c; what its optimizer keeps is not looked at."""
+    if not isinstance(tree, dict) or not is_llama2c(tree):
+        raise CheckpointError(
+            f"{file.name} has no 'model' and 'model_args', so it is no llama2.c checkpoint; give another"
+        )
+    if not isinstance(tree["model_args"], dict) or not isinstance(tree["model"], dict):
+        raise CheckpointError(f"{file.name}: 'model' and 'model_args' must be dicts; it is damaged: download it again")
+    try:
+        config = configs.from_llama2c(tree["model_args"])
+    except UsageError as error:
+        raise CheckpointError(f"{file.name}: model_args: {error}") from error
+    found = Shard(file.name, state_dict(tree, file)).select(names.shapes(config), lambda name: name)
+    tensors = {name: merge(name, shape, [found[name]], "model_args") for name, shape in names.shapes(config).items()}
+    return _checkpoint("llama2.c", file.path.parent, config, tensors, pool)
+
+
+# Hugging Face ---------------------------------------------------------------------------------------------------------
+
+
+def open_hugging_face(weights: Path, pool: Pool) -> Checkpoint:
+    """A Hugging Face folder: `weights` is its only weight file or the index of several, config.json lies beside it."""
+    said = _beside(weights, "config.json")
+    tie = said.get("tie_word_embeddings")
+    if tie is not None and type(tie) is not bool:
+        raise CheckpointError("config.json: tie_word_embeddings is neither true nor false; the file is damaged")
+    generation = weights.parent / "generation_config.json"
+    try:
+        config = configs.from_hugging_face(said, read_json(generation) if os.path.exists(generation) else None)
+    except UsageError as error:
+        raise CheckpointError(f"config.json: {error}") from error
+    shard = _indexed(weights, pool) if INDEX.fullmatch(weights.name) else _single(weights, pool)
+    wanted = names.shapes(config)
+    if tie and "lm_head.weight" not in shard.tensors:
+        del wanted["output"]
+    found = shard.select(wanted, names.hugging_face)
+    tensors = {name: merge(name, shape, [found[name]], "config.json") for name, shape in wanted.items()}
+    for name, tensor in tensors.items():
+        if names.kind(name) in ("attention.wq", "attention.wk"):
+            tensors[name] = Tensor(name, tensor.shape, tensor.parts, halves=config.head_dim)
+    if tie and "output" in tensors and not equal(tensors["output"], tensors["tok_embeddings"]):
+        raise CheckpointError(
+            f"{shard.source}: 'lm_head.weight' differs from 'model.embed_tokens.weight', but config.json says "
+            "tie_word_embeddings; correct the one that is wrong"
+        )
+    return _checkpoint("hugging-face", weights.parent, config, tensors, pool, tied=bool(tie))
+
+
+def _single(path: Path, pool: Pool) -> Shard:
+    file = InputFile(path, pool)
+    return Shard(file.name, state_dict(read_tree(file), file))
+
+
+def _indexed(index: Path, pool: Pool) -> Shard:
+    """Several files as one: each holds exactly the tensors that the index says."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(_plain(place) for place in places.values()):
+        raise CheckpointError(
+            f"{index.name}: weight_map must give each tensor a file name without a folder; the file is damaged: "
+            "download it again"
+        )
+    found: dict[str, object] = {}
+    files = sorted(set(places.values()))
+    if len(files) > MOST_FILES:
+        raise CheckpointError(
+            f"{index.name}: weight_map names {len(files):,} files, but at most {MOST_FILES:,} are read"
+        )
+    for name in files:
+        shard = _single(index.parent / name, pool)
+        for tensor, view in shard.tensors.items():
+            if places.get(tensor) != name and not names.DERIVED.fullmatch(tensor):
+                raise CheckpointError(
+                    f"{name}: tensor {quote(tensor)} is not there according to {index.name}; the files do not belong "
+                    "together: download all again"
+                )
+            found[tensor] = view
+    for tensor, name in places.items():
+        if tensor not in found:
+            raise CheckpointError(f"{name}: tensor {quote(tensor)} is missing, though {index.name} says it is there")
+    return Shard(index.name, found)
+
+
+def _plain(name: object) -> bool:
+    """A file name that cannot lead out of its folder (a link that lies in the folder is the user's own)."""
+    return isinstance(name, str) and name.isascii() and re.fullmatch(r"[\w.-]+", name) is not None and name[0] != "."
+
+
+# All ------------------------------------------------------------------------------------------------------------------
+
+
+def _beside(weights: Path, name: str) -> dict[str, object]:
+    path = weights.parent / name
+    if not os.path.exists(path):
+        raise CheckpointError(
+            f"{name} is missing beside {weights.name}; download it too: it says the sizes of the model"
+        )
+    return read_json(path)
+
+
+def _checkpoint(
+    layout: str,
+    folder: Path,
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    pool: Pool,
+    warnings: Sequence[str] = (),
+    tied: bool = False,
+) -> Checkpoint:
+    """Two names for the same elements of one storage are one tensor, whatever the config says."""
+    if "output" in tensors and (tied or tensors["output"].parts == tensors["tok_embeddings"].parts):
+        tied = True
+        del tensors["output"]
+    return Checkpoint(
+        layout=layout, folder=folder, config=config, tensors=tensors, tied=tied, warnings=tuple(warnings), pool=pool
+    )

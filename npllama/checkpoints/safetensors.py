@@ -1,0 +1,92 @@
+"""Which tensors a safetensors file has.
+
+    u64 N | N bytes of JSON: name -> {dtype, shape, data_offsets: [begin, end)} | data
+
+The data must be covered exactly: no holes, no overlap, nothing left over.
+Source: huggingface/safetensors, README and tensor.rs. Differs: a name that stands twice is refused, and the header may
+have 4 MiB (100 MB there; LLaMA 2 70B needs 90 kB).
+"""
+
+from __future__ import annotations
+
+from npllama import strict_json
+from npllama.checkpoints.files import InputFile
+from npllama.checkpoints.tensors import Storage, View
+from npllama.errors import CheckpointError, UsageError, quote
+
+LARGEST_HEADER = 4 << 20  # bytes
+MOST_AXES = 8
+
+DTYPES = {
+    "F32": ("f32", 4),
+    "F16": ("f16", 2),
+    "BF16": ("bf16", 2),
+    "F64": ("f64", 8),
+    "I64": ("i64", 8),
+    "U64": ("u64", 8),
+    "I32": ("i32", 4),
+    "U32": ("u32", 4),
+    "I16": ("i16", 2),
+    "U16": ("u16", 2),
+    "I8": ("i8", 1),
+    "U8": ("u8", 1),
+    "BOOL": ("bool", 1),
+    "C64": ("c64", 8),
+    "F8_E4M3": ("f8_e4m3", 1),
+    "F8_E5M2": ("f8_e5m2", 1),
+    "F8_E8M0": ("f8_e8m0", 1),
+    "F8_E4M3FNUZ": ("f8_e4m3fnuz", 1),
+    "F8_E5M2FNUZ": ("f8_e5m2fnuz", 1),
+}
+
+
+def read_safetensors(file: InputFile) -> dict[str, View]:
+    """The tensors of a safetensors file by name; CheckpointError unless they cover its data exactly."""
+    size = int.from_bytes(file.read(0, 8), "little")
+    if not 2 <= size <= min(LARGEST_HEADER, file.size - 8):
+        raise _damaged(file, f"a header of {size:,} bytes is announced")
+    try:
+        header = strict_json.parse_object(file.read(8, size), LARGEST_HEADER)
+    except UsageError as error:
+        raise CheckpointError(f"{file.name}: header: {error}") from error
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(file, "__metadata__ is no object of texts")
+    views = {name: _view(file, name, entry, 8 + size) for name, entry in header.items()}
+    end = 8 + size
+    for view in sorted(views.values(), key=lambda view: (view.storage.start, view.storage.numel)):
+        if view.storage.start != end:
+            raise _damaged(file, "its tensors overlap or leave holes")
+        end += view.storage.numel * view.storage.itemsize
+    if end != file.size:
+        raise _damaged(file, f"its tensors end at byte {end:,}, but it has {file.size:,}")
+    return views
+
+
+def _view(file: InputFile, name: str, entry: object, data: int) -> View:
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise _damaged(file, f"tensor {quote(name)} lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(
+            f"{file.name}: tensor {quote(name)} is of type {quote(dtype) if isinstance(dtype, str) else 'unknown'}, "
+            "but F32, F16, BF16 or F64 is needed; use a checkpoint that is not quantized"
+        )
+    if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2 or len(shape) > MOST_AXES:
+        raise _damaged(file, f"shape or data_offsets of tensor {quote(name)} are no whole numbers")
+    kind, itemsize = DTYPES[dtype]
+    strides = [1]
+    for n in reversed(shape):
+        strides.insert(0, strides[0] * n)
+    if offsets[1] - offsets[0] != strides[0] * itemsize:
+        raise _damaged(file, f"tensor {quote(name)} has {offsets[1] - offsets[0]:,} bytes, not what its shape needs")
+    storage = Storage(file, kind, itemsize, data + offsets[0], strides[0])
+    return View(storage, 0, tuple(shape), tuple(strides[1:]))
+
+
+def _whole_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _damaged(file: InputFile, what: str) -> CheckpointError:
+    return CheckpointError(f"{file.name}: {what}; it is damaged or incomplete: download it again")

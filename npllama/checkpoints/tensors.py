@@ -1,0 +1,154 @@
+"""Arrays inside files: where their elements lie, and how a block of rows comes into memory.
+
+A View is one array of one file, as torch describes it (storage, offset, shape, strides). A Tensor is one weight of the
+model: a View, or the model-parallel shards of one, or rows in another order. Reading takes as much memory as the block
+asked for, plus a few MB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from npllama.checkpoints.files import InputFile
+from npllama.errors import CheckpointError, quote
+
+NUMPY = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "f64": np.float64}
+"""The formats that weights may have, and the arrays that carry them (bfloat16: its bits)."""
+
+LARGEST_READ = 4 << 20  # bytes; strided views are read in pieces of at most this
+SMALLEST_READ = 64 << 10  # bytes; below this, reading what lies between the elements costs less than another read
+LARGEST_EXPANSION = (
+    1 << 16
+)  # elements; a stride of 0 may repeat a number so often, and cannot ask for memory without end
+
+
+@dataclass(eq=False)
+class Storage:
+    """A run of `numel` equal elements of one file, beginning at byte `start`."""
+
+    file: InputFile
+    dtype: str
+    itemsize: int
+    start: int
+    numel: int
+    swapped: bool = False
+
+
+@dataclass(frozen=True)
+class View:
+    """Elements of a storage: element (i, j) is number `offset + i * strides[0] + j * strides[1]`."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.storage.dtype
+
+    def check_weight(self, name: str) -> None:
+        """CheckpointError unless this can be a weight: a supported format, and no more elements than are stored."""
+        where = f"{self.storage.file.name}: tensor {quote(name)}"
+        if self.dtype not in NUMPY:
+            raise CheckpointError(f"{where} is of type {self.dtype}, but f32, f16, bf16 or f64 is needed")
+        elements = int(np.prod(np.array(self.shape, dtype=object))) if self.shape else 1
+        if elements > max(self.storage.numel, LARGEST_EXPANSION):
+            raise CheckpointError(
+                f"{where} has {elements:,} elements, but only {self.storage.numel:,} are stored; save it without "
+                "expand()"
+            )
+
+    def fill(self, out: np.ndarray, start: int) -> None:
+        """Copy rows `start` to `start + len(out)` into `out`, native byte order."""
+        self._fill(out, self.offset + start * self.strides[0])
+        if self.storage.swapped:
+            out.byteswap(inplace=True)
+
+    def _fill(self, out: np.ndarray, first: int) -> None:
+        """Read the span of the block at once where it is small or dense; else its halves along the longest way."""
+        if not out.size:
+            return
+        ways = [(n - 1) * stride for n, stride in zip(out.shape, self.strides, strict=True)]
+        span = 1 + sum(ways)
+        if span == out.size and out.flags.c_contiguous and self._c_order(out.shape):
+            self.storage.file.read_into(self._byte(first), out)
+        elif self._worth_reading(span, out.size):
+            buffer = np.empty(span, dtype=out.dtype)
+            self.storage.file.read_into(self._byte(first), buffer)
+            out[...] = as_strided(
+                buffer, out.shape, [stride * out.itemsize for stride in self.strides], writeable=False
+            )
+        else:
+            axis = ways.index(max(ways))
+            half = out.shape[axis] // 2
+            lower, upper = np.split(out, [half], axis=axis)
+            self._fill(lower, first)
+            self._fill(upper, first + half * self.strides[axis])
+
+    def _worth_reading(self, span: int, wanted: int) -> bool:
+        size = span * self.storage.itemsize
+        return size <= SMALLEST_READ or (size <= LARGEST_READ and span <= 8 * wanted)
+
+    def _c_order(self, shape: tuple[int, ...]) -> bool:
+        step = 1
+        for n, stride in zip(reversed(shape), reversed(self.strides), strict=True):
+            if n > 1 and stride != step:
+                return False
+            step *= n
+        return True
+
+    def _byte(self, element: int) -> int:
+        return self.storage.start + element * self.storage.itemsize
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One weight of the model, under Meta's name and in Meta's row order.
+
+    shape (rows, columns) or (n,); dtype "f32", "f16", "bf16" or "f64". `parts` are merged along `axis`; rows of heads
+    of size `halves` are turned from Hugging Face's two halves to Meta's adjacent pairs (0: they are Meta's already).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[View, ...]
+    axis: int = 0
+    halves: int = 0
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop`, read from the file now: C-contiguous, native, new; bfloat16 as its bits in uint16.
+
+        Hugging Face rotates halves of a head, Meta adjacent pairs; of a head of E rows, h its number:
+            meta[h*E + r] = hf[h*E + (r % 2) * E/2 + r // 2]
+        Raises CheckpointError when the file cannot be read. Source: transformers, convert_llama_weights_to_hf.py.
+        """
+        assert 0 <= start <= stop <= self.shape[0]
+        if not self.halves:
+            return self._merged(start, stop)
+        E = self.halves
+        low, high = start // E * E, -(-stop // E) * E
+        heads = self._merged(low, high).reshape(-1, 2, E // 2, *self.shape[1:])
+        pairs = np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(high - low, *self.shape[1:])
+        return pairs[start - low : stop - low]
+
+    def _merged(self, start: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - start, *self.shape[1:]), dtype=NUMPY[self.dtype])
+        at = 0
+        for part in self.parts:
+            width = part.shape[self.axis]
+            if self.axis == 1:
+                part.fill(out[:, at : at + width], start)
+            else:
+                low, high = max(start, at), min(stop, at + width)
+                if low < high:
+                    part.fill(out[low - start : high - start], low - at)
+            at += width
+        return out
