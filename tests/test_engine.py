@@ -1,0 +1,250 @@
+"""The engine: which execution is chosen, what a batch may be, and what the cache of compiled code survives."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+
+from npllama import engine as engine_module
+from npllama import machine, model, ops
+from npllama.engine import Engine, choose_backend
+from npllama.errors import ModelError, UsageError
+from npllama.weights import OpenModel, open_model
+
+needs_numba = pytest.mark.skipif(
+    os.environ.get("NPLLAMA_BACKEND") == "numpy", reason="compiled execution: not in the run of NumPy's"
+)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
+    folder = tmp_path_factory.mktemp("engine") / "model"
+    helpers.write_model_directory(folder)
+    return open_model(folder)
+
+
+@pytest.fixture(scope="module")
+def engine(opened: OpenModel) -> Engine:
+    return Engine(opened)
+
+
+def feed(engine: Engine, ids: list[int], chunk: int) -> np.ndarray:
+    """Logits of every id, the prompt cut into chunks."""
+    cache = engine.new_cache(1, len(ids))
+    rows = []
+    for start in range(0, len(ids), chunk):
+        pos = range(start, min(start + chunk, len(ids)))
+        rows.append(engine.forward(cache, ids[start : start + chunk], pos, [0] * len(pos), range(len(pos))))
+    return np.concatenate(rows)
+
+
+IDS = [1, 7, 30, 5, 5, 12, 40, 3, 2, 21, 8]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(engine: Engine, chunk: int) -> None:
+    np.testing.assert_allclose(feed(engine, IDS, chunk), feed(engine, IDS, len(IDS)), atol=1e-5)
+
+
+def test_sequences_side_by_side_give_the_logits_of_each_alone(engine: Engine) -> None:
+    first, second = IDS[:6], IDS[4:]
+    cache = engine.new_cache(3, 16)
+    tokens, seq = first + second, [2] * len(first) + [0] * len(second)
+    pos = [*range(len(first)), *range(len(second))]
+    together = engine.forward(cache, tokens, pos, seq, range(len(tokens)))
+    apart = np.concatenate([feed(engine, first, 99), feed(engine, second, 99)])
+    np.testing.assert_allclose(together, apart, atol=1e-5)
+
+
+def test_only_the_rows_asked_for_come_back(engine: Engine) -> None:
+    cache = engine.new_cache(1, 16)
+    every = engine.forward(cache, IDS, range(len(IDS)), [0] * len(IDS), range(len(IDS)))
+    some = engine.forward(cache, IDS, range(len(IDS)), [0] * len(IDS), [9, 2])
+    none = engine.forward(cache, IDS, range(len(IDS)), [0] * len(IDS), [])
+    np.testing.assert_allclose(some, every[[9, 2]], atol=1e-5)
+    assert none.shape == (0, helpers.TINY.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pos", "seq", "out", "message"),
+    [
+        ([], [], [], [], "at least one"),
+        ([1, 2], [0], [0, 0], [0], "equally many"),
+        ([-1], [0], [0], [0], "token ids must be 0 to"),
+        ([10**6], [0], [0], [0], "token ids must be 0 to"),
+        ([1], [-1], [0], [0], "pos must be at least 0"),
+        ([1], [0], [1], [0], "seq 0 to 0"),
+        ([1], [0], [0], [1], "out must be rows 0 to 0"),
+        ([1, 2], [0, 2], [0, 0], [0], "ascending by one"),
+    ],
+)
+def test_a_batch_that_would_address_foreign_memory_is_refused(
+    engine: Engine, tokens: list[int], pos: list[int], seq: list[int], out: list[int], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        engine.forward(engine.new_cache(1, 8), tokens, pos, seq, out)
+
+
+def test_rows_of_a_sequence_that_stand_apart_are_refused(engine: Engine) -> None:
+    with pytest.raises(UsageError, match="must stand together"):
+        engine.forward(engine.new_cache(2, 8), [1, 2, 3], [0, 0, 1], [0, 1, 0], [0])
+
+
+def test_a_cache_beyond_the_free_memory_is_refused_with_the_arithmetic(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "free_memory", lambda: 10_000)
+    with pytest.raises(ModelError, match=r"KV cache for 512 positions needs .* MB are free; ask for a smaller context"):
+        engine.new_cache(1, 512)
+
+
+def test_more_sinks_and_window_than_slots_are_refused(engine: Engine) -> None:
+    with pytest.raises(UsageError, match="cannot hold 3 sinks and a window of 6"):
+        engine.new_cache(1, 8, window=6, n_sink=3)
+
+
+def test_a_closed_engine_says_so(opened: OpenModel) -> None:
+    engine = Engine(opened)
+    cache = engine.new_cache(1, 4)
+    engine.close()
+    with pytest.raises(UsageError, match="closed"):
+        engine.forward(cache, [1], [0], [0], [0])
+
+
+@pytest.mark.parametrize("threads", [0, -1, True, 1.5, "2"])
+def test_threads_that_are_no_number_of_threads_are_refused(opened: OpenModel, threads: object) -> None:
+    with pytest.raises(UsageError, match="is not a number of threads"):
+        Engine(opened, threads=threads)  # type: ignore[arg-type]
+
+
+def test_an_unknown_backend_is_refused(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="backend='torch' is not known"):
+        choose_backend("torch", opened, print)
+    monkeypatch.setenv("NPLLAMA_BACKEND", "fortran")
+    with pytest.raises(UsageError, match="NPLLAMA_BACKEND='fortran' is not known"):
+        choose_backend("auto", opened, print)
+
+
+def test_auto_is_numpy_without_numba(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NPLLAMA_BACKEND", raising=False)
+    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: None)
+    assert choose_backend("auto", opened, print) == "numpy"
+    with pytest.raises(UsageError, match="needs the package numba, which is not installed"):
+        choose_backend("numba", opened, print)
+
+
+def test_auto_is_numpy_for_a_small_model_that_nothing_is_compiled_for(
+    opened: OpenModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("NPLLAMA_BACKEND", raising=False)
+    monkeypatch.setenv("NPLLAMA_CACHE_DIR", str(tmp_path))
+    pytest.importorskip("numba")
+    said: list[str] = []
+    assert choose_backend("auto", opened, said.append) == "numpy"
+    assert "using NumPy" in said[0]
+    (tmp_path / f"{engine_module.cache_name(opened)}-cpu").touch()
+    assert choose_backend("auto", opened, print) == "numba"
+
+
+def test_the_environment_decides_auto_and_an_explicit_backend_wins(
+    opened: OpenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NPLLAMA_BACKEND", "numpy")
+    assert choose_backend("auto", opened, print) == "numpy"
+    pytest.importorskip("numba")
+    assert choose_backend("numba", opened, print) == "numba"
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_every_step_gives_and_takes_float32(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float64 or float16 between two steps would double the work, or lose digits, without a sign."""
+    helpers.write_model_directory(tmp_path / "model", dtype=dtype)
+    seen: set[str] = set()
+
+    def watched(name: str):
+        step = getattr(ops, name)
+
+        def run(*arguments):
+            result = step(*arguments)
+            for array in (result, *(a for a in arguments[:2] if isinstance(a, np.ndarray) and a.dtype.kind == "f")):
+                assert array.dtype == np.float32, name
+            seen.add(name)
+            return result
+
+        return run
+
+    steps = ("attend", "embed", "linear", "rms_norm", "rope", "swiglu")
+    for name in steps:
+        monkeypatch.setattr(model, name, watched(name))
+    engine = Engine(open_model(tmp_path / "model"), "numpy")
+    assert feed(engine, IDS, 4).dtype == np.float32
+    assert seen == set(steps)
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_forward_compiles_once_and_agrees_with_numpy(dtype: str, tmp_path: Path) -> None:
+    helpers.write_model_directory(tmp_path / "model", dtype=dtype)
+    opened = open_model(tmp_path / "model")
+    compiled, plain = Engine(opened, "numba"), Engine(opened, "numpy")
+    for chunk in (1, 3, 99):
+        np.testing.assert_allclose(feed(compiled, IDS, chunk), feed(plain, IDS, chunk), atol=1e-4)
+    cache = compiled.new_cache(2, 6, window=3, n_sink=2)
+    compiled.forward(cache, np.array([1, 2], np.int32), [0, 0], (0, 1), [])
+    assert len(compiled.compiled.signatures) == 1
+    assert compiled.compiled.nopython_signatures[0].return_type.dtype.name == "float32"
+
+
+RUN = """
+import sys, numpy as np
+from npllama.engine import Engine
+from npllama.weights import open_model
+said = []
+engine = Engine(open_model(sys.argv[1]), "numba", None, said.append)
+logits = engine.forward(engine.new_cache(1, 4), [1, 7, 3], range(3), [0] * 3, range(3))
+print(logits.tobytes().hex()[:64], *said, sep="\\n")
+"""
+
+
+def run(folder: Path, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh process that computes a few logits with the compiled execution."""
+    env = {**os.environ, "NPLLAMA_CACHE_DIR": str(cache), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", RUN, str(folder)], env=env, capture_output=True, text=True, check=False
+    )
+
+
+@needs_numba
+def test_compiled_code_is_kept_and_damage_costs_one_compilation(opened: OpenModel, tmp_path: Path) -> None:
+    cold = run(opened.path, tmp_path / "cache")
+    assert "compiling kernels" in cold.stdout
+    (file,) = (tmp_path / "cache").iterdir()
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    warm = run(opened.path, tmp_path / "cache")
+    assert warm.stdout == cold.stdout.splitlines()[0] + "\n"
+
+    content = bytearray(file.read_bytes())
+    content[random.Random(0).randrange(len(content))] ^= 0x10
+    file.write_bytes(content)
+    mended = run(opened.path, tmp_path / "cache")
+    assert mended.returncode == 0
+    assert "its checksum does not match" in mended.stdout
+    assert mended.stdout.splitlines()[0] == warm.stdout.splitlines()[0]
+    assert run(opened.path, tmp_path / "cache").stdout == warm.stdout
+
+
+@needs_numba
+def test_a_cache_directory_that_others_can_write_to_is_not_used(opened: OpenModel, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    result = run(opened.path, tmp_path / "cache")
+    assert result.returncode == 0
+    assert "can be written by others" in result.stdout
+    assert not list((tmp_path / "cache").iterdir())
