@@ -109,8 +109,8 @@ def sample(
     if len(ids) == 1:
         return int(ids[0])
     below = p.cumsum()
-    drawn = below.searchsorted(uniform(seed, completion, position) * below[-1], side="right")
-    return int(ids[min(int(drawn), len(ids) - 1)])
+    # The number is at most 1 - 2^-53, so its product with the sum stays below the sum, also when rounded.
+    return int(ids[below.searchsorted(uniform(seed, completion, position) * below[-1], side="right")])
 
 
 def uniform(seed: int, completion: int, position: int) -> float:

@@ -1,6 +1,7 @@
 """Text to ids and ids to text: a SentencePiece model, and the rules that keep text and control ids apart.
 
 * Text never becomes a control id: `</s>` in a prompt is four characters. Control ids enter a sequence only as ids.
+  (A piece that the file calls user-defined is text: it is what its characters encode to.)
 * Text gets BOS in front once, also when it begins with the characters `<s>`.
 * A control id adds nothing to a text. Nor does an id beyond the pieces, which exists where the model's embedding is
   padded to a rounder size than its tokenizer: such an id can be sampled, and must not end a text with an error.
@@ -12,6 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from itertools import compress
 from pathlib import Path
 
 import sentencepiece
@@ -56,18 +58,17 @@ class Tokenizer:
         p = self._processor
         try:
             spelled = p.id_to_piece(ids)
-            unknown = {i: p.decode([i]) for i in ids if p.is_unknown(i)}
+            unknown = {i: p.decode([i]) for i in compress(ids, p.is_unknown(ids))}
         except UnicodeDecodeError as error:
             raise ModelError(_malformed(self.path, "a piece that is not UTF-8")) from error
-        self.control_ids = frozenset(i for i, control in enumerate(p.is_control(ids)) if control)
+        self.control_ids = frozenset(compress(ids, p.is_control(ids)))
         pieces = [piece.replace(SPACE, " ") for piece in spelled]
-        for i, is_byte in enumerate(p.is_byte(ids)):
-            if is_byte:
-                pieces[i] = bytes([int(spelled[i][3:5], 16)]).decode("utf-8", "surrogateescape")
-            elif i in self.control_ids:
-                pieces[i] = BREAK
-            elif i in unknown:
-                pieces[i] = unknown[i]
+        for i in compress(ids, p.is_byte(ids)):
+            pieces[i] = bytes([int(spelled[i][3:5], 16)]).decode("utf-8", "surrogateescape")
+        for i in self.control_ids:
+            pieces[i] = BREAK
+        for i, surface in unknown.items():
+            pieces[i] = surface
         spaced = [i for i in ids if spelled[i].startswith(SPACE) and i not in unknown and i not in self.control_ids]
         # The file says whether encoding puts a space in front of a text; decoding one piece shows what it says.
         strips = bool(spaced) and p.decode(spaced[:1]) != pieces[spaced[0]]
@@ -75,27 +76,16 @@ class Tokenizer:
         lone = p.piece_to_id(SPACE)
         self._strips_every_space = lone in self._spaced and p.decode([lone, lone]) == ""
         self.pieces = tuple(pieces) + (BREAK,) * (self.vocab_size - self.n_pieces)
-        """By id: what it adds inside a text; a byte >= 0x80 as its surrogate escape U+DC80 ... U+DCFF, a control id BREAK."""
+        """What each id adds inside a text; a byte >= 0x80: its surrogate escape (PEP 383); a control id: BREAK."""
 
     def _check_pieces(self) -> None:
-        """Hold the table against SentencePiece, and see that no control id can be typed."""
+        """Hold the table against SentencePiece's own decoding of all pieces."""
         ids = list(range(self.n_pieces))
         if self.decode(ids) != self._processor.decode(ids):
             raise ModelError(
                 f"{self.path.name}: it rewrites text when it decodes (a denormalizer), which is not supported; "
                 f"one that does not is needed. Use the tokenizer.model that came with a LLaMA 2 checkpoint."
             )
-        for i in sorted(self.control_ids):
-            piece = self._processor.id_to_piece(i)
-            if not self.control_ids.isdisjoint(self._processor.encode(piece.replace(SPACE, " "))):
-                raise ModelError(self._typed_control(i))
-
-    def _typed_control(self, token: int) -> str:
-        """The message for a control id that text turns into."""
-        return (
-            f"{self.path.name}: plain text becomes the control piece {quote(self._processor.id_to_piece(token))} (id "
-            f"{token}), but text must never become a control id. Use the tokenizer.model that came with the checkpoint."
-        )
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The ids of a text, with BOS in front unless bos is False; never a control id from the text itself.
@@ -113,8 +103,9 @@ class Tokenizer:
                 f"Unicode text without halves of surrogate pairs is needed. Decode the input with errors='replace'."
             ) from error
         ids: list[int] = self._processor.encode(text)
-        if not self.control_ids.isdisjoint(ids):
-            raise ModelError(self._typed_control(min(self.control_ids.intersection(ids))))
+        assert self.control_ids.isdisjoint(
+            ids
+        )  # SentencePiece never matches a control piece, whatever the model calls it
         return [self.bos_id, *ids] if bos else ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -169,10 +160,15 @@ def replace_bad_bytes(text: str) -> str:
     return _BAD_BYTE.sub("\ufffd", text)
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for somebody to write, should it be a named pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
     """Read a tokenizer file in full, refusing what is not a regular file of reasonable size before reading it."""
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
             info = os.fstat(file.fileno())
             if not stat.S_ISREG(info.st_mode):
                 raise ModelError(_malformed(path, "no regular file"))
@@ -181,7 +177,7 @@ def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
             data = file.read(MAX_FILE_BYTES)
     except OSError as error:
         raise ModelError(
-            f"{path.name}: cannot read {quote(str(path))} ({error.strerror}); SentencePiece's tokenizer.model is needed. "
+            f"{path.name}: cannot read {quote(str(path))} ({error.strerror}); a SentencePiece model is needed. "
             f"Put the one that came with the checkpoint there."
         ) from error
     processor = sentencepiece.SentencePieceProcessor()

@@ -6,6 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+import tiny_sentencepiece
+from hypothesis import settings
+
+# Seeded, and without a time limit: a busy machine is no failure.
+settings.register_profile("npllama", derandomize=True, deadline=None, database=None)
+settings.load_profile("npllama")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,3 +23,11 @@ def shared_data() -> Path:
     if not (folder / "golden").is_dir():
         pytest.skip("real checkpoints: NPLLAMA_TEST_DATA names no folder with golden results")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 400 pieces, trained on the spot as LLaMA 2's was (BPE, byte fallback)."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(tiny_sentencepiece.trained())
+    return path
