@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,23 @@ class Engine:
 
         return reader
 
+    def single_kernels(self) -> dict[str, Callable[..., np.ndarray]]:
+        """Every step of ops.py compiled on its own. Raises UsageError for the NumPy execution, which has no kernels."""
+        if self.backend != "numba":
+            raise UsageError("the NumPy execution has no kernels to look at; it needs numba, and backend numba.")
+        from npllama.kernels import single
+
+        return single.STEPS
+
+    def run_stepwise(
+        self, forward: Callable[..., np.ndarray], cache: KVCache, tokens: np.ndarray, pos: np.ndarray
+    ) -> np.ndarray:
+        """Feed tokens of sequence 0 to a forward made by `stepwise`; logits of the last (1, V)."""
+        batch = [np.ascontiguousarray(a, np.int64) for a in (tokens, pos, np.zeros(len(pos)), [len(pos) - 1])]
+        self._check(cache, *batch)
+        with self._lock:
+            return forward(*self._arguments(cache, *batch))
+
     def new_cache(self, n_seqs: int, n_slots: int, window: int = 0, n_sink: int = 0) -> KVCache:
         """An empty KV cache for this model. Raises ModelError, with the arithmetic, when memory does not suffice."""
         c = self.config
@@ -211,6 +229,15 @@ class Engine:
         with self._lock:
             self._weights = None
             self._forward = model.forward
+
+
+def stepwise(steps: dict[str, Callable[..., np.ndarray]]) -> Callable[..., np.ndarray]:
+    """model.forward, uncompiled, with other functions in the place of the steps named: the same source, step by step."""
+    scope = {**vars(model), **steps}
+    for name in ("attention", "feed_forward", "forward"):
+        scope[name] = types.FunctionType(getattr(model, name).__code__, scope, name)
+    forward: Callable[..., np.ndarray] = scope["forward"]
+    return forward
 
 
 def _checked_threads(threads: int | None) -> int:

@@ -1,0 +1,63 @@
+"""Each step of ops.py compiled on its own, for checking and timing step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+
+from npllama import ops
+from npllama.kernels import attention, linear, steps  # noqa: F401 (importing registers the overloads)
+from npllama.kernels.flags import SERIAL
+
+
+@njit(**SERIAL)
+def layer_alone(w, l):
+    return ops.layer(w, l)
+
+
+@njit(**SERIAL)
+def embed_alone(table, tokens):
+    return ops.embed(table, tokens)
+
+
+@njit(**SERIAL)
+def rms_norm_alone(x, gain, eps):
+    return ops.rms_norm(x, gain, eps)
+
+
+@njit(**SERIAL)
+def linear_alone(x, w):
+    return ops.linear(x, w)
+
+
+@njit(**SERIAL)
+def rope_alone(x, cos, sin):
+    return ops.rope(x, cos, sin)
+
+
+@njit(**SERIAL)
+def rope_to_sinks_alone(x, cos, sin, cache):
+    return ops.rope_to_sinks(x, cos, sin, cache)
+
+
+@njit(**SERIAL)
+def attend_alone(q, q_sink, k, v, cache, l, pos, seq):
+    return ops.attend(q, q_sink, k, v, cache, l, pos, seq)
+
+
+@njit(**SERIAL)
+def swiglu_alone(gate, up):
+    return ops.swiglu(gate, up)
+
+
+STEPS: dict[str, Callable[..., Any]] = {
+    "embed": embed_alone,
+    "rms_norm": rms_norm_alone,
+    "linear": linear_alone,
+    "rope": rope_alone,
+    "rope_to_sinks": rope_to_sinks_alone,
+    "attend": attend_alone,
+    "swiglu": swiglu_alone,
+}

@@ -1,0 +1,120 @@
+"""Does this copy compute LLaMA? Every step of every layer in NumPy against its compiled kernel, on the user's weights.
+
+The model runs step by step through the same model.py. Each step gets the same inputs twice, once in NumPy (for
+quantized weights: the definition of ops.linear) and once in its kernel, and NumPy's result goes on to the next step, so
+that errors do not add up and every kernel is judged alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from npllama import ops
+from npllama.engine import Engine, stepwise
+from npllama.weights import Weights
+
+# Largest error allowed, relative to the largest value of the step's result. A sum of K products in another order
+# differs by about sqrt(K) * 6e-8; the other steps are a few roundings deep; a table look-up is exact.
+TOLERANCE = {
+    "embed": 0.0,
+    "rms_norm": 2e-6,
+    "linear": 1e-5,
+    "rope": 1e-6,
+    "rope_to_sinks": 1e-6,
+    "attend": 1e-5,
+    "swiglu": 2e-6,
+}
+PROMPT = 33  # tokens read at once: more than a tile, and no multiple of one
+DECODED = 2  # then token by token
+
+
+@dataclass
+class Row:
+    """The largest error found of one step (of `linear`: with one kind of weight), and the layer it was found in."""
+
+    step: str
+    weight: str
+    error: float = 0.0
+    layer: int = -1
+    calls: int = 0
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[self.step]
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+def verify(engine: Engine, seed: int = 0) -> list[Row]:
+    """Run a few random tokens through the model and compare every step: a row for each step and kind of weight.
+
+    engine: one with the compiled execution. Raises UsageError for an engine of the NumPy execution.
+    """
+    rows: dict[tuple[str, str], Row] = {}
+    names = weight_names(engine.weights)
+    kernels = engine.single_kernels()
+    n = min(PROMPT + DECODED, max(DECODED + 1, engine.config.max_seq_len))
+    cache, twin = engine.new_cache(1, n), engine.new_cache(1, n)
+
+    def compared(step: str) -> Callable[..., np.ndarray]:
+        def run(*arguments: Any) -> np.ndarray:
+            expected: np.ndarray = getattr(ops, step)(*arguments)
+            found = kernels[step](*(twin if a is cache else a for a in arguments))
+            weight, layer = names.get(address(arguments[1]), ("", -1)) if step in ("linear", "rms_norm") else ("", -1)
+            if step == "attend":
+                layer = arguments[5]
+            row = rows.setdefault((step, weight), Row(step, weight))
+            row.calls += 1
+            error = largest_error(found, expected)
+            if not error <= row.error:
+                row.error, row.layer = error, layer
+            return expected
+
+        return run
+
+    forward = stepwise({step: compared(step) for step in kernels})
+    ids = np.random.default_rng(seed).integers(0, engine.config.vocab_size, n)
+    starts = [0, *range(n - DECODED, n), n]
+    for start, stop in zip(starts, starts[1:], strict=False):
+        pos = np.arange(start, stop)
+        engine.run_stepwise(forward, cache, ids[start:stop], pos)
+    return list(rows.values())
+
+
+def largest_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference relative to the largest expected value; infinity where shapes, types or a NaN differ."""
+    if found.shape != expected.shape or found.dtype != expected.dtype or not np.isfinite(found).all():
+        return float("inf")
+    largest = float(np.abs(expected).max(initial=0.0))
+    difference = float(np.abs(found - expected).max(initial=0.0))
+    if not np.isfinite(largest):
+        return float("inf")
+    return difference / largest if largest else difference
+
+
+def address(w: Any) -> int:
+    """Where the numbers of a weight begin: the same for every view of the same layer."""
+    array = w if isinstance(w, np.ndarray) else w[0]
+    return int(array.__array_interface__["data"][0])
+
+
+def weight_names(weights: Weights) -> dict[int, tuple[str, int]]:
+    """Address -> kind of weight and layer (-1 for a weight that is not in a layer)."""
+    return dict(_named(weights))
+
+
+def _named(weights: Weights) -> Iterator[tuple[int, tuple[str, int]]]:
+    alone = {"tok_embeddings", "norm", "output"}
+    for kind, w in weights._asdict().items():
+        if kind in alone:
+            yield address(w), (kind, -1)
+            continue
+        n_layers = (w if isinstance(w, np.ndarray) else w[0]).shape[0]
+        for l in range(n_layers):
+            yield address(ops.layer(w, l)), (kind, l)

@@ -1,0 +1,60 @@
+"""npllama verify: it passes sound kernels, and catches a kernel that is wrong in one place of a hundred."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+
+from npllama.engine import Engine
+from npllama.errors import UsageError
+from npllama.verify import largest_error, verify
+from npllama.weights import open_model
+
+pytest.importorskip("numba")
+
+
+@pytest.fixture(scope="module", params=["f32", "f16", "bf16"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = tmp_path_factory.mktemp("verify") / "model"
+    helpers.write_model_directory(folder, dtype=request.param)
+    return Engine(open_model(folder), "numba")
+
+
+def test_sound_kernels_pass_in_every_step_and_kind_of_weight(engine: Engine) -> None:
+    rows = verify(engine)
+    assert all(row.passed for row in rows), [row for row in rows if not row.passed]
+    kinds = {"wq", "wk", "wv", "wo", "w1", "w2", "w3", "output"}
+    assert {row.weight for row in rows if row.step == "linear"} == kinds
+    assert {row.step for row in rows} >= {"embed", "rms_norm", "rope", "attend", "swiglu"}
+    assert all(row.calls for row in rows)
+
+
+def test_a_kernel_with_one_wrong_scale_in_a_hundred_is_caught(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = engine.single_kernels()
+
+    def wrong(x, w):
+        y = sound["linear"](x, w)
+        y[:, ::100] *= np.float32(1.01)
+        return y
+
+    monkeypatch.setattr(engine, "single_kernels", lambda: {**sound, "linear": wrong})
+    failed = {row.weight for row in verify(engine) if not row.passed}
+    assert failed == {"wq", "wk", "wv", "wo", "w1", "w2", "w3", "output"}
+
+
+def test_a_result_that_is_not_finite_or_of_another_type_is_an_error() -> None:
+    ones = np.ones((2, 2), np.float32)
+    assert largest_error(ones, ones) == 0
+    assert largest_error(ones * np.float32(np.nan), ones) == np.inf
+    assert largest_error(ones, ones * np.float32(np.inf)) == np.inf
+    assert largest_error(ones.astype(np.float64), ones) == np.inf
+    assert largest_error(ones[:1], ones) == np.inf
+
+
+def test_the_numpy_execution_has_nothing_to_verify(tmp_path: Path) -> None:
+    helpers.write_model_directory(tmp_path / "model")
+    with pytest.raises(UsageError, match="has no kernels"):
+        verify(Engine(open_model(tmp_path / "model"), "numpy"))
