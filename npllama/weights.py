@@ -358,7 +358,7 @@ def _check_keys(path: Path, where: str, found: Any, needed: set[str]) -> None:
 
 
 def _require(path: Path, where: str, found: Any, needed: Any) -> None:
-    if found != needed or type(found) is not type(needed):
+    if repr(found) != repr(needed):  # 24.0 == 24, and True == 1: neither is what export wrote
         raise ModelError(f"{path}: {where} is {quote(found)}, needed is {quote(needed)}; {AGAIN}")
 
 
@@ -466,7 +466,8 @@ def _check_npy_header(path: Path, file: BinaryIO, spec: ArraySpec) -> int:
     """Where the numbers start. The header is not parsed but compared: there is one right spelling of it."""
     start = _read(file, 12, path.name)
     if start[:6] != b"\x93NUMPY" or start[6:8] not in (b"\x01\x00", b"\x02\x00") or len(start) < 12:
-        raise ModelError(f"{path}: begins with {quote(start[:8])}, a .npy file (version 1.0, 2.0) is needed; {AGAIN}")
+        found = quote(start[:8].decode("latin-1"))
+        raise ModelError(f"{path}: begins with {found}, a .npy file (version 1.0, 2.0) is needed; {AGAIN}")
     begin = 10 if start[6] == 1 else 12
     length = int.from_bytes(start[8:begin], "little")
     if length > LARGEST_NPY_HEADER or (begin + length) % NPY_ALIGNMENT:

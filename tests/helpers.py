@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import struct
 from pathlib import Path
 
@@ -98,15 +97,11 @@ def write_model_directory(
 
 def stacked(weights: dict[str, np.ndarray], n_layers: int) -> dict[str, np.ndarray]:
     """Weights by Meta's names -> by kind, layers stacked."""
-    kinds = {
-        name.rpartition(".")[2]: name.replace("layers.0.", "layers.{}.")
-        for name in weights
-        if not re.match(r"layers\.[1-9]", name)
-    }
-    return {
-        kind: np.stack([weights[name.format(l)] for l in range(n_layers)]) if "{}" in name else weights[name]
-        for kind, name in kinds.items()
-    }
+    in_layers = {name.rpartition(".")[2]: name for name in weights if name.startswith("layers.0.")}
+    kinds = {kind: weights[kind] for kind in weights if not kind.startswith("layers.")}
+    for kind, name in in_layers.items():
+        kinds[kind] = np.stack([weights[name.replace("layers.0.", f"layers.{l}.")] for l in range(n_layers)])
+    return kinds
 
 
 def _save_kind(folder: Path, kind: str, w: np.ndarray, dtype: str) -> dict[str, object]:
