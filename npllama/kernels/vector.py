@@ -1,0 +1,266 @@
+"""The vector operations that kernels are written in, with names.
+
+A value of type `floats` is WIDTH float32 numbers in one register (or in as many as the CPU needs: LLVM splits what is
+too wide, so the same kernel runs on every CPU). Each operation is one or a few LLVM instructions, in the order that
+stands here: nothing is reassociated, so a kernel gives the same bits however it is compiled.
+
+Addresses are (array, offset): the element `offset` of the array's data, counted in elements of a C-contiguous array.
+Nothing is checked. Tuples of vectors stand for several registers and stay in registers.
+
+What a CPU lacks is chosen by the features of Numba's target (NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included): without
+fused multiply-add `llvm.fma` would be a slow call, without half-precision conversion a crash.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic, models, register_model
+
+from npllama.kernels.flags import PLAIN
+
+i16, i32, i64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+f16, f32 = ir.HalfType(), ir.FloatType()
+
+TRIPLE, CPU, FEATURES = cpu_target.target_context.codegen().magic_tuple()
+X86 = TRIPLE.startswith(("x86", "i386", "i686"))
+ARM64 = TRIPLE.startswith(("aarch64", "arm64"))
+
+
+def has(feature: str) -> bool:
+    """Whether Numba's target has a CPU feature, by LLVM's name; never with plain kernels asked for."""
+    return not PLAIN and f"+{feature}" in FEATURES.split(",")
+
+
+FMA = has("fma") or (ARM64 and not PLAIN)
+HALF = has("f16c") or (ARM64 and not PLAIN)
+WIDE = has("avx512f") and has("avx512vl") and has("avx512bw") and has("avx512dq")
+WIDTH = 16 if WIDE else 8
+REGISTERS = 32 if WIDE else 16
+"""Vector registers of WIDTH float32 that a tile may fill."""
+
+
+class VectorType(types.Type):
+    """Numba's type of a vector: `lanes` numbers of one LLVM type."""
+
+    def __init__(self, element: ir.Type, lanes: int) -> None:
+        self.llvm = ir.VectorType(element, lanes)
+        super().__init__(name=f"Vector({self.llvm})")
+
+
+@register_model(VectorType)
+class VectorModel(models.PrimitiveModel):
+    """A vector is one LLVM value."""
+
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, fe_type.llvm)
+
+
+floats = VectorType(f32, WIDTH)
+
+
+# What the operations below are made of: functions of an LLVM builder, also for intrinsics that stand elsewhere.
+
+
+def address(context, builder, array_type, array, offset):
+    """Pointer to element `offset` of an array's data."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [offset])
+
+
+def read(builder, pointer, vector, align=1):
+    """Load a vector of any LLVM type from a pointer of any type."""
+    value = builder.load(builder.bitcast(pointer, vector.as_pointer()))
+    value.align = align
+    return value
+
+
+def write(builder, value, pointer, align=1):
+    """Store a vector to a pointer of any type."""
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = align
+
+
+def constant(vector, number):
+    """The same number in all lanes."""
+    return ir.Constant(vector, [number] * vector.count)
+
+
+def broadcast(builder, scalar, lanes):
+    """A scalar in all lanes."""
+    vector = ir.VectorType(scalar.type, lanes)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(i32, 0))
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), constant(ir.VectorType(i32, lanes), 0))
+
+
+def shuffle(builder, a, b, lanes):
+    """Pick lanes from a (0 .. n-1) and b (n ..)."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(i32, len(lanes)), list(lanes)))
+
+
+def call(builder, name, result, *arguments):
+    """Call an LLVM intrinsic or a function of the runtime by its name."""
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(result, [a.type for a in arguments]), name
+    )
+    return builder.call(function, arguments)
+
+
+def multiply_add(builder, a, b, c):
+    """a * b + c: rounded once where the CPU can, else twice."""
+    if FMA:
+        return call(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
+    return builder.fadd(builder.fmul(a, b), c)
+
+
+def half_to_float(builder, bits):
+    """The float32 values of a vector of float16 bits."""
+    lanes = bits.type.count
+    if HALF:
+        return builder.fpext(builder.bitcast(bits, ir.VectorType(f16, lanes)), ir.VectorType(f32, lanes))
+    # Shifted into place the exponent is 112 too small: one exact multiplication puts it right, subnormals included.
+    # Infinity and NaN (exponent 31) get the exponent of a float32's.
+    ints, numbers = ir.VectorType(i32, lanes), ir.VectorType(f32, lanes)
+    wide = builder.zext(bits, ints)
+    magnitude = builder.shl(builder.and_(wide, constant(ints, 0x7FFF)), constant(ints, 13))
+    scaled = builder.fmul(builder.bitcast(magnitude, numbers), constant(numbers, 2.0**112))
+    special = builder.icmp_unsigned(">=", magnitude, constant(ints, 0x1F << 23))
+    infinite = builder.or_(magnitude, constant(ints, 0xFF << 23))
+    value = builder.select(special, infinite, builder.bitcast(scaled, ints))
+    sign = builder.shl(builder.and_(wide, constant(ints, 0x8000)), constant(ints, 16))
+    return builder.bitcast(builder.or_(value, sign), numbers)
+
+
+def brain_to_float(builder, bits):
+    """The float32 values of a vector of bfloat16 bits."""
+    ints = ir.VectorType(i32, bits.type.count)
+    wide = builder.shl(builder.zext(bits, ints), constant(ints, 16))
+    return builder.bitcast(wide, ir.VectorType(f32, bits.type.count))
+
+
+def fold(builder, a, lanes):
+    """Halve a vector by adding its upper half to its lower half, until `lanes` are left."""
+    while a.type.count > lanes:
+        half = a.type.count // 2
+        a = builder.fadd(shuffle(builder, a, a, range(half)), shuffle(builder, a, a, range(half, 2 * half)))
+    return a
+
+
+# The operations.
+
+
+@intrinsic
+def load(typingctx, array, offset):
+    """WIDTH float32 from array[offset] on."""
+
+    def generate(context, builder, signature, args):
+        return read(builder, address(context, builder, signature.args[0], *args), floats.llvm, 4)
+
+    return floats(array, types.intp), generate
+
+
+@intrinsic
+def load_half(typingctx, array, offset):
+    """WIDTH float16 (bits in a uint16 array) from array[offset] on, widened to float32."""
+
+    def generate(context, builder, signature, args):
+        pointer = address(context, builder, signature.args[0], *args)
+        return half_to_float(builder, read(builder, pointer, ir.VectorType(i16, WIDTH), 2))
+
+    return floats(array, types.intp), generate
+
+
+@intrinsic
+def load_brain(typingctx, array, offset):
+    """WIDTH bfloat16 (bits in a uint16 array) from array[offset] on, widened to float32."""
+
+    def generate(context, builder, signature, args):
+        pointer = address(context, builder, signature.args[0], *args)
+        return brain_to_float(builder, read(builder, pointer, ir.VectorType(i16, WIDTH), 2))
+
+    return floats(array, types.intp), generate
+
+
+@intrinsic
+def store(typingctx, array, offset, value):
+    """Write WIDTH float32 to array[offset] on."""
+
+    def generate(context, builder, signature, args):
+        write(builder, args[2], address(context, builder, signature.args[0], args[0], args[1]), 4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, floats), generate
+
+
+@intrinsic
+def splat(typingctx, number):
+    """The same float32 in all lanes."""
+
+    def generate(context, builder, signature, args):
+        return broadcast(builder, args[0], WIDTH)
+
+    return floats(types.float32), generate
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """a * b + c in each lane."""
+
+    def generate(context, builder, signature, args):
+        return multiply_add(builder, *args)
+
+    return floats(floats, floats, floats), generate
+
+
+def _binary(name, doc):
+    """An operation of two vectors that is one LLVM instruction."""
+
+    def operation(typingctx, a, b):
+        def generate(context, builder, signature, args):
+            return getattr(builder, name)(*args)
+
+        return floats(floats, floats), generate
+
+    operation.__doc__ = doc
+    return intrinsic(operation)
+
+
+add = _binary("fadd", "a + b in each lane.")
+sub = _binary("fsub", "a - b in each lane.")
+mul = _binary("fmul", "a * b in each lane.")
+div = _binary("fdiv", "a / b in each lane.")
+
+
+@intrinsic
+def total(typingctx, a):
+    """The sum of all lanes, by halves: lane i + lane i + n/2, and so on."""
+
+    def generate(context, builder, signature, args):
+        return builder.extract_element(fold(builder, args[0], 1), ir.Constant(i32, 0))
+
+    return types.float32(floats), generate
+
+
+@intrinsic
+def half(typingctx, bits):
+    """The float32 value of one float16's bits."""
+
+    def generate(context, builder, signature, args):
+        value = half_to_float(
+            builder, builder.insert_element(constant(ir.VectorType(i16, 8), 0), args[0], ir.Constant(i32, 0))
+        )
+        return builder.extract_element(value, ir.Constant(i32, 0))
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def brain(typingctx, bits):
+    """The float32 value of one bfloat16's bits."""
+
+    def generate(context, builder, signature, args):
+        wide = builder.shl(builder.zext(args[0], i32), ir.Constant(i32, 16))
+        return builder.bitcast(wide, f32)
+
+    return types.float32(types.uint16), generate
