@@ -232,7 +232,7 @@ class Engine:
 
 
 def stepwise(steps: dict[str, Callable[..., np.ndarray]]) -> Callable[..., np.ndarray]:
-    """model.forward, uncompiled, with other functions in the place of the steps named: the same source, step by step."""
+    """model.forward, uncompiled, with other functions in place of the steps named: the same source, step by step."""
     scope = {**vars(model), **steps}
     for name in ("attention", "feed_forward", "forward"):
         scope[name] = types.FunctionType(getattr(model, name).__code__, scope, name)
@@ -283,6 +283,18 @@ def import_numba() -> None:
     if "NUMBA_NUM_THREADS" not in os.environ and "numba" not in sys.modules:
         os.environ["NUMBA_NUM_THREADS"] = str(max(machine.affinity(), 1))
     import numba  # noqa: F401
+
+
+def compiled_execution() -> dict[str, str]:
+    """What compiled code is made for, and what runs its threads. Imports numba."""
+    import_numba()
+    import numba
+    from numba.np.ufunc.parallel import _launch_threads
+
+    from npllama.kernels import entry
+
+    _launch_threads()  # the layer is chosen here
+    return {"compiled_for": entry.target().split("|")[1], "threading_layer": numba.threading_layer()}
 
 
 def formats(opened: OpenModel) -> str:

@@ -1,0 +1,115 @@
+"""The command line: which commands there are, and how a command ends.
+
+Only this module and the modules of commands/ print. A command gets its arguments and returns an exit code:
+0; 1 for an expected failure (one line on stderr); 2 for wrong usage; 130 after Ctrl-C; 0 when the reader of the
+output has gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+from npllama.commands import export, generate, info
+from npllama.commands.terminal import Notes, say
+from npllama.errors import NpllamaError, UsageError
+from npllama.version import __version__
+
+COMMANDS = (generate, export, info)
+"""Each has NAME, SUMMARY, add_arguments(parser) and run(args, notes) -> exit code."""
+
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command (argv None: the process's own arguments); returns its exit code."""
+    _prepare_streams()
+    with Notes() as notes:
+        try:
+            code = _run(argv, notes)
+            sys.stdout.flush()
+        except SystemExit as exit:  # argparse: 0 after --help and --version, 2 for what it does not understand
+            code = exit.code if isinstance(exit.code, int) else WRONG_USAGE
+        except BrokenPipeError:
+            code = 0
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except UsageError as error:
+            code = _fail(WRONG_USAGE, str(error))
+        except NpllamaError as error:
+            code = _fail(FAILED, str(error))
+        except OSError as error:
+            where = "" if error.filename is None else f"{error.filename}: "
+            code = _fail(FAILED, f"{where}{error.strerror or error}; check the path, its permissions and free space.")
+        except MemoryError:
+            code = _fail(FAILED, "the memory does not suffice; use a smaller model or context, or free some.")
+        except ModuleNotFoundError as error:
+            code = _fail(FAILED, f"the package {error.name} is needed and not installed; run: pip install {error.name}")
+    return code if _settle_streams() else code or FAILED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="npllama",
+        description="LLaMA 2 in NumPy, compiled by Numba. Without -m, commands use the demo model that ships inside.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"npllama {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    for command in COMMANDS:
+        one = commands.add_parser(command.NAME, help=command.SUMMARY, description=command.__doc__, allow_abbrev=False)
+        command.add_arguments(one)
+        one.set_defaults(run=command.run, parser=one)
+    return parser
+
+
+def _run(argv: Sequence[str] | None, notes: Notes) -> int:
+    parser = build_parser()
+    args, extra = parser.parse_known_args(argv)
+    if "run" not in args:
+        if extra:
+            parser.error(f"unrecognized arguments: {' '.join(extra)}")
+        parser.print_help(sys.stderr)
+        return WRONG_USAGE
+    if extra:
+        hint = "" if extra[0].startswith("-") else " (text of several words needs quotation marks)"
+        args.parser.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
+    code: int = args.run(args, notes)
+    notes.release()
+    return code
+
+
+def _fail(code: int, message: str) -> int:
+    """Say on one line why a command ends."""
+    with suppress(OSError):  # nobody reads it: the exit code tells
+        say("npllama: " + " ".join(message.split()))
+    return code
+
+
+def _prepare_streams() -> None:
+    """Text is UTF-8 whatever the locale says, and a stream that the caller closed swallows what is written to it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (lives as long as the process)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8")
+
+
+def _settle_streams() -> bool:
+    """Write out what is buffered, or drop it where that fails: Python would try again at exit, and complain.
+
+    False where output is lost for another reason than a reader that has gone.
+    """
+    complete = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            complete = complete and isinstance(error, BrokenPipeError)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return complete

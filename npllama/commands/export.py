@@ -1,0 +1,38 @@
+"""Turn a checkpoint (Meta release, Hugging Face folder, llama2.c ckpt.pt) into a model directory."""
+
+from __future__ import annotations
+
+import argparse
+
+from npllama.commands.info import matrix_formats
+from npllama.commands.terminal import Notes, ProgressLine, say
+
+NAME = "export"
+SUMMARY = "turn a checkpoint into a model directory"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `npllama export`."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or file of the checkpoint")
+    parser.add_argument("out", metavar="OUT", help="the model directory to make")
+    parser.add_argument("--dtype", choices=("f32", "f16", "bf16"), help="number format (default: the checkpoint's own)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="SentencePiece file (default: tokenizer.model in the checkpoint's folder, else in its parent)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
+
+
+def run(args: argparse.Namespace, notes: Notes) -> int:
+    """Export, with a progress line; warnings, the tokenizer and the result are said on stderr."""
+    from npllama.export import export
+    from npllama.weights import open_model
+
+    with ProgressLine("exporting") as progress:
+        export(args.checkpoint, args.out, args.dtype, args.tokenizer, args.force, progress, notes.add)
+    notes.release()
+    with open_model(args.out) as model:
+        formats = " and ".join(matrix_formats(model.manifest))
+        say(f"{args.out}: {model.size_bytes / 1e6:,.1f} MB, matrices in {formats}")
+    return 0

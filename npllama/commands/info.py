@@ -1,0 +1,157 @@
+"""Show a model: config, number formats, sizes, tokenizer. Without a model: this installation and this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from npllama.commands.terminal import Notes, ProgressLine, add_model, model_of, put
+from npllama.errors import UsageError
+from npllama.version import __version__
+
+NAME = "info"
+SUMMARY = "show a model, or this machine"
+PACKAGES = ("numpy", "numba", "llvmlite", "sentencepiece")
+FEATURES = (
+    "avx",
+    "f16c",
+    "fma",
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx_vnni",
+    "asimd",
+    "neon",
+    "asimddp",
+)
+"""CPU features that decide how fast products of matrices can be, as Linux names them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `npllama info`."""
+    add_model(parser, "a model directory; without one, the installation and the machine are shown")
+    parser.add_argument("--check", action="store_true", help="also compare every file with its sha256")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace, notes: Notes) -> int:
+    """Collect the facts and print them."""
+    model = model_of(args)
+    if model is None and args.check:
+        raise UsageError("--check needs a model: npllama info MODEL --check.")
+    facts = machine_facts() if model is None else model_facts(model)
+    if args.check:
+        from npllama.weights import check_hashes
+
+        with ProgressLine("checking") as progress:
+            check_hashes(str(model), progress)
+        facts["check"] = "every file is as it was exported"
+    put((json.dumps(facts, ensure_ascii=False) if args.json else _table(facts)) + "\n")
+    return 0
+
+
+def model_facts(path: str) -> dict[str, Any]:
+    """What a model directory says about itself, without reading its weights."""
+    from npllama import cache
+    from npllama.weights import open_model
+
+    with open_model(path) as model:
+        c, tensors = model.config, model.manifest["tensors"]
+        files = [record["file"] for tensor in tensors.values() for record in tensor["arrays"].values()]
+        return {
+            "model": path,
+            "config": c.to_json(),
+            "number_formats": {kind: tensor["format"] for kind, tensor in tensors.items()},
+            "matrices": " and ".join(matrix_formats(model.manifest)),
+            "tied_output": "output" not in tensors,
+            "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors.values()),
+            "size_bytes": model.size_bytes,
+            "files": len(files) + 2,
+            "full_cache_bytes": cache.size_bytes(c.n_layers, 1, c.n_kv_heads, c.max_seq_len, c.head_dim),
+            "tokenizer": {"file": str(model.tokenizer_path), "pieces": model.manifest["tokenizer"]["size"]},
+        }
+
+
+def matrix_formats(manifest: dict[str, Any]) -> list[str]:
+    """The number formats of a model's matrices."""
+    from npllama.weights import NORMS
+
+    return sorted({tensor["format"] for kind, tensor in manifest["tensors"].items() if kind not in NORMS})
+
+
+def machine_facts() -> dict[str, Any]:
+    """Versions, CPU, threads and why, threading layer, memory, and where compiled code is kept."""
+    from npllama import machine
+    from npllama.engine import compiled_execution
+    from npllama.inference import DEMO
+
+    n_threads, why = machine.default_threads()
+    cpu, features = _cpu()
+    folder, reason = machine.cache_directory()
+    facts: dict[str, Any] = {
+        "npllama": __version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        **{package: _version(package) for package in PACKAGES},
+        "cpu": cpu,
+        "cpu_features": " ".join(features),
+        "threads": f"{n_threads} ({why})",
+        "free_memory_bytes": machine.free_memory(),
+        "cache_directory": reason if folder is None else str(folder),
+        "compiled_files": 0 if folder is None else len(list(folder.glob("forward-*"))),
+        "NPLLAMA_BACKEND": os.environ.get("NPLLAMA_BACKEND") or "not set",
+        "demo_model": str(DEMO),
+    }
+    if importlib.util.find_spec("numba") is not None:
+        facts.update(compiled_execution())
+    return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> tuple[str, list[str]]:
+    """The CPU's name, and which of FEATURES it has; other systems than Linux say the name alone."""
+    found: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    flags = (found.get("flags") or found.get("Features") or "").split()
+    return found.get("model name") or platform.processor() or platform.machine(), [f for f in FEATURES if f in flags]
+
+
+def _table(facts: dict[str, Any]) -> str:
+    """Facts as lines of name and value; nested ones indented."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            rows.append((key, ""))
+            rows += [(f"  {inner}", what) for inner, what in value.items()]
+        else:
+            rows.append((key, value))
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"{key:<{width}}  {_shown(key, value)}".rstrip() for key, value in rows)
+
+
+def _shown(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    if key.endswith("_bytes"):
+        return f"{value:,} ({value / 1e6:,.1f} MB)"
+    return f"{value:,}" if isinstance(value, int) else str(value)

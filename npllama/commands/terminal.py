@@ -1,0 +1,137 @@
+"""What the commands share about the terminal: output, remarks, a progress line, and kinds of arguments."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from npllama.errors import UsageError
+
+REDRAW_S = 0.1
+
+
+def put(text: str) -> None:
+    """Write to stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def say(line: str) -> None:
+    """Write a line to stderr, at once."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+class Notes(logging.Handler):
+    """What the library logs, as plain lines on stderr.
+
+    Remarks are held until the command has got somewhere, because a failure is to be one line, the one that says what
+    to do. A line that ends in "..." announces a wait and comes at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._held: list[str] = []
+        self._holding = True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.add(record.getMessage())
+
+    def add(self, line: str) -> None:
+        """Take one line."""
+        if self._holding and not line.endswith("..."):
+            self._held.append(line)
+        else:
+            say(line)
+
+    def release(self) -> None:
+        """Show what was held; from here on lines come at once."""
+        self._holding = False
+        while self._held:
+            say(self._held.pop(0))
+
+    def __enter__(self) -> Notes:
+        log = logging.getLogger("npllama")
+        self._before = log.level, log.propagate
+        log.addHandler(self)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        log = logging.getLogger("npllama")
+        log.removeHandler(self)
+        log.level, log.propagate = self._before
+
+
+class ProgressLine:
+    """Share, rate and time left on one line of a terminal, redrawn; nothing where stderr is not a terminal."""
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+        self._shown = sys.stderr.isatty()
+        self._started = time.monotonic()
+        self._drawn = -REDRAW_S
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """done of total bytes; what is being worked on."""
+        elapsed = time.monotonic() - self._started
+        if not self._shown or elapsed - self._drawn < REDRAW_S:
+            return
+        self._drawn = elapsed
+        rate = done / max(elapsed, 1e-6)
+        left = (total - done) / max(rate, 1.0)
+        line = (
+            f"{self._doing} {100 * done // max(total, 1)} % of {total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s, "
+            f"{left // 60:.0f}:{left % 60:02.0f} left, {what}"
+        )
+        self._draw(line[: shutil.get_terminal_size().columns - 1])
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shown:
+            self._draw("")
+
+    def _draw(self, line: str) -> None:
+        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.flush()
+
+
+def whole(least: int, largest: int = 2**64 - 1) -> Callable[[str], int]:
+    """A type of argument: whole numbers from least to largest."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= largest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {largest}")
+        return value
+
+    return parse
+
+
+def add_model(parser: argparse.ArgumentParser, help: str) -> None:
+    """The model of a command: its first argument, or -m."""
+    parser.add_argument("model_argument", metavar="MODEL", nargs="?", help=help)
+    parser.add_argument("-m", "--model", metavar="MODEL", help="the same")
+
+
+def model_of(args: argparse.Namespace) -> str | None:
+    """The model that was asked for; None for none."""
+    if args.model is not None and args.model_argument is not None:
+        raise UsageError(f"two models were given, {args.model_argument} and -m {args.model}; one is needed.")
+    model: str | None = args.model_argument if args.model is None else args.model
+    return model
