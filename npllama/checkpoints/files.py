@@ -80,6 +80,9 @@ class Pool:
     def __init__(self) -> None:
         self._open: OrderedDict[Path, io.FileIO] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._open)
+
     def open(self, path: Path) -> io.FileIO:
         """The open file; raises OSError, and CheckpointError when it is no regular file."""
         if path in self._open:

@@ -156,6 +156,14 @@ def _calls(file: InputFile) -> dict[str, Callable[..., object] | None]:
             raise _damaged(file, "a parameter is no tensor")
         return arguments[0]
 
+    def of_type(*arguments: object) -> object:
+        """A tensor with attributes: (how to make it, its class, arguments, attributes)."""
+        if len(arguments) != 4 or not isinstance(arguments[0], Name) or type(arguments[2]) is not tuple:
+            raise _damaged(file, "a tensor is not described as torch does it")
+        if arguments[0].text != "torch._utils._rebuild_tensor_v2":
+            raise _damaged(file, "a tensor is of a class of its own")
+        return tensor(*arguments[2])
+
     def ordered(*arguments: object) -> dict[object, object]:
         if arguments:
             raise _damaged(file, "an OrderedDict has arguments")
@@ -173,6 +181,9 @@ def _calls(file: InputFile) -> dict[str, Callable[..., object] | None]:
         "torch._utils._rebuild_tensor_v3": other_tensor,
         "torch._utils._rebuild_parameter": parameter,
         "torch._utils._rebuild_parameter_with_state": parameter,
+        "torch._tensor._rebuild_from_type_v2": of_type,
+        "torch.Tensor": None,
+        "torch.nn.parameter.Parameter": None,
         "torch.Size": size,
         "torch.device": lambda *_: Opaque("a device"),
         "torch.serialization._get_layout": lambda *_: Opaque("a layout"),

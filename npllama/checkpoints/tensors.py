@@ -19,7 +19,7 @@ NUMPY = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "f64": np.floa
 """The formats that weights may have, and the arrays that carry them (bfloat16: its bits)."""
 
 LARGEST_READ = 4 << 20  # bytes; strided views are read in pieces of at most this
-SMALLEST_READ = 64 << 10  # bytes; below this, reading what lies between the elements costs less than another read
+SMALLEST_READ = 4 << 10  # bytes; below this, reading what lies between the elements costs less than another read
 LARGEST_EXPANSION = (
     1 << 16
 )  # elements; a stride of 0 may repeat a number so often, and cannot ask for memory without end
