@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,13 @@ settings.register_profile("npllama", derandomize=True, deadline=None, database=N
 settings.load_profile("npllama")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled code is kept for this run alone, unless a directory was given: each number format compiles once."""
+    if "NPLLAMA_CACHE_DIR" not in os.environ:
+        os.environ["NPLLAMA_CACHE_DIR"] = tempfile.mkdtemp(prefix="npllama-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("NPLLAMA_CACHE_DIR")))
 
 
 @pytest.fixture(scope="session")
