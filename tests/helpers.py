@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+from tiny_sentencepiece import BYTES, NORMAL, USUAL, written
 
 from npllama.config import ModelConfig
 from npllama.quant import bf16_bits
@@ -191,33 +192,7 @@ def as_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
 
 def write_tokenizer(path: Path, n_pieces: int) -> None:
     """Write a SentencePiece model of n_pieces (260 or more): control pieces, 256 bytes, single characters."""
-    pieces = [("<unk>", 2), ("<s>", 3), ("</s>", 3)]
-    pieces += [(f"<0x{byte:02X}>", 6) for byte in range(256)]
     letters = "\u2581" + "etaoinshrdlucmfwypvbgkjqxzETAOINSHRDLUCMFWYPVBGKJQXZ0123456789.,!?'-"
-    pieces += [(letter, 1) for letter in letters[: n_pieces - len(pieces)]]
-    pieces += [(chr(0x4E00 + i), 1) for i in range(n_pieces - len(pieces))]
-    model = b"".join(
-        _field(1, _field(1, text.encode()) + b"\x15" + struct.pack("<f", -float(i)) + _number(3, kind))
-        for i, (text, kind) in enumerate(pieces)
-    )
-    trainer = _number(3, 2) + _number(4, n_pieces) + _number(35, 1)  # BPE, vocab_size, byte_fallback
-    normalizer = _field(1, b"identity") + _number(3, 1) + _number(4, 0) + _number(5, 1)  # as LLaMA 2's
-    path.write_bytes(model + _field(2, trainer) + _field(3, normalizer))
-
-
-def _varint(n: int) -> bytes:
-    out = bytearray()
-    while n > 127:
-        out.append(n & 127 | 128)
-        n >>= 7
-    return bytes([*out, n])
-
-
-def _number(field: int, value: int) -> bytes:
-    """A protobuf field that holds a number."""
-    return _varint(field << 3) + _varint(value)
-
-
-def _field(field: int, data: bytes) -> bytes:
-    """A protobuf field that holds bytes."""
-    return _varint(field << 3 | 2) + _varint(len(data)) + data
+    pieces = [*USUAL, *BYTES, *((letter, NORMAL) for letter in letters)][:n_pieces]
+    pieces += [(chr(0x4E00 + i), NORMAL) for i in range(n_pieces - len(pieces))]
+    path.write_bytes(written(pieces))
