@@ -6,7 +6,7 @@ import logging
 import operator
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -212,6 +212,7 @@ class Llama:
         """The token ids of one prompt, validated against the vocabulary."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True)
+        _check_kind(prompt)
         ids = []
         for item in prompt:
             if isinstance(item, (bool, str)) or not hasattr(item, "__index__"):
@@ -292,7 +293,7 @@ class Stream:
             generate_s=self._generate_s,
         )
 
-    def _run(self) -> Iterator[Piece]:
+    def _run(self) -> Generator[Piece, None, None]:
         cache = self._llama.borrow_cache()
         try:
             yield from self._generate(cache)
@@ -344,10 +345,15 @@ def _is_one(prompt: object) -> bool:
     """Whether a prompt is one prompt (text, or a list of ids) and not a list of prompts."""
     if isinstance(prompt, str):
         return True
-    if isinstance(prompt, (bytes, dict, set)) or not hasattr(prompt, "__iter__"):
+    _check_kind(prompt)
+    return len(prompt) == 0 or hasattr(prompt[0], "__index__")  # type: ignore[arg-type, index]
+
+
+def _check_kind(prompt: object) -> None:
+    """Refuse what is neither text nor a sequence: bytes would pass for ids, an iterator would be used up by a look."""
+    listed = hasattr(prompt, "__len__") and hasattr(prompt, "__getitem__")
+    if not listed or isinstance(prompt, (bytes, bytearray, dict)):
         raise UsageError(f"a prompt is text, a list of token ids, or a list of either; got {type(prompt).__name__}.")
-    items = list(prompt)
-    return not items or hasattr(items[0], "__index__")
 
 
 def _request(
