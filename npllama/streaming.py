@@ -71,8 +71,6 @@ class StopStrings:
 
     def push(self, text: str) -> tuple[str, bool]:
         """(the text that is certain to come before any stop string, whether the text ends here)."""
-        if self.stopped:
-            return "", True
         if not self._stops:
             return text, False
         self._text += text
@@ -84,8 +82,6 @@ class StopStrings:
 
     def finish(self) -> str:
         """What was held back, when nothing follows; `stopped` then says whether a stop string came after all."""
-        if self.stopped:
-            return ""
         match = self._first_match()
         self.stopped = match < len(self._text)
         emitted, self._text = self._text[:match], ""

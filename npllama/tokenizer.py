@@ -103,9 +103,8 @@ class Tokenizer:
                 f"Unicode text without halves of surrogate pairs is needed. Decode the input with errors='replace'."
             ) from error
         ids: list[int] = self._processor.encode(text)
-        assert self.control_ids.isdisjoint(
-            ids
-        )  # SentencePiece never matches a control piece, whatever the model calls it
+        # SentencePiece matches no control piece in a text, whatever characters the model spells it with.
+        assert self.control_ids.isdisjoint(ids)
         return [self.bos_id, *ids] if bos else ids
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -70,6 +70,8 @@ def by_definition(logits: np.ndarray, recent: list[int], options: SamplingOption
 @example(n=4099, seed=0, spread=3.0, rounded=True, options=SamplingOptions())
 @example(n=4099, seed=0, spread=0.3, rounded=False, options=SamplingOptions(top_k=0, min_p=0.0))
 @example(n=4099, seed=0, spread=3.0, rounded=False, options=SamplingOptions(top_k=0))
+@example(n=512, seed=0, spread=3.0, rounded=True, options=SamplingOptions(temperature=1e-300, **OFF))
+@example(n=512, seed=0, spread=3.0, rounded=True, options=SamplingOptions(temperature=1e300, **OFF))
 def test_probabilities_are_those_of_the_formula(
     n: int, seed: int, spread: float, rounded: bool, options: SamplingOptions
 ) -> None:
@@ -221,6 +223,12 @@ def test_the_highest_number_draws_the_last_candidate_that_can_come(monkeypatch: 
     for n in range(1, 200):  # many sums, rounded either way
         logits = np.append(some_logits(n, n, 2.0, False), np.float32(-1e30))
         assert sample(logits, [], SamplingOptions(temperature=1, **OFF), 0, 0, 0) == n - 1
+
+
+def test_the_lowest_number_draws_the_first_candidate_that_can_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "uniform", lambda *_: 0.0)
+    logits = np.array([-1e30, 0, 1], dtype=np.float32)
+    assert sample(logits, [], SamplingOptions(temperature=1, **OFF), 0, 0, 0) == 1
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])

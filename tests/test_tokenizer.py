@@ -23,10 +23,12 @@ LETTERS = [(letter, tiny.NORMAL) for letter in "\u2581ab<s>/"]
 ODD_FILES = {
     "as LLaMA 2's": {},
     "no space in front": {"add_dummy_prefix": False},
+    "a control piece with a space": {"add_dummy_prefix": False, "control_symbols": ["\u2581!"]},
     "all leading spaces removed": {"remove_extra_whitespaces": True},
     "neither": {"add_dummy_prefix": False, "remove_extra_whitespaces": True},
     "no bytes": {"byte_fallback": False},
     "own text for unknown": {"unk_surface": " \u2581?", "byte_fallback": False},
+    "unknown spelled with a space": {"unk_piece": "\u2581?"},
     "user-defined pieces": {"user_defined_symbols": ["[INST]", "\u2581\u2581\u2581", "  x"]},
     "unigram": {"model_type": "unigram", "vocab_size": 330},
     "spaces behind words": {"treat_whitespace_as_suffix": True},
