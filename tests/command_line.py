@@ -1,0 +1,42 @@
+"""Run npllama as a user does, in a process of its own: the package under test, whichever directory that is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import npllama
+
+COMMAND = [sys.executable, "-m", "npllama"]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment for a process that is to import the package that this one has imported."""
+    return {**os.environ, "PYTHONPATH": str(Path(npllama.__file__).parent.parent), **changes}
+
+
+def run(*arguments: object, stdin: bytes | None = None, cwd: Path | None = None, **changes: str) -> Done:
+    """Run one command to its end; stdin None: empty. `changes` are environment variables."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        input=stdin or b"",
+        capture_output=True,
+        cwd=cwd,
+        env=environment(**changes),
+        check=False,
+        timeout=300,
+    )
+    return Done(done.returncode, done.stdout, done.stderr.decode())
+
+
+class Done:
+    """How a command ended: exit code, the bytes of stdout, the text of stderr."""
+
+    def __init__(self, code: int, out: bytes, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def text(self) -> str:
+        return self.out.decode()
