@@ -62,6 +62,8 @@ class Tokenizer:
         except UnicodeDecodeError as error:
             raise ModelError(_malformed(self.path, "a piece that is not UTF-8")) from error
         self.control_ids = frozenset(compress(ids, p.is_control(ids)))
+        for i in sorted(self.control_ids):
+            _check_control(self.path, i, spelled[i])
         pieces = [piece.replace(SPACE, " ") for piece in spelled]
         for i in compress(ids, p.is_byte(ids)):
             pieces[i] = bytes([int(spelled[i][3:5], 16)]).decode("utf-8", "surrogateescape")
@@ -69,14 +71,20 @@ class Tokenizer:
             pieces[i] = BREAK
         for i, surface in unknown.items():
             pieces[i] = surface
-        spaced = [i for i in ids if spelled[i].startswith(SPACE) and i not in unknown and i not in self.control_ids]
-        # The file says whether encoding puts a space in front of a text; decoding one piece shows what it says.
-        strips = bool(spaced) and p.decode(spaced[:1]) != pieces[spaced[0]]
+        self.pieces = tuple(pieces) + (BREAK,) * (self.vocab_size - self.n_pieces)
+        """What each id adds inside a text; a byte >= 0x80: its surrogate escape (PEP 383); a control id: BREAK."""
+        self._read_spaces([i for i in ids if spelled[i].startswith(SPACE) and i not in unknown])
+
+    def _read_spaces(self, spaced: list[int]) -> None:
+        """Note which pieces lose their first space at the start of a text: spaced, those with one, or none.
+
+        The file says whether encoding puts a space in front of a text; decoding one piece shows what it says.
+        """
+        p = self._processor
+        strips = bool(spaced) and p.decode(spaced[:1]) != self.pieces[spaced[0]]
         self._spaced = frozenset(spaced) if strips else frozenset()
         lone = p.piece_to_id(SPACE)
         self._strips_every_space = lone in self._spaced and p.decode([lone, lone]) == ""
-        self.pieces = tuple(pieces) + (BREAK,) * (self.vocab_size - self.n_pieces)
-        """What each id adds inside a text; a byte >= 0x80: its surrogate escape (PEP 383); a control id: BREAK."""
 
     def _check_pieces(self) -> None:
         """Hold the table against SentencePiece's own decoding of all pieces."""
@@ -103,7 +111,6 @@ class Tokenizer:
                 f"Unicode text without halves of surrogate pairs is needed. Decode the input with errors='replace'."
             ) from error
         ids: list[int] = self._processor.encode(text)
-        # SentencePiece matches no control piece in a text, whatever characters the model spells it with.
         assert self.control_ids.isdisjoint(ids)
         return [self.bos_id, *ids] if bos else ids
 
@@ -197,6 +204,15 @@ def _check_ids(path: Path, n_pieces: int, bos_id: int, eos_id: int, vocab_size: 
         raise ModelError(
             f"{path.name}: the tokenizer has {n_pieces} pieces, but the model only {vocab_size} ids: they do not "
             f"belong together. Use the tokenizer.model that came with the checkpoint."
+        )
+
+
+def _check_control(path: Path, token: int, piece: str) -> None:
+    """Refuse a control piece that text could become: in SentencePiece 0.2.2, one character, or with spaces a word."""
+    if len(piece) == 1 or SPACE in piece:
+        raise ModelError(
+            f"{path.name}: the control piece {quote(piece)} (id {token}) is spelled like text, which must never become "
+            f"a control id; several characters without spaces are needed, as in '<s>'. Use the checkpoint's own file."
         )
 
 
