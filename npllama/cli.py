@@ -79,7 +79,7 @@ def _run(argv: Sequence[str] | None, notes: Notes) -> int:
         hint = "" if extra[0].startswith("-") else " (text of several words needs quotation marks)"
         args.parser.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
     code: int = args.run(args, notes)
-    notes.release()
+    notes.show()
     return code
 
 

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
 
     with ProgressLine("exporting") as progress:
         export(args.checkpoint, args.out, args.dtype, args.tokenizer, args.force, progress, notes.add)
-    notes.release()
+    notes.show()
     with open_model(args.out) as model:
         formats = " and ".join(matrix_formats(model.manifest))
         say(f"{args.out}: {model.size_bytes / 1e6:,.1f} MB, matrices in {formats}")

@@ -86,12 +86,12 @@ def _follow(stream: Stream, notes: Notes, shown: bool) -> bool:
     """Print the pieces as they come; False when Ctrl-C ended it."""
     try:
         for piece in stream:
-            notes.release()
+            notes.show()
             if shown:
                 put(piece.text)
     except KeyboardInterrupt:
         return False
-    notes.release()
+    notes.show()
     return True
 
 

@@ -49,7 +49,7 @@ class Notes(logging.Handler):
         else:
             say(line)
 
-    def release(self) -> None:
+    def show(self) -> None:
         """Show what was held; from here on lines come at once."""
         self._holding = False
         while self._held:
