@@ -117,7 +117,7 @@ def from_meta(params: Mapping[str, object], *, vocab_size: int, max_seq_len: int
     """
     _refuse_set(params, META_REFUSED)
     said = _get(params, "vocab_size", -1)
-    if said != -1 and _whole("vocab_size", said, 1, LARGEST["vocab_size"]) != vocab_size:
+    if (type(said) is not int or said != -1) and _whole("vocab_size", said, 1, LARGEST["vocab_size"]) != vocab_size:
         raise UsageError(
             f"vocab_size is {said}, but tok_embeddings has {vocab_size} rows; weights and config do not belong together"
         )

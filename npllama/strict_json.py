@@ -27,9 +27,7 @@ def parse(data: bytes, max_bytes: int = MAX_BYTES) -> object:
     or infinity, a whole number of more than 18 digits, and whatever else is not JSON. Source: RFC 8259; stricter here.
     """
     if len(data) > max_bytes:
-        raise UsageError(
-            f"{len(data):,} bytes of JSON are more than the {max_bytes:,} that are read; this is another file"
-        )
+        raise UsageError(f"{len(data):,} bytes of JSON, but at most {max_bytes:,} are read; this is another file")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

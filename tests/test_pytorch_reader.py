@@ -339,9 +339,8 @@ def test_impossible_programs_are_refused(tmp_path: Path, code: bytes, reason: st
 
 
 def test_nesting_without_end_is_harmless(tmp_path: Path) -> None:
-    deep = b"\x80\x02X\x01\0\0\0x" + b"\x85" * 1_000_000 + b"."
-    with pytest.raises(AssertionError):  # a tuple of tuples, not a dict: read without recursion
-        item(read(put(tmp_path, with_pickle(deep))), "x")
+    deep = b"\x80\x02X\x01\0\0\0x" + b"\x85" * 500_000 + b"."
+    assert type(read(put(tmp_path, with_pickle(deep)))) is tuple  # made, and given up again, without recursion
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def _open_folder(folder: Path, pool: Pool) -> Checkpoint:
 
 
 def _open_file(path: Path, pool: Pool) -> Checkpoint:
-    if path.suffix == ".json":
+    if path.suffix == ".json" and os.path.exists(path):
         return open_hugging_face(path, pool) if INDEX.fullmatch(path.name) else _open_folder(path.parent, pool)
     if META_SHARD.fullmatch(path.name):
         names = sorted(os.listdir(path.parent)) if os.path.exists(path) else []

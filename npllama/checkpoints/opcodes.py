@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from npllama.errors import CheckpointError, quote
 
-LARGEST_KEY = 1 << 32  # small whole numbers hash to themselves, so keys cannot be made to collide without end
+LARGEST_KEY = 1 << 24  # small whole numbers hash to themselves, so keys cannot be made to collide without end
 LONGEST_NAME = 256
 LONGEST_INTEGER = 16  # bytes
 

@@ -16,7 +16,7 @@ from npllama.checkpoints.opcodes import Machine, Name, Opaque
 from npllama.checkpoints.tensors import Storage, View
 from npllama.errors import CheckpointError, quote
 
-LARGEST_TREE = 4 << 20  # bytes of pickle; LLaMA 2 70B needs 75 kB
+LARGEST_TREE = 512 << 10  # bytes of pickle; LLaMA 2 70B needs 75 kB
 MOST_AXES = 8
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 

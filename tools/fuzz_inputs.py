@@ -1,0 +1,329 @@
+"""Damage input files in thousands of ways and watch what reading them does.
+
+    python tools/fuzz_inputs.py [--count 4000] [--seed 0] [--kind NAME]...
+
+Each damaged file must load or raise NpllamaError, within 2 seconds and 512 MB, and must never end the process. Case
+number i of a kind is the same in every run of one seed. They run in another process, whose address space is limited, so
+a crash or a hunger for memory is seen and named. Exit status 1 when a case failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import random
+import re
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from helpers import write_model_directory, write_tokenizer  # noqa: E402
+from torch_files import torch_legacy, write_hugging_face, write_llama2c, write_meta  # noqa: E402
+
+from npllama.checkpoints import open_checkpoint  # noqa: E402
+from npllama.errors import NpllamaError  # noqa: E402
+from npllama.tokenizer import Tokenizer  # noqa: E402
+from npllama.weights import open_model  # noqa: E402
+
+LONGEST_S = 2.0
+MEDIAN_S = 0.05
+MEMORY_BYTES = 512 << 20
+
+# What is read ---------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(folder: Path) -> None:
+    """Open a checkpoint and read every number of it."""
+    with open_checkpoint(folder) as checkpoint:
+        for tensor in checkpoint.tensors.values():
+            for start in range(0, tensor.shape[0], 64):
+                tensor.rows(start, min(start + 64, tensor.shape[0]))
+
+
+def read_model(folder: Path) -> None:
+    """Open a model directory, its weights and its tokenizer."""
+    with open_model(folder) as model:
+        float(model.weights.norm.sum())
+        Tokenizer(model.tokenizer_path)
+
+
+def read_tokenizer(folder: Path) -> None:
+    """Load a tokenizer, encode and decode."""
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer.decode(tokenizer.encode("Once upon a time, é漢\n"))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of input: how to write a sound folder, which file of it is damaged, what reads it."""
+
+    write: Callable[[Path], object]
+    file: str
+    read: Callable[[Path], None]
+    text: bool = False
+
+
+def _sharded(folder: Path) -> object:
+    return write_hugging_face(folder, files=2)
+
+
+KINDS = {
+    "zip": Kind(write_meta, "consolidated.00.pth", read_checkpoint),
+    "zip-llama2c": Kind(write_llama2c, "ckpt.pt", read_checkpoint),
+    "zip-shard": Kind(lambda folder: write_meta(folder, "f16", 2), "consolidated.01.pth", read_checkpoint),
+    "legacy": Kind(
+        lambda folder: write_meta(folder, "bf16", save=torch_legacy), "consolidated.00.pth", read_checkpoint
+    ),
+    "safetensors": Kind(write_hugging_face, "model.safetensors", read_checkpoint),
+    "params.json": Kind(write_meta, "params.json", read_checkpoint, text=True),
+    "config.json": Kind(write_hugging_face, "config.json", read_checkpoint, text=True),
+    "index.json": Kind(_sharded, "model.safetensors.index.json", read_checkpoint, text=True),
+    "npllama.json": Kind(
+        lambda f: write_model_directory(f / "m"), "m/npllama.json", lambda f: read_model(f / "m"), True
+    ),
+    "npy": Kind(lambda f: write_model_directory(f / "m"), "m/wq.npy", lambda f: read_model(f / "m")),
+    "tokenizer.model": Kind(lambda f: write_tokenizer(f / "tokenizer.model", 300), "tokenizer.model", read_tokenizer),
+}
+
+# How files are damaged ------------------------------------------------------------------------------------------------
+
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    127,
+    128,
+    255,
+    256,
+    2**15,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**62,
+    2**63 - 1,
+    -(2**63),
+)
+TOKENS = (
+    *(
+        "0",
+        "-1",
+        "1",
+        "2",
+        "3",
+        "7",
+        "0.0",
+        "-0.5",
+        "1e-30",
+        "1e999",
+        "NaN",
+        "-Infinity",
+        "true",
+        "false",
+        "null",
+        "[]",
+    ),
+    *(
+        "{}",
+        '""',
+        '"x"',
+        '"../x"',
+        '"/dev/zero"',
+        '"\\ud800"',
+        '"a\\u0000b"',
+        "9" * 18,
+        "9" * 40,
+        "9" * 5000,
+        "1" + "0" * 15,
+    ),
+    *("[" * 2000, '{"a":' * 500, "[1,2,3]", '{"rope_type":"linear","factor":2.0}', "65536", "1048576"),
+)
+OPCODES = (
+    b"\x80cRbQqrhj(t)\x85\x86\x87]ae}suXJKM\x8aGN\x88\x89.0123456789PipoldFILSTUV\x81\x82\x8b\x8c\x8e\x93\x94\x95\x98"
+)
+
+
+def damage(data: bytes, rng: random.Random, text: bool) -> bytes:
+    """One damaged copy: one to four changes, most of them where the structure lies (the ends of the file)."""
+    changes = [_change_token, _swap_lines] if text and rng.random() < 0.7 else [_flip, _number, _cut, _copy, _opcode]
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        rng.choice(changes)(out, rng)
+    return bytes(out)
+
+
+def _place(out: bytearray, rng: random.Random) -> int:
+    size = len(out)
+    if size < 2:
+        return 0
+    zone = rng.random()
+    if zone < 0.5:
+        return rng.randrange(min(size, 6000))
+    if zone < 0.8:
+        return size - 1 - rng.randrange(min(size, 4000))
+    return rng.randrange(size)
+
+
+def _flip(out: bytearray, rng: random.Random) -> None:
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        if out:
+            out[_place(out, rng)] ^= 1 << rng.randrange(8)
+
+
+def _number(out: bytearray, rng: random.Random) -> None:
+    at, width = _place(out, rng), rng.choice((1, 2, 4, 8))
+    value = rng.choice(NUMBERS) % (1 << 8 * width)
+    out[at : at + width] = value.to_bytes(width, "little")
+
+
+def _cut(out: bytearray, rng: random.Random) -> None:
+    at = _place(out, rng)
+    if rng.random() < 0.5:
+        del out[at:]
+    else:
+        del out[at : at + rng.choice((1, 2, 8, 64, 1000))]
+
+
+def _copy(out: bytearray, rng: random.Random) -> None:
+    source, at = _place(out, rng), _place(out, rng)
+    piece = out[source : source + rng.choice((1, 4, 16, 46, 200, 4000))]
+    if rng.random() < 0.5:
+        out[at:at] = piece
+    else:
+        out[at : at + len(piece)] = piece
+
+
+def _opcode(out: bytearray, rng: random.Random) -> None:
+    if out:
+        out[_place(out, rng)] = rng.choice(OPCODES)
+
+
+def _change_token(out: bytearray, rng: random.Random) -> None:
+    tokens = list(re.finditer(rb'"[^"]*"|-?\d[\d.eE+-]*|true|false|null', bytes(out)))
+    if tokens:
+        found = rng.choice(tokens)
+        out[found.start() : found.end()] = rng.choice(TOKENS).encode()
+
+
+def _swap_lines(out: bytearray, rng: random.Random) -> None:
+    parts = bytes(out).split(b",")
+    i, j = rng.randrange(len(parts)), rng.randrange(len(parts))
+    if rng.random() < 0.5:
+        parts[i] = parts[j]
+    else:
+        del parts[i]
+    out[:] = b",".join(parts)
+
+
+# Running --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What reading the damaged files of one kind did."""
+
+    loaded: int = 0
+    refused: int = 0
+    times_s: list[float] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def run(kinds: Sequence[str], count: int, seed: int, folder: Path) -> Iterator[tuple[str, Outcome]]:
+    """Damage and read `count` files of each kind in another process, restarted after a crash; yields what happened."""
+    left = list(kinds)
+    while left:
+        ours, theirs = multiprocessing.get_context("spawn").Pipe()
+        arguments = (theirs, left, count, seed, folder / str(len(left)))
+        process = multiprocessing.get_context("spawn").Process(target=_child, args=arguments)
+        process.start()
+        theirs.close()
+        case: object = "the start"
+        try:
+            while left:
+                case = ours.recv()
+                if isinstance(case, Outcome):
+                    yield left.pop(0), case
+        except EOFError:
+            process.join()
+            yield left[0], Outcome(failures=[f"case {case} ended the process (exit code {process.exitcode})"])
+            del left[0]
+        process.join()
+        ours.close()
+
+
+def _child(pipe: Connection, kinds: Sequence[str], count: int, seed: int, folder: Path) -> None:
+    for kind in kinds:
+        (folder / kind).mkdir(parents=True)
+        KINDS[kind].write(folder / kind)
+        KINDS[kind].read(folder / kind)  # what is sound must load, and everything is imported before memory is limited
+    _limit_memory()
+    for kind in kinds:
+        how, outcome = KINDS[kind], Outcome()
+        data = (folder / kind / how.file).read_bytes()
+        for case in range(count):
+            pipe.send(case)
+            (folder / kind / how.file).write_bytes(damage(data, random.Random(f"{seed} {kind} {case}"), how.text))
+            _one(outcome, how, folder / kind, f"case {case}")
+        pipe.send(outcome)
+
+
+def _one(outcome: Outcome, how: Kind, folder: Path, name: str) -> None:
+    start = time.perf_counter()
+    try:
+        how.read(folder)
+        outcome.loaded += 1
+    except NpllamaError as error:
+        outcome.refused += 1
+        if "\n" in str(error):
+            outcome.failures.append(f"{name}: a message of several lines: {error}")
+    except BaseException:  # noqa: BLE001 - whatever it is, it is what was looked for
+        outcome.failures.append(f"{name}: {traceback.format_exc()}")
+    outcome.times_s.append(time.perf_counter() - start)
+    if outcome.times_s[-1] > LONGEST_S:
+        outcome.failures.append(f"{name}: took {outcome.times_s[-1]:.1f} s")
+
+
+def _limit_memory() -> None:
+    """No allocation beyond what is in use now and 512 MB; only Linux tells how much that is."""
+    status = Path("/proc/self/statm")
+    if status.exists():
+        used = int(status.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, resource.RLIM_INFINITY))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Damage input files and watch what reading them does.")
+    parser.add_argument("--count", type=int, default=4000, help="damaged files of each kind (4000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", action="append", choices=sorted(KINDS), help="only this kind; may be repeated")
+    options = parser.parse_args()
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, outcome in run(options.kind or list(KINDS), options.count, options.seed, Path(folder)):
+            times = outcome.times_s or [0.0]
+            median = statistics.median(times)
+            failed |= bool(outcome.failures) or median > MEDIAN_S
+            print(
+                f"{kind:16} {outcome.loaded:6} loaded {outcome.refused:6} refused {len(outcome.failures):4} failures   "
+                f"median {1e3 * median:6.2f} ms, longest {1e3 * max(times):8.2f} ms, in all {sum(times):6.1f} s",
+                flush=True,
+            )
+            for failure in outcome.failures[:5]:
+                print(failure)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
