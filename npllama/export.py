@@ -29,7 +29,6 @@ from npllama.staging import check_target, staged
 from npllama.tokenizer import Tokenizer
 from npllama.weights import (
     FORMAT,
-    LARGEST_TOKENIZER,
     MANIFEST,
     MOST_PADDING_ROWS,
     NORMS,
@@ -93,7 +92,7 @@ def export(
         tokenizer_file = find_tokenizer(source, tokenizer)
         say(f"tokenizer: {tokenizer_file}")
         number_format = dtype or own_format(source)
-        return _write_model(source, target, number_format, tokenizer_file, force, progress)
+        return write_model(source, target, number_format, tokenizer_file, force, progress)
 
 
 def own_format(source: Checkpoint) -> str:
@@ -129,7 +128,7 @@ def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> 
     return path
 
 
-def _write_model(
+def write_model(
     source: Checkpoint, out: Path, number_format: str, tokenizer_file: Path, force: bool, progress: Progress | None
 ) -> dict[str, Any]:
     """Fill a new directory, let the loader open it, and make it `out`."""
@@ -301,7 +300,6 @@ def _write_file(path: Path, data: bytes) -> None:
 def _copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
     """Copy the tokenizer; returns its entry for the manifest."""
     size = Tokenizer(source).n_pieces
-    with open(source, "rb") as file:
-        data = file.read(LARGEST_TOKENIZER)
+    data = source.read_bytes()
     _write_file(target, data)
     return {"file": TOKENIZER, "size": size, "sha256": sha256_hex(data)}
