@@ -158,7 +158,8 @@ def sniff(file: InputFile) -> str:
             raise CheckpointError(f"{file.name} is {what}")
     if head[257:262] == b"ustar":
         raise CheckpointError(f"{file.name} is a tar file (torch before 0.2); save it again with a current torch")
-    if head[8:9] in b"{ \t\r\n" and 2 <= int.from_bytes(head[:8], "little") <= file.size - 8:
+    fits = 2 <= int.from_bytes(head[:8], "little") <= file.size - 8
+    if head[8:10] == b'{"' or (fits and head[8:9] in b"{ \t\r\n"):  # also one that was cut off, to say just that
         return "safetensors"
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         raise CheckpointError(f"{file.name} is a plain pickle, not written by torch.save; save it with torch.save")
