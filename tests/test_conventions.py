@@ -1,0 +1,255 @@
+"""What the sources promise about themselves, checked by parsing them: layers, safety, kernels' flags, docstrings."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command_line import environment
+
+import npllama
+
+PACKAGE = Path(npllama.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+
+# From the bottom to the top: a module imports only from rows below its own. Folders are one entry; inside a folder,
+# modules may import each other as long as there is no cycle.
+LAYERS = (
+    {"errors"},
+    {"quant", "config", "strict_json", "version", "machine"},
+    {"checkpoints", "tokenizer", "staging"},
+    {"cache", "weights"},
+    {"ops"},
+    {"model"},
+    {"kernels"},
+    {"engine", "export", "random_model"},
+    {"sampling", "streaming"},
+    {"inference"},
+    {"verify", "bench"},
+    {"__init__"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def each(*names: str) -> list[str]:
+    """The files of the package, or those whose path begins with one of the names."""
+    return [file for file in TREES if not names or file.startswith(names)]
+
+
+def module(file: str) -> str:
+    """The entry of LAYERS that a file belongs to: its folder, or its own name."""
+    return file.split("/")[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of everything imported, wherever in the file; `from a import b` gives a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(file: str) -> Iterator[str]:
+    """Files of the package that a file imports."""
+    for name in imports(TREES[file]):
+        parts = name.split(".")
+        if parts[0] != "npllama":
+            continue
+        for end in range(len(parts), 0, -1):
+            path = "/".join(parts[1:end])
+            found = [f for f in (f"{path}.py", f"{path}/__init__.py".lstrip("/")) if f in TREES]
+            if found:
+                yield found[0]
+                break
+
+
+def calls(tree: ast.AST, name: str) -> Iterator[ast.Call]:
+    """Calls of a plain name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
+            yield node
+
+
+# ---------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("file", each())
+def test_imports_only_go_down(file: str) -> None:
+    assert module(file) in RANK, f"{file} has no row in LAYERS"
+    for other in own_imports(file):
+        if module(other) != module(file):
+            assert RANK[module(other)] < RANK[module(file)], f"{file} imports {other}: not a lower layer"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    below = {file: set(own_imports(file)) - {file} for file in TREES}
+    while leaves := [file for file, others in below.items() if not others]:
+        below = {file: others - set(leaves) for file, others in below.items() if file not in leaves}
+    assert not below, f"a cycle of imports: {sorted(below)}"
+
+
+@pytest.mark.parametrize("file", each())
+def test_only_kernels_and_engine_import_numba_and_only_the_tokenizer_sentencepiece(file: str) -> None:
+    roots = {name.split(".")[0] for name in imports(TREES[file])}
+    if module(file) not in ("kernels", "engine"):
+        assert not roots & {"numba", "llvmlite"}
+    if file != "tokenizer.py":
+        assert "sentencepiece" not in roots
+
+
+def test_importing_the_package_or_the_command_line_does_not_import_numba() -> None:
+    program = "import npllama.cli, sys; sys.exit('numba' in sys.modules or 'npllama.kernels' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], env=environment(), check=True)
+
+
+@pytest.mark.parametrize("file", [f for f in TREES if module(f) not in ("cli", "commands")])
+def test_only_the_command_line_prints(file: str) -> None:
+    assert not list(calls(TREES[file], "print"))
+    attributes = [n for n in ast.walk(TREES[file]) if isinstance(n, ast.Attribute)]
+    names = {ast.unparse(n) for n in attributes if isinstance(n.value, ast.Name)}
+    assert not names & {"sys.stdout", "sys.stderr", "sys.stdin"}
+
+
+def test_all_lists_exactly_what_the_package_imports_for_its_users() -> None:
+    names = [name.rsplit(".", 1)[1] for name in imports(TREES["__init__.py"]) if name.startswith("npllama.")]
+    assert npllama.__all__ == sorted(names)
+    assert all(hasattr(npllama, name) for name in npllama.__all__)
+
+
+# ---------------------------------------------------------------- safety
+
+FORBIDDEN_IMPORTS = {
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "jinja2",
+    "torch",
+}
+FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__")
+
+
+@pytest.mark.parametrize("file", each())
+def test_nothing_in_the_package_executes_data(file: str) -> None:
+    roots = {name.split(".")[0] for name in imports(TREES[file])}
+    assert not roots & FORBIDDEN_IMPORTS
+    for name in FORBIDDEN_CALLS:
+        assert not list(calls(TREES[file], name)), name
+    for node in ast.walk(TREES[file]):
+        assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), "allow_pickle"
+
+
+READERS = each("checkpoints/", "weights.py", "tokenizer.py", "config.py", "strict_json.py", "export.py")
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_readers_of_foreign_files_have_no_broad_except(file: str) -> None:
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{file}:{node.lineno}: except without a type"
+            kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            names = {kind.id for kind in kinds if isinstance(kind, ast.Name)}
+            assert not names & {"Exception", "BaseException"}, f"{file}:{node.lineno}"
+
+
+# ---------------------------------------------------------------- the model and its steps
+
+PAPERS_STEPS = {"rms_norm", "rotation", "rope", "attend", "swiglu"}
+SHAPE = re.compile(r"\((?:[A-Z](?:\*[A-Z])?|[A-Z]/2|rows)(?:, ?(?:[A-Z](?:[*/][A-Z0-9])?|columns))*,?\)")
+
+
+def public_functions(file: str) -> list[ast.FunctionDef]:
+    return [n for n in TREES[file].body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+
+
+@pytest.mark.parametrize("op", public_functions("ops.py"), ids=lambda op: op.name)
+def test_every_op_says_its_shapes_and_where_it_comes_from(op: ast.FunctionDef) -> None:
+    text = ast.get_docstring(op) or ""
+    assert SHAPE.search(text), f"{op.name} names no shape"
+    assert text.split("\n")[0].endswith((".", "format.")), f"{op.name} does not begin with a sentence"
+    if op.name in PAPERS_STEPS:
+        assert re.search(r"Source: .*arXiv:\d{4}\.\d{5}", text, re.DOTALL), f"{op.name} names no paper"
+
+
+@pytest.mark.parametrize("op", public_functions("ops.py"), ids=lambda op: op.name)
+def test_ops_carry_no_decorators_because_the_compiler_knows_them_by_identity(op: ast.FunctionDef) -> None:
+    assert not op.decorator_list
+
+
+def test_the_model_contains_no_arithmetic_but_x_plus_a_block() -> None:
+    """Python floats are float64 in compiled code: everything else is an op."""
+    for function in public_functions("model.py"):
+        for statement in function.body:
+            for node in ast.walk(statement):
+                assert not isinstance(node, (ast.AugAssign, ast.UnaryOp)), f"model.py:{node.lineno}"
+                if isinstance(node, ast.BinOp):
+                    sums = isinstance(node.op, ast.Add) and isinstance(node.left, ast.Name) and node.left.id == "x"
+                    assert sums, f"model.py:{node.lineno}: {ast.unparse(node)}"
+                    assert isinstance(node.right, ast.Call), f"model.py:{node.lineno}: {ast.unparse(node)}"
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def jitted(tree: ast.AST) -> Iterator[tuple[int, list[ast.keyword] | None]]:
+    """Line and keywords of every use of njit or jit; None where it is used without a call."""
+    called = {id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    for node in ast.walk(tree):
+        name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+        if name in ("njit", "jit", "vectorize", "guvectorize") and id(node) not in called:
+            yield node.lineno, None
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("njit", "jit"):
+            yield node.lineno, node.keywords
+
+
+@pytest.mark.parametrize("file", each("kernels/"))
+def test_every_kernel_states_its_flags(file: str) -> None:
+    for line, keywords in jitted(TREES[file]):
+        stated = [k.value.id for k in keywords or [] if k.arg is None and isinstance(k.value, ast.Name)]
+        assert stated in (["SERIAL"], ["PARALLEL"]), f"{file}:{line}: a kernel without flags inherits its caller's"
+
+
+def test_no_kernel_is_compiled_with_reassociation() -> None:
+    from_flags = compile(ast.parse((PACKAGE / "kernels" / "flags.py").read_text()), "flags", "exec")
+    flags: dict[str, dict[str, object]] = {}
+    exec(from_flags, flags)  # the file itself, because importing the package's kernels needs numba
+    for name in ("SERIAL", "PARALLEL"):
+        assert flags[name]["fastmath"] == {"contract"}
+        assert flags[name]["nogil"] is True
+    for file in each("kernels/"):
+        if file != "kernels/flags.py":
+            assert not [n for n in ast.walk(TREES[file]) if isinstance(n, ast.keyword) and n.arg == "fastmath"], file
+
+
+@pytest.mark.parametrize("file", each("kernels/"))
+def test_nothing_is_summed_over_threads(file: str) -> None:
+    """A sum that belongs to no thread depends on how many there are."""
+    for loop in ast.walk(TREES[file]):
+        if not (
+            isinstance(loop, ast.For) and isinstance(loop.iter, ast.Call) and "prange" in ast.unparse(loop.iter.func)
+        ):
+            continue
+        own = {n.id for n in ast.walk(loop) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        added = {
+            n.target.id: n for n in ast.walk(loop) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
+        }
+        plain = {
+            t.id for n in ast.walk(loop) if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)
+        }
+        for name, node in added.items():
+            assert name in plain & own, f"{file}:{node.lineno}: {name} is summed over prange"
