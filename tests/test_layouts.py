@@ -221,6 +221,18 @@ def test_a_params_json_that_is_no_sound_json_is_named(tmp_path: Path, text: str)
     refused(tmp_path, r"^params\.json: ")
 
 
+def test_a_params_json_of_a_megabyte_is_refused_unread(tmp_path: Path) -> None:
+    write_meta(tmp_path)
+    (tmp_path / "params.json").write_bytes(b" " * ((1 << 20) + 1))
+    refused(tmp_path, r"^params\.json has more than the 1,048,576 bytes that such a file may have")
+
+
+def test_weights_without_an_embedding_are_refused(tmp_path: Path) -> None:
+    write_meta(tmp_path)
+    (tmp_path / "consolidated.00.pth").write_bytes(torch_zip({"norm.weight": stored(np.ones(24))}))
+    refused(tmp_path, r"^consolidated\.00\.pth has no matrix 'tok_embeddings\.weight'")
+
+
 def test_a_missing_params_json_is_named(tmp_path: Path) -> None:
     write_meta(tmp_path)
     (tmp_path / "params.json").unlink()
@@ -330,6 +342,9 @@ def test_a_tied_head_that_is_stored_all_the_same_must_be_equal(tmp_path: Path) -
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(tensors))
     check(tmp_path, weights, tied=True)
     tensors["lm_head.weight"] = (tensors["lm_head.weight"][0] + 1, "f32")
+    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(tensors))
+    refused(tmp_path, r"'lm_head\.weight' differs from 'model\.embed_tokens\.weight'")
+    tensors["lm_head.weight"] = (weights["tok_embeddings"], "f16")
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(tensors))
     refused(tmp_path, r"'lm_head\.weight' differs from 'model\.embed_tokens\.weight'")
 
@@ -541,6 +556,14 @@ def test_a_path_that_does_not_exist_or_cannot_is_refused(tmp_path: Path) -> None
     refused(tmp_path / "nothing.json", "cannot be read: No such file")
     refused(tmp_path / ("x" * 5000), "cannot be read: File name too long")
     refused(Path("a\0b"), "the path .* is impossible")
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listdir(folder: object) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    refused(tmp_path, "cannot be read: Permission denied; check its permissions")
 
 
 def test_opening_reads_no_weights_and_closing_leaves_no_file_open(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def write_sparse_zip64(path: Path) -> None:
             file.write(struct.pack("<IHHHHHIIIHH", 0x04034B50, 0, 0x0808, 0, 0, 0, 0, 0, 0, len(raw), 0) + raw + data)
             if name == "byteorder":  # holes between two entries push all later ones beyond 4 GiB
                 file.seek(large, os.SEEK_CUR)
-            extra = struct.pack("<HHQQQ", 1, 24, size, size, header)
+            extra = struct.pack("<HHIHHQQQ", 0x5455, 4, 0, 1, 24, size, size, header)  # a time stamp comes first
             full = 0xFFFFFFFF
             fields = (0x02014B50, 0, 0, 0x0808, 0, 0, 0, 0, full, full, len(raw), len(extra), 0, 0, 0, 0, full)
             central += struct.pack("<IHHHHHHIIIHHHHHII", *fields) + raw + extra
@@ -284,6 +284,64 @@ def test_unknown_versions_and_byte_orders_and_foreign_archives_are_refused(tmp_p
     refused(tmp_path, zip_bytes([(b"a/arr_0.npy", b"x")]), "zip archive without data.pkl")
 
 
+def patched(data: bytes, entry: int, field: int, layout: str, value: int) -> bytes:
+    """The archive with one number of its central directory changed; `field` is its place in the entry's header."""
+    at = 0
+    for _ in range(entry + 1):
+        at = data.index(b"PK\1\2", at + 1)
+    return data[: at + field] + struct.pack(layout, value) + data[at + field + struct.calcsize(layout) :]
+
+
+@pytest.mark.parametrize(
+    ("entry", "field", "layout", "value", "reason"),
+    [
+        (1, 42, "<I", 0, "its entries overlap"),
+        (0, 42, "<I", 1, "its entries overlap"),
+        (1, 8, "<H", 0x0809, "an entry of its directory is impossible"),
+        (1, 34, "<H", 1, "an entry of its directory is impossible"),
+        (3, 32, "<H", 9999, "an entry of its directory is impossible"),
+        (2, 20, "<I", 1, "an entry has two sizes"),
+        (2, 24, "<I", 0xFFFFFFFF, "a large entry has no 64-bit size"),
+    ],
+)
+def test_a_directory_with_an_impossible_entry_is_refused(
+    tmp_path: Path, entry: int, field: int, layout: str, value: int, reason: str
+) -> None:
+    refused(tmp_path, patched(torch_zip(ONE), entry, field, layout, value), reason)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        (10, 5, "its directory ends in the middle"),
+        (10, 3, "its directory has bytes left over"),
+        (10, 0, "impossible place or size"),
+        (10, 9, "impossible place or size"),
+        (16, 0, "impossible place or size"),
+        (20, 1, "the directory at its end is missing"),
+    ],
+)
+def test_a_directory_of_another_length_is_refused(tmp_path: Path, field: int, value: int, reason: str) -> None:
+    entries: list[tuple[bytes, bytes]] = []
+    torch_zip(ONE, edit=lambda e: entries.extend((f"{'r' * 20}/{k}".encode(), v) for k, v in e.items()))
+    data = bytearray(zip_bytes(entries, zip64=False))
+    struct.pack_into("<H", data, len(data) - 22 + field, value)
+    refused(tmp_path, bytes(data), reason)
+
+
+def test_two_directories_at_the_end_must_agree(tmp_path: Path) -> None:
+    data = bytearray(torch_zip(ONE))
+    struct.pack_into("<H", data, len(data) - 22 + 10, 3)
+    refused(tmp_path, bytes(data), "the zip64 directory at its end contradicts the other one")
+
+
+def test_an_archive_of_a_few_bytes_or_a_tree_of_a_megabyte_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, b"PK\3\4 and so on", "it ends in the middle")
+    refused(
+        tmp_path, torch_zip(ONE, extra={"data.pkl": bytes(1 << 20)}), "1,048,576 bytes, but at most 524,288 are read"
+    )
+
+
 # Hostile trees --------------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +394,43 @@ def test_no_name_but_torchs_own_is_accepted_in_any_opcode(tmp_path: Path) -> Non
 )
 def test_impossible_programs_are_refused(tmp_path: Path, code: bytes, reason: str) -> None:
     refused(tmp_path, with_pickle(b"\x80\x02" + code), reason)
+
+
+STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\x18tQ"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (STORAGE.replace(b"ctorch\nFloatStorage\n", b"N"), "a storage is not described as torch does it"),
+        (STORAGE.replace(b"Float", b"Funny"), "names 'torch.FunnyStorage'"),
+        (STORAGE.replace(b"K\x18", b"J\xff\xff\xff\xff"), "storage '0' has an impossible size"),
+        (STORAGE.replace(b"K\x18", b"\x88"), "a storage is not described as torch does it"),
+        (STORAGE.replace(b"storage", b"forages"), "a persistent id is no storage"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n)R", "a tensor is not described as torch does it"),
+        (b"ctorch._utils\n_rebuild_tensor\n)R", "a tensor is not described as torch does it"),
+        (b"ctorch._utils\n_rebuild_parameter\nNNN\x87R", "a parameter is no tensor"),
+        (b"ctorch._tensor\n_rebuild_from_type_v2\nN\x85R", "a tensor is not described as torch does it"),
+        (b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch\nSize\nN)}tR", "a tensor is of a class of its own"),
+        (b"ccollections\nOrderedDict\nN\x85R", "an OrderedDict has arguments"),
+        (b"ctorch\nSize\nN\x85R", "a shape is no tuple"),
+    ],
+)
+def test_descriptions_that_torch_does_not_write_are_refused(tmp_path: Path, code: bytes, reason: str) -> None:
+    refused(tmp_path, with_pickle(b"\x80\x02" + code + b"."), reason)
+
+
+def test_the_tensors_of_the_first_torch_are_read(tmp_path: Path) -> None:
+    old = b"ctorch._utils\n_rebuild_tensor\n(" + STORAGE + b"K\0K\x04K\x06\x86K\x06K\x01\x86tR"
+    code = b"\x80\x02}X\1\0\0\0x" + old + b"s."
+    data = torch_zip({}, extra={"data.pkl": code, "data/0": BASE.tobytes()})
+    np.testing.assert_array_equal(values(item(read(put(tmp_path, data)), "x")), BASE)
+
+
+def test_tensors_of_other_types_are_words_for_messages() -> None:
+    float8 = read(FIXTURES / "float8_zip.pt")
+    assert isinstance(float8, Opaque)
+    assert float8.what == "a tensor of type torch.float8_e4m3fn"
 
 
 def test_nesting_without_end_is_harmless(tmp_path: Path) -> None:
@@ -446,6 +541,14 @@ def test_a_file_that_shrinks_while_open_is_an_error_and_no_crash(tmp_path: Path)
     os.truncate(path, 200)
     with pytest.raises(CheckpointError, match=r"file\.pt was changed while it was read"):
         values(view)
+
+
+def test_a_file_that_shrinks_between_two_looks_is_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npllama.checkpoints.files._identity", lambda file: (1, 300, 1))
+    file = InputFile(put(tmp_path, bytes(300)), POOL)
+    os.truncate(tmp_path / "file.pt", 200)
+    with pytest.raises(CheckpointError, match=r"file\.pt became shorter while it was read"):
+        file.read(100, 200)
 
 
 def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:

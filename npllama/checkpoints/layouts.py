@@ -104,11 +104,8 @@ def is_llama2c(tree: object) -> bool:
 
 
 def open_llama2c(tree: object, file: InputFile, pool: Pool) -> Checkpoint:
-    """A training checkpoint of llama2.c; what its optimizer keeps is not looked at."""
-    if not isinstance(tree, dict) or not is_llama2c(tree):
-        raise CheckpointError(
-            f"{file.name} has no 'model' and 'model_args', so it is no llama2.c checkpoint; give another"
-        )
+    """A training checkpoint of llama2.c (see is_llama2c); what its optimizer keeps is not looked at."""
+    assert isinstance(tree, dict)
     if not isinstance(tree["model_args"], dict) or not isinstance(tree["model"], dict):
         raise CheckpointError(f"{file.name}: 'model' and 'model_args' must be dicts; it is damaged: download it again")
     try:
