@@ -56,7 +56,7 @@ class Engine:
         self._report = report
         self.backend = choose_backend(backend, opened, report)
         self.threads = _checked_threads(threads)
-        self.compile_s = 0.0
+        self.import_s = self.compile_s = 0.0
         c = self.config
         self._numbers = model.Numbers(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, float(c.norm_eps))
         self._table = ops.rotation(np.arange(min(c.max_seq_len, 8192)), c.head_dim, c.rope_theta)
@@ -88,15 +88,18 @@ class Engine:
 
     def _prepare_numba(self) -> None:
         """Compile model.forward for this model's number formats, or take it from the disk cache."""
+        started = time.perf_counter()
         import_numba()
         import numba
 
         from npllama.kernels import entry
 
-        if self.threads > numba.config.NUMBA_NUM_THREADS:
+        self.import_s = time.perf_counter() - started
+        most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined] # set when numba is imported
+        if self.threads > most:
             raise UsageError(
-                f"threads={self.threads} is more than the {numba.config.NUMBA_NUM_THREADS} that Numba was started "
-                f"with; ask for fewer, or set NUMBA_NUM_THREADS before the start."
+                f"threads={self.threads} is more than the {most} that Numba was started with; "
+                f"ask for fewer, or set NUMBA_NUM_THREADS before the start."
             )
         started = time.perf_counter()
         folder, why = machine.cache_directory()
@@ -123,6 +126,12 @@ class Engine:
         if self._weights is None:
             raise UsageError("this model is closed; load it again.")
         return self._weights
+
+    @property
+    def cache_bytes_per_position(self) -> int:
+        """Bytes of keys and values that one position adds to the cache."""
+        c = self.config
+        return kv.size_bytes(c.n_layers, 1, c.n_kv_heads, 1, c.head_dim)
 
     def reader(self) -> Callable[[np.ndarray], object]:
         """A function that reads (n,) int64 once through with this engine's threads: the yardstick of `bench`."""

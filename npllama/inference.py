@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,14 +18,13 @@ from npllama.cache import KVCache, clear
 from npllama.config import ModelConfig
 from npllama.engine import Engine
 from npllama.errors import ContextError, UsageError
-from npllama.sampling import SamplingOptions, sample
+from npllama.sampling import PENALTY_WINDOW, SamplingOptions, sample
 from npllama.streaming import StopStrings, StreamDecoder
 from npllama.tokenizer import Tokenizer
 from npllama.weights import OpenModel, open_model
 
 DEMO = Path(__file__).parent / "demo"
 MOST_CONTEXT_UNASKED = 4096
-PENALTY_WINDOW = 64
 # A prompt is read in chunks of about a second, so that an interrupt is served. The length follows from the model's
 # size alone and not from a clock, so that the same prompt is always cut the same way.
 CHUNK_OPERATIONS = 2.0e11
@@ -98,6 +97,11 @@ class Llama:
         self._opened = opened
         self._spare: list[KVCache] = []
         self._chunk = chunk_tokens(opened.config)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What npllama.json says: number formats, files, hashes."""
+        return self._opened.manifest
 
     @property
     def backend(self) -> str:
@@ -311,12 +315,11 @@ class Stream:
             logits = llama.read(cache, self._ids, start)
         self._prompt_s = time.perf_counter() - started
         started = time.perf_counter()
-        ends = {*llama.config.eos_token_ids, llama.config.bos_token_id}
+        ends = {*llama.config.eos_token_ids, llama.config.bos_token_id, llama.tokenizer.bos_id}
         for i in range(self._most):
             position = self._n_prompt + i
-            token = sample(
-                logits[0], self._ids[-PENALTY_WINDOW:], request.sampling, request.seed, self._completion, position
-            )
+            recent = self._ids[-PENALTY_WINDOW:]
+            token = sample(logits[0], recent, request.sampling, request.seed, self._completion, position)
             if token in ends:
                 self._finish_reason = "stop"
                 break
@@ -336,6 +339,8 @@ class Stream:
             self._finish_reason = "stop"
         else:
             text += stops.finish()
+            if stops.stopped:  # a stop string that an earlier, longer candidate had kept open
+                self._finish_reason = "stop"
         self._generate_s = time.perf_counter() - started
         if text:
             yield Piece(text, None)
@@ -398,6 +403,11 @@ def load(
     opened = open_model(DEMO if model is None else model)
     try:
         tokenizer = Tokenizer(opened.tokenizer_path, opened.config.vocab_size)
+        if tokenizer.bos_id != opened.config.bos_token_id:
+            log.warning(
+                f"the tokenizer begins a text with id {tokenizer.bos_id}, the model's config says "
+                f"{opened.config.bos_token_id}; using the tokenizer's"
+            )
         engine = Engine(opened, backend, threads, log.warning)
         return Llama(opened, engine, tokenizer, _context(opened.config.max_seq_len, context))
     except BaseException:

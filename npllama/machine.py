@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from pathlib import Path
 
 
@@ -128,3 +129,11 @@ def cache_directory() -> tuple[Path | None, str]:
     except (OSError, RuntimeError) as error:
         return None, f"no directory for compiled code: {error}; NPLLAMA_CACHE_DIR names another"
     return folder, ""
+
+
+def peak_rss_mb() -> float:
+    """Most memory that this process has had resident, mapped files included, in 10^6 bytes."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -6,6 +6,8 @@ V vocabulary, L layers, N sequences, S cache slots. Activations are float32 betw
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 
 from npllama.cache import KVCache, run_stop, slot
@@ -15,7 +17,10 @@ from npllama.quant import Weight, widen
 MOST_SCORES = 1 << 22
 
 
-def layer(w: Weight, l: int) -> Weight:
+W = TypeVar("W", bound=Weight)
+
+
+def layer(w: W, l: int) -> W:
     """Layer l of stacked weights: (L, rows, columns) -> (rows, columns), a view, in the same number format."""
     if isinstance(w, np.ndarray):
         return w[l]

@@ -7,6 +7,7 @@ that errors do not add up and every kernel is judged alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ TOLERANCE = {
     "rope_to_sinks": 1e-6,
     "attend": 1e-5,
     "swiglu": 2e-6,
+    "whole model": 1e-3,
 }
 PROMPT = 33  # tokens read at once: more than a tile, and no multiple of one
 DECODED = 2  # then token by token
@@ -81,10 +83,20 @@ def verify(engine: Engine, seed: int = 0) -> list[Row]:
     forward = stepwise({step: compared(step) for step in kernels})
     ids = np.random.default_rng(seed).integers(0, engine.config.vocab_size, n)
     starts = [0, *range(n - DECODED, n), n]
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in itertools.pairwise(starts):
         pos = np.arange(start, stop)
         engine.run_stepwise(forward, cache, ids[start:stop], pos)
     return list(rows.values())
+
+
+def whole_model_error(engine: Engine, seed: int = 1) -> Row:
+    """The logits of a prompt, whole model compiled against whole model in NumPy: errors of all steps together."""
+    n = min(PROMPT, engine.config.max_seq_len)
+    ids = np.random.default_rng(seed).integers(0, engine.config.vocab_size, n)
+    pos = np.arange(n)
+    found = engine.forward(engine.new_cache(1, n), ids, pos, np.zeros(n), [n - 1])
+    expected = engine.run_stepwise(stepwise({}), engine.new_cache(1, n), ids, pos)
+    return Row("whole model", "", largest_error(found, expected), calls=1)
 
 
 def largest_error(found: np.ndarray, expected: np.ndarray) -> float:

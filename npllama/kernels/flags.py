@@ -8,9 +8,10 @@ whoever compiles it first.
 from __future__ import annotations
 
 import os
+from typing import Any
 
-SERIAL = {"error_model": "numpy", "fastmath": {"contract"}, "boundscheck": False, "nogil": True}
-PARALLEL = {**SERIAL, "parallel": True}
+SERIAL: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}, "boundscheck": False, "nogil": True}
+PARALLEL: dict[str, Any] = {**SERIAL, "parallel": True}
 
 # Read once, before anything compiles: a later change would be ignored. Part of the key of the compile cache.
 PLAIN = os.environ.get("NPLLAMA_PLAIN_KERNELS", "0") not in ("", "0")

@@ -19,7 +19,7 @@ from npllama.quant import BF16, F16
 
 def is_format(typ: types.Type, cls: type) -> bool:
     """Whether a Numba type is the number format cls (a NamedTuple)."""
-    return isinstance(typ, types.BaseNamedTuple) and typ.instance_class is cls
+    return isinstance(typ, types.BaseNamedTuple) and typ.instance_class is cls  # type: ignore[attr-defined]
 
 
 @overload(ops.layer)

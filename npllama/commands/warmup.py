@@ -1,0 +1,35 @@
+"""Compile what a model needs and keep it, so that the next start finds it: for the build of an image."""
+
+from __future__ import annotations
+
+import argparse
+
+from npllama.commands.terminal import Notes, add_model, model_of, put
+from npllama.errors import ModelError
+
+NAME = "warmup"
+SUMMARY = "compile for a model ahead of time"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `npllama warmup`."""
+    add_model(parser, "a model directory (default: the demo model)")
+
+
+def run(args: argparse.Namespace, notes: Notes) -> int:
+    """Compile, and make sure that the result was kept."""
+    import npllama
+    from npllama.engine import compiled_exists
+    from npllama.weights import open_model
+
+    model = model_of(args)
+    with npllama.load(model, backend="numba") as llama:
+        notes.show()
+        seconds = llama.engine.compile_s
+    with open_model(npllama.inference.DEMO if model is None else model) as opened:
+        if not compiled_exists(opened):
+            raise ModelError(
+                "compiled code could not be kept, see above; set NPLLAMA_CACHE_DIR to a directory of your own."
+            )
+    put(f"compiled code is ready ({seconds:.1f} s)\n")
+    return 0
