@@ -107,6 +107,11 @@ def merge(name: str, shape: tuple[int, ...], parts: Sequence[View], config: str)
             )
     if len(shape) == 2:
         return Tensor(name, shape, tuple(parts), axis)
+    return _replicated(name, shape, parts)
+
+
+def _replicated(name: str, shape: tuple[int, ...], parts: Sequence[View]) -> Tensor:
+    """A vector of which each shard has a copy."""
     first = Tensor(name, shape, (parts[0],))
     for part in parts[1:]:
         if not equal(first, Tensor(name, shape, (part,))):

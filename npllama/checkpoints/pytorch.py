@@ -8,7 +8,9 @@ Source: torch/serialization.py and torch/_utils.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from typing import Literal
 
 from npllama.checkpoints.archive import Archive
 from npllama.checkpoints.files import InputFile
@@ -18,6 +20,7 @@ from npllama.errors import CheckpointError, quote
 
 LARGEST_TREE = 512 << 10  # bytes of pickle; LLaMA 2 70B needs 75 kB
 MOST_AXES = 8
+VERSIONS = tuple(b"%d" % version for version in range(1, 11))
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 STORAGES = {
@@ -45,23 +48,7 @@ DTYPES = (
 def read_zip(file: InputFile) -> object:
     """The object tree of a zip file of torch.save; CheckpointError for whatever else is in it."""
     archive = Archive(file)
-    for sign, what in (("constants.pkl", "a TorchScript program"), ("archive_format", "an exported program")):
-        if sign in archive:
-            raise CheckpointError(f"{file.name} is {what}, not a checkpoint; save its state_dict with torch.save")
-    if "data.pkl" not in archive:
-        raise CheckpointError(
-            f"{file.name} is a zip archive without data.pkl, not a file of torch.save; give a checkpoint"
-        )
-    version = archive.read("version", 16)
-    if version.strip() not in (b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"8", b"9", b"10"):
-        raise CheckpointError(
-            f"{file.name}: format version {quote(repr(version))}, but 1 to 10 are known; save it again"
-        )
-    order = archive.read("byteorder", 16) if "byteorder" in archive else b"little"
-    if order not in (b"little", b"big"):
-        raise CheckpointError(
-            f"{file.name}: byte order {quote(repr(order))}, but little or big is needed; save it again"
-        )
+    swapped = _check_kind(file, archive)
     storages: dict[str, Storage] = {}
 
     def persistent(pid: object) -> Storage:
@@ -73,12 +60,33 @@ def read_zip(file: InputFile) -> object:
                     f"{file.name}: storage {quote(key)} has {size:,} bytes, but {storage.numel:,} elements of "
                     f"{storage.dtype} are announced; it is damaged: download it again"
                 )
-            storage.start = archive.start(f"data/{key}")
-            storage.swapped = order == b"big"
+            storage.start, storage.swapped = archive.start(f"data/{key}"), swapped
         return storage
 
-    machine = Machine(archive.read("data.pkl", LARGEST_TREE), f"{file.name}/data.pkl", _calls(file), persistent)
-    return machine.load()
+    code = archive.read("data.pkl", LARGEST_TREE)
+    return Machine(code, f"{file.name}/data.pkl", _Calls(file).table(), persistent).load()
+
+
+def _check_kind(file: InputFile, archive: Archive) -> bool:
+    """Whether the bytes of numbers are swapped; CheckpointError when the archive is none of torch.save."""
+    for sign, what in (("constants.pkl", "a TorchScript program"), ("archive_format", "an exported program")):
+        if sign in archive:
+            raise CheckpointError(f"{file.name} is {what}, not a checkpoint; save its state_dict with torch.save")
+    if "data.pkl" not in archive:
+        raise CheckpointError(
+            f"{file.name} is a zip archive without data.pkl, not a file of torch.save; give a checkpoint"
+        )
+    version = archive.read("version", 16)
+    if version.strip() not in VERSIONS:
+        raise CheckpointError(
+            f"{file.name}: format version {quote(repr(version))}, but 1 to 10 are known; save it again"
+        )
+    order = archive.read("byteorder", 16) if "byteorder" in archive else b"little"
+    if order not in (b"little", b"big"):
+        raise CheckpointError(
+            f"{file.name}: byte order {quote(repr(order))}, but little or big is needed; save it again"
+        )
+    return (order == b"big") != (sys.byteorder == "big")
 
 
 def read_legacy(file: InputFile) -> object:
@@ -87,7 +95,7 @@ def read_legacy(file: InputFile) -> object:
     machine = Machine(
         file.read(0, min(file.size, LARGEST_TREE)),
         file.name,
-        _calls(file),
+        _Calls(file).table(),
         lambda pid: _storage(file, pid, storages, 6)[1],
     )
     if machine.load() != LEGACY_MAGIC or machine.load() != 1001:
@@ -100,18 +108,22 @@ def read_legacy(file: InputFile) -> object:
     tree, keys = machine.load(), machine.load()
     if not isinstance(keys, list) or not all(type(key) is str for key in keys) or sorted(keys) != sorted(storages):
         raise CheckpointError(f"{file.name}: its storages are not those that its tensors name; download it again")
-    at = machine.position
-    for key in keys:
-        storage = storages[key]
-        if int.from_bytes(file.read(at, 8), "little" if system["little_endian"] else "big") != storage.numel:
+    order: Literal["little", "big"] = "little" if system["little_endian"] else "big"
+    _place(file, machine.position, [(key, storages[key]) for key in keys], order)
+    return tree
+
+
+def _place(file: InputFile, at: int, storages: list[tuple[str, Storage]], order: Literal["little", "big"]) -> None:
+    """The storages of a legacy file lie behind each other, each after its length, and fill it to its end."""
+    for key, storage in storages:
+        if int.from_bytes(file.read(at, 8), order) != storage.numel:
             raise CheckpointError(f"{file.name}: storage {quote(key)} has two sizes; it is damaged: download it again")
-        storage.start, storage.swapped = at + 8, not system["little_endian"]
+        storage.start, storage.swapped = at + 8, order != sys.byteorder
         at = storage.start + storage.numel * storage.itemsize
     if at != file.size:
         raise CheckpointError(
             f"{file.name} has {file.size:,} bytes, but its storages end at {at:,}; it is damaged: download it again"
         )
-    return tree
 
 
 def _storage(file: InputFile, pid: object, storages: dict[str, Storage], fields: int) -> tuple[str, Storage]:
@@ -132,64 +144,78 @@ def _storage(file: InputFile, pid: object, storages: dict[str, Storage], fields:
     return key, storage
 
 
-def _calls(file: InputFile) -> dict[str, Callable[..., object] | None]:
+class _Calls:
     """Every name that a checkpoint of plain tensors may mention, and what calling it means here."""
 
-    def tensor(*arguments: object) -> View:
+    def __init__(self, file: InputFile) -> None:
+        self._file = file
+
+    def table(self) -> dict[str, Callable[..., object] | None]:
+        """Dotted name -> what it does; None for a name that may only be mentioned."""
+        return {
+            "collections.OrderedDict": self._ordered,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_tensor": self._old_tensor,
+            "torch._utils._rebuild_tensor_v3": self._other_tensor,
+            "torch._utils._rebuild_parameter": self._parameter,
+            "torch._utils._rebuild_parameter_with_state": self._parameter,
+            "torch._tensor._rebuild_from_type_v2": self._of_type,
+            "torch.Tensor": None,
+            "torch.nn.parameter.Parameter": None,
+            "torch.Size": self._size,
+            "torch.device": lambda *_: Opaque("a device"),
+            "torch.serialization._get_layout": lambda *_: Opaque("a layout"),
+            **dict.fromkeys(STORAGES),
+            **{f"torch.{dtype}": None for dtype in DTYPES},
+        }
+
+    def _tensor(self, *arguments: object) -> View:
+        """(storage, offset, shape, strides, requires_grad, hooks[, metadata])"""
         if not 6 <= len(arguments) <= 7 or not isinstance(arguments[0], Storage):
-            raise _damaged(file, "a tensor is not described as torch does it")
+            raise self._other("a tensor is not described as torch does it")
         if len(arguments) == 7 and arguments[6]:
-            raise CheckpointError(f"{file.name}: a tensor is stored negated or conjugated; save it with .resolve_neg()")
-        return _view(file, *arguments[:4])
+            raise CheckpointError(
+                f"{self._file.name}: a tensor is stored negated or conjugated; save it with .resolve_neg()"
+            )
+        return _view(self._file, *arguments[:4])
 
-    def old_tensor(*arguments: object) -> View:
+    def _old_tensor(self, *arguments: object) -> View:
+        """(storage, offset, shape, strides)"""
         if len(arguments) != 4 or not isinstance(arguments[0], Storage):
-            raise _damaged(file, "a tensor is not described as torch does it")
-        return _view(file, *arguments)
+            raise self._other("a tensor is not described as torch does it")
+        return _view(self._file, *arguments)
 
-    def other_tensor(*arguments: object) -> Opaque:
+    def _other_tensor(self, *arguments: object) -> Opaque:
+        """(..., dtype[, metadata]): a type that has no storage class, and is none of a weight's."""
         kind = arguments[6] if len(arguments) > 6 else None
         return Opaque(f"a tensor of type {kind.text}" if isinstance(kind, Name) else "a tensor of another type")
 
-    def parameter(*arguments: object) -> object:
+    def _parameter(self, *arguments: object) -> object:
+        """(tensor, requires_grad, hooks[, attributes])"""
         if len(arguments) not in (3, 4) or not isinstance(arguments[0], (View, Opaque)):
-            raise _damaged(file, "a parameter is no tensor")
+            raise self._other("a parameter is no tensor")
         return arguments[0]
 
-    def of_type(*arguments: object) -> object:
-        """A tensor with attributes: (how to make it, its class, arguments, attributes)."""
+    def _of_type(self, *arguments: object) -> View:
+        """(how to make it, its class, arguments, attributes): a tensor with attributes."""
         if len(arguments) != 4 or not isinstance(arguments[0], Name) or type(arguments[2]) is not tuple:
-            raise _damaged(file, "a tensor is not described as torch does it")
+            raise self._other("a tensor is not described as torch does it")
         if arguments[0].text != "torch._utils._rebuild_tensor_v2":
-            raise _damaged(file, "a tensor is of a class of its own")
-        return tensor(*arguments[2])
+            raise self._other("a tensor is of a class of its own")
+        return self._tensor(*arguments[2])
 
-    def ordered(*arguments: object) -> dict[object, object]:
+    def _ordered(self, *arguments: object) -> dict[object, object]:
         if arguments:
-            raise _damaged(file, "an OrderedDict has arguments")
+            raise self._other("an OrderedDict has arguments")
         return {}
 
-    def size(*arguments: object) -> object:
+    def _size(self, *arguments: object) -> object:
         if len(arguments) != 1 or type(arguments[0]) is not tuple:
-            raise _damaged(file, "a shape is no tuple")
+            raise self._other("a shape is no tuple")
         return arguments[0]
 
-    return {
-        "collections.OrderedDict": ordered,
-        "torch._utils._rebuild_tensor_v2": tensor,
-        "torch._utils._rebuild_tensor": old_tensor,
-        "torch._utils._rebuild_tensor_v3": other_tensor,
-        "torch._utils._rebuild_parameter": parameter,
-        "torch._utils._rebuild_parameter_with_state": parameter,
-        "torch._tensor._rebuild_from_type_v2": of_type,
-        "torch.Tensor": None,
-        "torch.nn.parameter.Parameter": None,
-        "torch.Size": size,
-        "torch.device": lambda *_: Opaque("a device"),
-        "torch.serialization._get_layout": lambda *_: Opaque("a layout"),
-        **dict.fromkeys(STORAGES),
-        **{f"torch.{dtype}": None for dtype in DTYPES},
-    }
+    def _other(self, what: str) -> CheckpointError:
+        return _damaged(self._file, what)
 
 
 def _view(file: InputFile, *arguments: object) -> View:

@@ -9,6 +9,8 @@ have 4 MiB (100 MB there; LLaMA 2 70B needs 90 kB).
 
 from __future__ import annotations
 
+import sys
+
 from npllama import strict_json
 from npllama.checkpoints.files import InputFile
 from npllama.checkpoints.tensors import Storage, View
@@ -80,7 +82,7 @@ def _view(file: InputFile, name: str, entry: object, data: int) -> View:
         strides.insert(0, strides[0] * n)
     if offsets[1] - offsets[0] != strides[0] * itemsize:
         raise _damaged(file, f"tensor {quote(name)} has {offsets[1] - offsets[0]:,} bytes, not what its shape needs")
-    storage = Storage(file, kind, itemsize, data + offsets[0], strides[0])
+    storage = Storage(file, kind, itemsize, data + offsets[0], strides[0], sys.byteorder == "big")
     return View(storage, 0, tuple(shape), tuple(strides[1:]))
 
 
