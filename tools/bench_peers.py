@@ -1,0 +1,420 @@
+"""The same shapes and number formats in npllama, llama.cpp and torch, in turn in one run; prints ratios.
+
+    pip install llama-cpp-python gguf torch
+    python tools/bench_peers.py [--shapes 15m,110m,1b] [--formats q4,q8,f16,f32] [--prompts 128,512] [-n 32] [-r 5]
+                                [--json FILE] [--readme README.md] [--scratch FOLDER]
+
+Each program runs in a process of its own, because settings of OpenMP and of BLAS are per process, and all of them stay
+open while they are measured in turn: what else the machine does then hurts all of them. Random weights; q4 stands
+against Q4_0 and q8 against Q8_0 as llama.cpp's own quantizer makes them; torch takes part in f32 and bf16. Ratios are
+npllama's rate over the other's, of each round; their median and spread are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from npllama.config import ModelConfig  # noqa: E402
+from npllama.inference import DEMO  # noqa: E402
+from npllama.random_model import RandomCheckpoint, shape_config, write_random_model  # noqa: E402
+
+LLAMA_CPP = {"f32": "F32", "f16": "F16", "q8": "Q8_0", "q4": "Q4_0"}
+QUANTIZED = {"q8": 7, "q4": 2}  # llama.cpp's numbers of the formats
+TORCH = {"f32": "f32", "bf16": "bf16"}
+MARKERS = ("<!-- speed: begin -->", "<!-- speed: end -->")
+Step = Callable[[int, int], None]
+"""Feeds n tokens that begin at a position, and waits for the logits of the last."""
+
+
+def main() -> None:
+    """Measure what the arguments ask for, print the table, write JSON and README."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="15m,110m,1b")
+    parser.add_argument("--formats", default="q4,q8,f16,f32")
+    parser.add_argument("--prompts", default="128,512")
+    parser.add_argument("-n", "--n-gen", type=int, default=32)
+    parser.add_argument("-d", "--depths", default="0", help="depths for the generation tests")
+    parser.add_argument("-r", "--repetitions", type=int, default=5)
+    parser.add_argument("-t", "--threads", type=int, default=2)
+    parser.add_argument("--peers", default="llama.cpp,torch")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--readme", type=Path)
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "npllama-peers")
+    parser.add_argument("--serve", nargs=4, metavar=("PROGRAM", "MODEL", "THREADS", "CONTEXT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve[0], Path(args.serve[1]), int(args.serve[2]), int(args.serve[3]))
+        return
+    report = {"about": about(args), "results": list(results(args))}
+    text = table(report)
+    print(text)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.readme:
+        write_between_markers(args.readme, text)
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on."""
+    cpu = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    packages = ("numpy", "numba", "llama-cpp-python", "torch")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "threads": args.threads,
+        "repetitions": args.repetitions,
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One entry for each shape, format and test: rates of every program, ratios against each peer."""
+    prompts = [int(p) for p in args.prompts.split(",") if int(p)]
+    depths = [int(d) for d in args.depths.split(",")]
+    tests = [(p, 0, 0) for p in prompts] + [(0, args.n_gen, d) for d in depths if args.n_gen]
+    context = max(sum(test) for test in tests) + 8
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    for shape in args.shapes.split(","):
+        for number_format in args.formats.split(","):
+            programs = {
+                name: Child(name, path, args.threads, context)
+                for name, path in models(shape, number_format, args.peers.split(","), args.scratch)
+            }
+            try:
+                for test in tests:
+                    yield measured(shape, number_format, test, programs, args.repetitions)
+            finally:
+                for child in programs.values():
+                    child.close()
+
+
+def measured(
+    shape: str, number_format: str, test: tuple[int, int, int], programs: dict[str, Child], repetitions: int
+) -> dict[str, Any]:
+    """Rates of one test in every program, measured in turn."""
+    n_prompt, n_gen, depth = test
+    rates: dict[str, list[float]] = {name: [] for name in programs}
+    for repetition in range(-1, repetitions):
+        for name, child in programs.items():
+            seconds = child.measure(*test)
+            if repetition >= 0:
+                rates[name].append((n_prompt + n_gen) / seconds)
+    entry: dict[str, Any] = {
+        "shape": shape,
+        "format": number_format,
+        "n_prompt": n_prompt,
+        "n_gen": n_gen,
+        "n_depth": depth,
+        "tokens_per_second": {name: round(statistics.median(found), 2) for name, found in rates.items()},
+        "ratio": {},
+        "ratio_spread": {},
+    }
+    for name in programs:
+        if name != "npllama":
+            ratios = [mine / other for mine, other in zip(rates["npllama"], rates[name], strict=True)]
+            entry["ratio"][name] = round(statistics.median(ratios), 3)
+            entry["ratio_spread"][name] = [round(min(ratios), 3), round(max(ratios), 3)]
+    print(json.dumps(entry), file=sys.stderr, flush=True)
+    return entry
+
+
+# Models: the same random weights for each program, made once and kept in the scratch folder.
+
+
+def models(shape: str, number_format: str, peers: list[str], scratch: Path) -> Iterator[tuple[str, Path]]:
+    """Program -> the file or folder with its weights."""
+    mine = scratch / f"{shape}-{number_format}"
+    if not mine.exists():
+        write_random_model(mine, shape_config(shape), number_format, DEMO / "tokenizer.model")
+    yield "npllama", mine
+    if "llama.cpp" in peers and number_format in LLAMA_CPP:
+        yield "llama.cpp", gguf_file(shape, number_format, scratch)
+    if "torch" in peers and number_format in TORCH:
+        yield "torch", mine
+
+
+def gguf_file(shape: str, number_format: str, scratch: Path) -> Path:
+    """The GGUF file of a shape in a format; quantized ones are made by llama.cpp from the float32 file."""
+    path = scratch / f"{shape}-{LLAMA_CPP[number_format]}.gguf"
+    if path.exists():
+        return path
+    if number_format not in QUANTIZED:
+        write_gguf(path, shape_config(shape), number_format)
+        return path
+    import llama_cpp
+
+    source = gguf_file(shape, "f32", scratch)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = QUANTIZED[number_format], 2
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params):
+        sys.exit(f"llama.cpp could not quantize {source}")
+    return path
+
+
+GGUF_NAMES = {
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+    "attention_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+    "tok_embeddings": "token_embd",
+    "norm": "output_norm",
+    "output": "output",
+}
+
+
+def write_gguf(path: Path, c: ModelConfig, number_format: str) -> None:
+    """The random weights of a config as GGUF; no vocabulary, because tests feed token ids."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(c.max_seq_len)
+    writer.add_embedding_length(c.dim)
+    writer.add_block_count(c.n_layers)
+    writer.add_feed_forward_length(c.hidden_dim)
+    writer.add_head_count(c.n_heads)
+    writer.add_head_count_kv(c.n_kv_heads)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    for name, tensor in RandomCheckpoint(c).tensors.items():
+        rows = tensor.rows(0, tensor.shape[0])
+        if len(tensor.shape) == 2 and number_format == "f16":
+            rows = rows.astype(np.float16)
+        layer, _, kind = name.removeprefix("layers.").partition(".") if name.startswith("layers.") else ("", "", name)
+        prefix = f"blk.{layer}." if layer else ""
+        writer.add_tensor(f"{prefix}{GGUF_NAMES[kind]}.weight", rows)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# Programs: a child process opens the model, then measures what it is told on its standard input.
+
+
+class Child:
+    """One program in a process of its own."""
+
+    def __init__(self, program: str, model: Path, threads: int, context: int) -> None:
+        command = [sys.executable, __file__, "--serve", program, str(model), str(threads), str(context)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if self._answer() != "ready":
+            sys.exit(f"{program} could not open {model}")
+
+    def measure(self, n_prompt: int, n_gen: int, depth: int) -> float:
+        """Seconds for reading n_prompt tokens and then generating n_gen, at a depth."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{n_prompt} {n_gen} {depth}\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+
+
+def serve(program: str, model: Path, threads: int, context: int) -> None:
+    """The child's side."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    step, forget = {"npllama": open_npllama, "llama.cpp": open_llama_cpp, "torch": open_torch}[program](
+        model, threads, context
+    )
+    print("ready", file=answers, flush=True)
+    at_depth = -1
+    for line in sys.stdin:
+        n_prompt, n_gen, depth = map(int, line.split())
+        if depth != at_depth or program == "llama.cpp":
+            forget(depth if at_depth == depth else 0)
+            if depth and at_depth != depth:
+                step(0, depth)
+            at_depth = depth
+        started = time.perf_counter()
+        if n_prompt:
+            step(depth, n_prompt)
+        for position in range(depth + n_prompt, depth + n_prompt + n_gen):
+            step(position, 1)
+        print(time.perf_counter() - started, file=answers, flush=True)
+
+
+def random_ids(n: int) -> list[int]:
+    ids: list[int] = np.random.default_rng(0).integers(3, 32000, n).tolist()
+    return ids
+
+
+def open_npllama(model: Path, threads: int, context: int) -> tuple[Step, Callable[[int], None]]:
+    """npllama as users open it; prompts in its own chunks."""
+    import npllama
+    from npllama.inference import chunk_tokens
+
+    llama = npllama.load(model, backend="numba", threads=threads, context=context)
+    cache, ids, chunk = llama.borrow_cache(), random_ids(context), chunk_tokens(llama.config)
+
+    def step(start: int, n: int) -> None:
+        for first in range(start, start + n, chunk):
+            pos = range(first, min(first + chunk, start + n))
+            llama.engine.forward(cache, ids[pos.start : pos.stop], pos, [0] * len(pos), [len(pos) - 1])
+
+    return step, lambda kept: None
+
+
+def open_llama_cpp(model: Path, threads: int, context: int) -> tuple[Step, Callable[[int], None]]:
+    """llama.cpp through its C interface; prompts in its usual batches of 512."""
+    import llama_cpp
+
+    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    opened = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = context, 512, 512
+    params.n_threads = params.n_threads_batch = threads
+    state = llama_cpp.llama_init_from_model(opened, params)
+    ids = random_ids(context)
+
+    def step(start: int, n: int) -> None:
+        for first in range(start, start + n, 512):
+            part = ids[first : min(first + 512, start + n)]
+            tokens = (ctypes.c_int32 * len(part))(*part)
+            if llama_cpp.llama_decode(state, llama_cpp.llama_batch_get_one(tokens, len(part))):
+                sys.exit("llama.cpp could not decode")
+        llama_cpp.llama_get_logits(state)
+
+    def forget(kept: int) -> None:
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(state), 0, kept, -1)
+
+    forget.quiet = quiet  # type: ignore[attr-defined] # the callback must live as long as the program
+    return step, forget
+
+
+def open_torch(model: Path, threads: int, context: int) -> tuple[Step, Callable[[int], None]]:
+    """LLaMA 2 in torch as one would write it: matrix products, scaled_dot_product_attention, a static cache."""
+    import torch
+    from torch.nn import functional
+
+    from npllama.quant import BF16
+    from npllama.weights import open_model
+
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    opened = open_model(model)
+    c = opened.config
+    w = {}
+    for kind, weight in opened.weights._asdict().items():
+        if isinstance(weight, BF16):
+            w[kind] = torch.from_numpy(weight.bits.view(np.int16).copy()).view(torch.bfloat16)
+        else:
+            w[kind] = torch.from_numpy(weight.copy())
+    dtype = w["wq"].dtype
+    frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+    angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
+    turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    keys = torch.zeros(c.n_layers, c.n_kv_heads, context, c.head_dim, dtype=dtype)
+    values = torch.zeros_like(keys)
+    ids = torch.tensor(random_ids(context))
+
+    def norm(x: Any, gain: Any) -> Any:
+        y = x.float()
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + c.norm_eps) * gain).to(dtype)
+
+    def rotate(x: Any, start: int) -> Any:
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * turn[start : start + x.shape[0], None]).flatten(2).to(dtype)
+
+    def step(start: int, n: int) -> None:
+        x = w["tok_embeddings"][ids[start : start + n]]
+        stop = start + n
+        mask = torch.ones(n, stop, dtype=torch.bool).tril(start) if n > 1 else None
+        for l in range(c.n_layers):
+            h = norm(x, w["attention_norm"][l])
+            q = rotate((h @ w["wq"][l].T).view(n, c.n_heads, c.head_dim), start)
+            keys[l, :, start:stop] = rotate((h @ w["wk"][l].T).view(n, c.n_kv_heads, c.head_dim), start).transpose(0, 1)
+            values[l, :, start:stop] = (h @ w["wv"][l].T).view(n, c.n_kv_heads, c.head_dim).transpose(0, 1)
+            k, v = keys[l, :, :stop], values[l, :, :stop]
+            y = functional.scaled_dot_product_attention(
+                q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, enable_gqa=True
+            )
+            x = x + y[0].transpose(0, 1).reshape(n, -1) @ w["wo"][l].T
+            h = norm(x, w["ffn_norm"][l])
+            x = x + (functional.silu(h @ w["w1"][l].T) * (h @ w["w3"][l].T)) @ w["w2"][l].T
+        _ = norm(x[-1:], w["norm"]) @ w["output"].T
+
+    return step, lambda kept: None
+
+
+# Output.
+
+
+def table(report: dict[str, Any]) -> str:
+    """The results as a table of Markdown, with what they depend on."""
+    about = report["about"]
+    versions = ", ".join(f"{name} {found}" for name, found in about["versions"].items())
+    lines = [
+        f"{about['date']}, {about['cpu']}, {about['threads']} threads, median of {about['repetitions']} alternating "
+        f"runs; {versions}.",
+        "",
+        "| shape | format | test | npllama tokens/s | llama.cpp | ratio (spread) | torch | ratio (spread) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in report["results"]:
+        test = f"prompt {one['n_prompt']}" if one["n_prompt"] else f"generate {one['n_gen']}"
+        test += f" at {one['n_depth']}" if one["n_depth"] else ""
+        cells = [one["shape"], one["format"], test, f"{one['tokens_per_second']['npllama']:,.1f}"]
+        for peer in ("llama.cpp", "torch"):
+            if peer in one["ratio"]:
+                low, high = one["ratio_spread"][peer]
+                cells.append(f"{one['tokens_per_second'][peer]:,.1f}")
+                cells.append(f"**{one['ratio'][peer]:.2f}** ({low:.2f}-{high:.2f})")
+            else:
+                cells += ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    """Replace what stands between the two markers of a file."""
+    begin, end = MARKERS
+    before, _, rest = path.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+if __name__ == "__main__":
+    main()
