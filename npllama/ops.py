@@ -11,11 +11,10 @@ from typing import TypeVar
 import numpy as np
 
 from npllama.cache import KVCache, run_stop, slot
-from npllama.quant import Weight, widen
+from npllama.quant import Q4, Q8, Grouped, Weight, round_rows, widen, widen_rows
 
 # Scores of one attention step: at most this many, so that memory does not grow with T x S.
 MOST_SCORES = 1 << 22
-
 
 W = TypeVar("W", bound=Weight)
 
@@ -24,6 +23,8 @@ def layer(w: W, l: int) -> W:
     """Layer l of stacked weights: (L, rows, columns) -> (rows, columns), a view, in the same number format."""
     if isinstance(w, np.ndarray):
         return w[l]
+    if isinstance(w, Q8 | Q4):
+        return type(w)(w.codes[l], w.scales[l], w.rows, w.columns)
     return type(w)(*(part[l] for part in w))
 
 
@@ -34,9 +35,7 @@ def embed(table: Weight, tokens: np.ndarray) -> np.ndarray:
 
     table (V, D) in any format, tokens (T,) int64 in [0, V). Returns (T, D) float32, new.
     """
-    if isinstance(table, np.ndarray):
-        return table[tokens]
-    return widen(type(table)(*(part[tokens] for part in table)))
+    return widen_rows(table, tokens)
 
 
 def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
@@ -56,8 +55,11 @@ def linear(x: np.ndarray, w: Weight) -> np.ndarray:
 
         y[t, n] = sum_k x[t, k] * w[n, k]
 
-    x (T, K) float32, w (N, K) in any format. Returns (T, N) float32, new.
+    x (T, K) float32, w (N, K) in any format. Returns (T, N) float32, new. With a grouped format (q8, q4) the x of the
+    equation is x rounded to 8 bits, see quant.quantize_rows: so the products are of integers.
     """
+    if isinstance(w, Q8 | Q4 | Grouped):
+        x = round_rows(x)
     return x @ widen(w).T
 
 
