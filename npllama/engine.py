@@ -31,6 +31,23 @@ BACKENDS = ("auto", "numpy", "numba")
 SPIN_COUNT = "20000"
 
 
+# One compiled call at a time in this process: each uses all its threads, and Numba's simplest threading layer ends the
+# process when two Python threads enter it.
+_COMPILED = threading.Lock()
+_threads_started = threading.Event()
+_forked = False
+
+
+def _after_fork() -> None:
+    global _COMPILED, _forked
+    _COMPILED = threading.Lock()
+    _forked = _threads_started.is_set()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def say_nothing(message: str) -> None:
     """The default reporter."""
 
@@ -52,26 +69,33 @@ class Engine:
         self.config = opened.config
         self._opened = opened
         self._weights: Weights | None = opened.weights
-        self._lock = threading.Lock()
         self._report = report
         self.backend = choose_backend(backend, opened, report)
+        self._lock = _COMPILED if self.backend == "numba" else threading.Lock()
         self.threads = _checked_threads(threads)
         self.import_s = self.compile_s = 0.0
         c = self.config
         self._numbers = model.Numbers(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, float(c.norm_eps))
         self._table = ops.rotation(np.arange(min(c.max_seq_len, 8192)), c.head_dim, c.rope_theta)
         if self.backend == "numpy":
-            self._prepare_numpy(threads is not None)
+            self._set_blas_threads(threads is not None)
+            self._prepare_numpy()
         else:
             self._prepare_numba()
 
-    def _prepare_numpy(self, threads_asked: bool) -> None:
-        """NumPy's products are threaded by its BLAS; narrow weights are widened once where memory allows."""
+    def _set_blas_threads(self, threads_asked: bool) -> None:
+        """NumPy's products are threaded by its BLAS; what the user set for it stands."""
+        own_setting = any(name in os.environ for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
+        if own_setting and not threads_asked:
+            return
         if not set_blas_threads(self.threads) and threads_asked:
             raise UsageError(
                 f"threads={self.threads} cannot be honoured by this NumPy, whose BLAS offers no way to set it; "
                 f"leave threads out, or set the BLAS's own variable (VECLIB_MAXIMUM_THREADS, ...) before the start."
             )
+
+    def _prepare_numpy(self) -> None:
+        """Widen narrow weights once where memory allows."""
         weights = self._opened.weights
         narrow = [w for w in weights if not isinstance(w, np.ndarray)]
         needed = sum(4 * count for count in map(_count, {id(w): w for w in narrow}.values()))
@@ -112,7 +136,16 @@ class Engine:
         compiled, _ = entry.compile_forward(arguments, file, self._report)
         self.compile_s = time.perf_counter() - started
 
+        if opened_bytes_fit(self._opened):
+            self._opened.prefetch()
+
         def forward(*arguments: Any) -> np.ndarray:
+            if _forked:
+                raise UsageError(
+                    "this process was forked from one that had computed with compiled kernels, whose threads do not "
+                    'survive a fork; start workers with multiprocessing\'s "spawn", or use backend "numpy".'
+                )
+            _threads_started.set()
             numba.set_num_threads(self.threads)  # per Python thread, so in every call
             logits: np.ndarray = compiled(*arguments)
             return logits
@@ -240,6 +273,11 @@ class Engine:
             self._forward = model.forward
 
 
+def opened_bytes_fit(opened: OpenModel) -> bool:
+    """Whether a model's files fit into half of the free memory, so that reading them ahead evicts nothing."""
+    return opened.size_bytes < machine.free_memory() // 2
+
+
 def stepwise(steps: dict[str, Callable[..., np.ndarray]]) -> Callable[..., np.ndarray]:
     """model.forward, uncompiled, with other functions in place of the steps named: the same source, step by step."""
     scope = {**vars(model), **steps}
@@ -289,8 +327,6 @@ def import_numba() -> None:
     """Import numba with OpenMP told how to wait, which is read when the library loads. A user's own setting wins."""
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
-    if "NUMBA_NUM_THREADS" not in os.environ and "numba" not in sys.modules:
-        os.environ["NUMBA_NUM_THREADS"] = str(max(machine.affinity(), 1))
     import numba  # noqa: F401
 
 

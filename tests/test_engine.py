@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import helpers
@@ -248,3 +249,56 @@ def test_a_cache_directory_that_others_can_write_to_is_not_used(opened: OpenMode
     assert result.returncode == 0
     assert "can be written by others" in result.stdout
     assert not list((tmp_path / "cache").iterdir())
+
+
+FORK = """
+import os, sys
+from npllama.engine import Engine
+from npllama.errors import UsageError
+from npllama.weights import open_model
+engine = Engine(open_model(sys.argv[1]), "numba")
+one = lambda: engine.forward(engine.new_cache(1, 4), [1, 7], range(2), [0] * 2, [1])
+one()
+child = os.fork()
+if child == 0:
+    try:
+        one()
+    except UsageError as error:
+        print(error, flush=True)
+        os._exit(3)
+    os._exit(4)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), one().shape)
+"""
+
+
+@needs_numba
+def test_a_forked_child_gets_an_error_and_not_a_hang(opened: OpenModel) -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK, str(opened.path)], capture_output=True, text=True, timeout=120
+    )
+    assert "was forked from one that had computed" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("3 (1,")
+
+
+@needs_numba
+def test_python_threads_at_once_get_the_same_numbers_as_alone(opened: OpenModel) -> None:
+    engines = [Engine(opened, "numba"), Engine(opened, "numba")]
+    alone = feed(engines[0], IDS, 4)
+    found: list[np.ndarray] = []
+    workers = [
+        threading.Thread(target=lambda e=e: found.extend(feed(e, IDS, 4) for _ in range(20)))
+        for e in (*engines, *engines)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 80
+    assert all(np.array_equal(one, alone) for one in found)
+
+
+def test_weights_are_read_ahead_where_they_fit(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened.prefetch()
+    assert engine_module.opened_bytes_fit(opened)
+    monkeypatch.setattr(machine, "free_memory", lambda: opened.size_bytes)
+    assert not engine_module.opened_bytes_fit(opened)
