@@ -31,7 +31,7 @@ LAYERS = (
     {"engine", "export"},
     {"sampling", "streaming", "random_model"},
     {"inference"},
-    {"verify", "bench"},
+    {"verify", "bench", "quality"},
     {"__init__"},
     {"commands"},
     {"cli"},

@@ -1,0 +1,55 @@
+"""Measure how well a model predicts a text, and how far it is from a reference model (KL divergence, agreement)."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+from npllama.commands.terminal import Notes, add_model, model_of, put, whole
+from npllama.errors import UsageError
+
+NAME = "perplexity"
+SUMMARY = "measure the quality of a model on a text"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `npllama perplexity`."""
+    add_model(parser, "a model directory (default: the demo model)")
+    add = parser.add_argument
+    add("-f", "--file", metavar="FILE", required=True, help="the text, in UTF-8")
+    add("--reference", metavar="MODEL", help="the same model in another number format, to compare with")
+    add("-c", "--ctx-size", metavar="N", type=whole(2, 2**31), default=256, help="ids in a window (default 256)")
+    add("-t", "--threads", metavar="N", type=whole(1, 4096), help="threads (default: see npllama info)")
+    add("--backend", choices=("auto", "numpy", "numba"), default="auto", help="NumPy or compiled (default: auto)")
+    add("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace, notes: Notes) -> int:
+    """Open one or two models, measure, print the figures with the protocol."""
+    import npllama
+    from npllama.quality import quality
+
+    try:
+        text = Path(args.file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{args.file}: is not text in UTF-8 ({error.reason} at byte {error.start}).") from error
+    options = {"backend": args.backend, "threads": args.threads, "context": args.ctx_size}
+    with ExitStack() as stack:
+        llama = stack.enter_context(npllama.load(model_of(args), **options))
+        reference = stack.enter_context(npllama.load(args.reference, **options)) if args.reference else None
+        notes.show()
+        found = quality(llama, text, args.ctx_size, reference)
+    if args.json:
+        put(json.dumps(dataclasses.asdict(found)) + "\n")
+        return 0
+    put(f"{found.n_tokens} predictions in windows of {found.n_ctx} ids, BOS first, every id of the text once\n")
+    put(f"perplexity       {found.perplexity:.4f} +/- {found.perplexity_error:.4f}\n")
+    if found.reference_perplexity is not None:
+        change = 100 * (found.perplexity / found.reference_perplexity - 1)
+        put(f"reference        {found.reference_perplexity:.4f} ({change:+.3f} %)\n")
+        put(f"KL divergence    {found.kl_divergence:.6f}\n")
+        put(f"top-1 agreement  {100 * (found.top_1_agreement or 0.0):.2f} %\n")
+    return 0
