@@ -23,7 +23,7 @@ def only_full_stops(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_seed_gives_the_same_stories_on_every_machine():
     text = "\n".join(grammar.stories(1, 0, 200))
     digest = hashlib.sha256(text.encode()).hexdigest()
-    assert digest == "9a3498e23aed6885ea0599fa3286a150fb21fc91d1d50e252dc327a4e8271148"
+    assert digest == "e989e5f0eb40412330ccdfb86f120b993aa233ba094627d2f61ac1157c1b4fee"
 
 
 def test_stories_of_one_seed_differ():
@@ -101,7 +101,7 @@ def test_a_hundred_stories_hardly_ever_share_a_skeleton_of_eight_words():
         for seed in range(10, 40)
         for i, j, _ in grammar.shared_windows(list(grammar.stories(seed, 0, 100)))
     }
-    assert len(pairs) <= 8  # in 30 times 100 stories; 0.16 expected per hundred
+    assert len(pairs) <= 8  # in 30 times 100 stories; about 0.1 expected in a hundred
 
 
 def test_speech_belongs_to_the_sentence_that_reports_it():

@@ -50,7 +50,7 @@ T = TypeVar("T")
 WINDOW = 8
 """Words of a sentence that two stories must not share once names and nouns are masked."""
 
-SHORT_SEAMS, LONG_SEAMS, LONGEST_HALF = 0.5, 0.15, 5
+SHORT_SEAMS, LONG_SEAMS, LONGEST_HALF = 0.5, 0.12, 5
 """How often two sentences become one: if the result has fewer than WINDOW words, and if it has more (then each half
 has at most five). Shared skeletons grow with the square of LONG_SEAMS."""
 
@@ -93,7 +93,7 @@ def story(seed: int, index: int) -> str:
         helped = dice.chance(0.6)
         cast = draw_cast(dice, problem, helped)
         parts = [(seam, fill(part, cast, dice)) for seam, part in draw_parts(dice, problem, helped) if part]
-        text = finish(link(parts), dice)
+        text = finish(link(parts), cast, dice)
         if WORDS[0] <= len(text.split()) <= WORDS[1]:
             return text
 
@@ -180,10 +180,15 @@ def fill(template: str, cast: dict[str, str], dice: Dice) -> str:
     return template
 
 
-def finish(text: str, dice: Dice) -> str:
+def finish(text: str, cast: dict[str, str], dice: Dice) -> str:
     """Turn seams into full stops or conjunctions, then set capitals and articles."""
     while match := SEAM.search(text):
-        text = text[: match.start()] + weld(match, dice) + text[match.end() :]
+        before, after = text[: match.start()], text[match.end() :]
+        joint = weld(match, dice)
+        subject = END.split(before)[-1].split(" ")[0]
+        if joint != ". " and subject in (cast["H"], cast["he"]) and after.startswith(cast["H"] + " "):
+            after = cast["he"] + after.removeprefix(cast["H"])  # "Mia sat down, and she laughed"
+        text = before + joint + after
     text = FIRST_WORD.sub(capital, text)
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 

@@ -54,8 +54,8 @@ PRONOUNS = {
 OPENINGS = (
     "{H} was a {trait} {k}. {he} lived {home}.",
     "{H} the {k} lived {home}.",
-    "{H} the {k} lived {home}. {he} was [very|rather|always] {trait}.",
-    "[once|long ago|one summer|one winter], there was a {trait} {k}. {his} name was {H}.",
+    "{H} the {k} lived {home}. {he} was [very|rather|quite] {trait}.",
+    "[once|long ago|years ago], there was a {trait} {k}. {his} name was {H}.",
     "a {trait} {k} lived {home}. [everyone|people|friends|they all] called {him} {H}.",
     "there was a {k} [called|named] {H}. {his} home was {home}.",
     "[this is the story of|this is a story about|here is a tale about|let me tell you about] {H}. {he} was a {trait} {k}.",
@@ -69,17 +69,17 @@ OPENINGS = (
 )
 
 TIMES = (
-    "one day|that afternoon|last spring|in autumn|on Monday|on Friday|after lunch|before supper|early one day|"
-    "at noon|at sunrise|late one evening|on market day|the next day|after breakfast|on the way home|on {his} birthday|suddenly|"
-    "but then|then, one day|in the middle of summer|when spring came|by bad luck|as the sun set|out of nowhere|at the weekend|without warning|"
-    "just after tea|at dinner time|that very week|a moment later|while {he} was singing|on a holiday|when nobody looked|as the bell rang"
+    "one day|that afternoon|on Monday|on Friday|on Saturday|after lunch|before supper|one Tuesday|some days later|right then|just then|"
+    "on market day|the next day|after breakfast|on the way home|on {his} birthday|suddenly|as luck would have it|quite unexpectedly|"
+    "but then|then, one day|by bad luck|out of nowhere|at the weekend|at that moment|after a while|to {his} surprise|that same day|"
+    "just after tea|at dinner time|that very week|a moment later|while {he} was singing|on a holiday|as the bell rang"
 ).split("|")
 
 WEATHER = (
     "it was a [sunny|windy|cloudy|misty|chilly|bright|warm|quiet] [morning|day|afternoon].",
     "the sky was [grey|blue|pink|dark|clear].",
     "the [birds|bees|crickets|frogs] were singing.",
-    "[spring|autumn|winter|summer] had come early.",
+    "[something|it] smelled of [rain|grass|bread|wood].",
     "[leaves|clouds|petals] drifted by.",
     "[everything|the whole world|all around] was [still|quiet|calm].",
 )
@@ -123,7 +123,7 @@ MEETINGS = (
 TALKS = (
     "\"what is [wrong|the matter]?\" asked {F}. {H} [explained|told {fhim}|pointed].", "\"why are you so [quiet|glum|upset]?\" asked {F}.",
     "{H} told {fhim} [everything|the whole story|what had happened].", "\"[do not worry|cheer up|never mind|stay calm],\" said {F}.",
-    "\"can you help me?\" asked {H}. \"[of course|yes|gladly]!\" said {F}.", "\"I [can|will|want to] help you,\" said {F}.", "{F} [listened|nodded|smiled|thought] [kindly|for a while].",
+    "\"can you help me?\" asked {H}. \"[of course|yes|gladly]!\" said {F}.", "\"I [can|will|want to] help you,\" said {F}.", "{F} [listened kindly|nodded|smiled|thought for a while|had a look].",
     "\"I have [an idea|a plan],\" said {F}.", "\"leave it to me,\" [said|laughed] {F}.", "\"we can [fix|solve|manage] this,\" said {F}.",
     "{F} [took {his} hand|put an arm around {him}|gave {him} a hug].", "\"[come with me|follow me|let us try],\" said {F}.", "",
 )
@@ -137,7 +137,7 @@ IDEAS = (
 )
 
 JOYS = (
-    "{H} was happy again.", "{H} [laughed|smiled|cheered] [again|with joy|out loud].", "\"[hooray|hurrah]!\" [cried|shouted] {H}.", "{H} danced [in a circle|with joy|around the table].",
+    "{H} was happy again.", "{H} [laughed|cheered|sang] [again|with joy|out loud].", "\"[hooray|hurrah]!\" [cried|shouted] {H}.", "{H} danced [in a circle|with joy|around the table].",
     "how [happy|glad|pleased] {H} was!", "{H} clapped {his} hands.", "a [big|warm|wide] smile came back.", "{H} felt [warm inside|much better|proud and glad].",
     "{H} jumped [for joy|up and down].", "all was well [again|at last|now].", "{his} [worries|troubles] were [gone|over].", "{H} [hummed|sang|whistled] a [merry|happy|little] tune.",
 )
@@ -223,7 +223,7 @@ PROBLEMS = (
         ("{S} followed the [crumbs|trail|footprints] (then) {T} [found|met|saw] a [thin|hungry] {w}. it [had not eaten|was starving], so {T} shared.",
          "{S} hid [behind the door|under the table] (and) a [thin|hungry] {w} [crept|came] in. {T} [offered it|gave it] some milk.",
          "{S} set a trap [of flour|with a bell] (and) a hungry {w} [walked|ran] into it. {T} [fed|forgave] it."),
-        ("now the {w} [helps|bakes] with {him}.", "the {w} said [sorry|thank you].", "they [made|baked] more {o} together."),
+        ("the {w} became {his} friend.", "the {w} said [sorry|thank you].", "they [made|baked] more {o} together."),
     ),
     Problem(
         "worried",
@@ -263,7 +263,7 @@ PROBLEMS = (
     ),
     Problem(
         "scared",
-        {"w": "drum|song|poem|story", "o": "quilt|blanket|tent|pillow"},
+        {"w": "song|poem|story|riddle", "o": "quilt|blanket|tent|pillow"},
         ("{H} [was alone|sat] in {his} room.", "{H} was [drawing|reading|knitting].", "dark clouds [came|rolled] in."),
         ("there was a [flash|bang|crash] (and) thunder [rolled|shook the house|filled the sky].",
          "lightning [lit|split] the sky (and) the [windows|walls|cups] [shook|rattled].",
@@ -287,13 +287,13 @@ PROBLEMS = (
     ),
     Problem(
         "angry",
-        {"o": "ball|swing|drum|boat|puzzle|sledge", "w": "rabbit|boy|girl|cat|hedgehog"},
+        {"o": "ball|kite|drum|boat|puzzle|sledge", "w": "rabbit|boy|girl|cat|hedgehog"},
         ("{H} had a {c} {o}.", "{H} [loved|played with] the {c} {o}.", "a {w} [wanted|liked] {his} {c} {o}."),
         ("a {w} [grabbed|took|wanted] the {o} (and) they [pulled|fought|quarrelled] [over it|for an hour].",
          "\"it is mine!\" [said|shouted] the {w}. they [pulled|fought] (until) the {o} [cracked|fell down|got dirty].",
          "{H} did not share (so) the {w} [ran off with|took away|hid] the {o}."),
-        ("{S} [drew|set|turned over] [a clock|an hourglass|a line] (and) each [got|had] [a turn|ten minutes] with the {o}.",
-         "{S} [said sorry|offered a hand] to the {w} (then) {T} [played|used the {o}] together.",
+        ("{S} [brought|fetched|set up] [a clock|an hourglass|a bell] (and) each [got|had] [a turn|ten minutes] with the {o}.",
+         "{S} [smiled at|talked to|sat down with] the {w} (then) {T} [played|used the {o}] together.",
          "{S} [made|thought of|knew] a game for [both|two|everybody] (and) the {o} was [part of it|shared]."),
         ("sharing was [fun|better|easy].", "the {w} [laughed|smiled] too.", "the {o} was [more fun|better] with two."),
     ),
@@ -311,7 +311,7 @@ PROBLEMS = (
     ),
     Problem(
         "worried",
-        {"o": "coat|mittens|socks|jumper|boots"},
+        {"o": "mittens|socks|gloves|slippers|leggings"},
         ("winter came, [cold and white|with ice]. {H} had no {o}.", "{his} {o} [had holes|were too old].", "snow fell. {H} [looked for|missed] {his} {o}."),
         ("the [wind|air|frost] was [icy|bitter] (and) {H} [shivered|froze|could not go out].",
          "{H} [went|stepped] outside (but) without {o} {he} [froze|was freezing].",
@@ -337,7 +337,7 @@ PROBLEMS = (
         "worried",
         {"o": "sparrow|robin|owl|swallow|starling", "w": "oak|birch|pear tree|hedge|barn"},
         ("{H} [heard|noticed] a [soft|tiny|thin] [cry|peep].", "something [moved|peeped] in the grass.", "{H} [found|saw] a [baby|tiny] {o}."),
-        ("a [baby|young|small] {o} [fell|tumbled|dropped] [out|down] (because) the wind [shook|rocked|bent] the {w}.",
+        ("a [baby|young|small] {o} [fell|tumbled|dropped] from its nest (because) the wind [shook|rocked|bent] the {w}.",
          "the [old|little] nest [was broken|had tipped] (and) a baby {o} [lay|sat] [below|in the grass].",
          "the [baby|little] {o} could not fly (and) a cat was [near|coming|watching]."),
         ("{S} [put up|leaned|set] a ladder (then) {T} [carried|took|lifted] the {o} [home|up].",
@@ -372,7 +372,7 @@ PROBLEMS = (
     Problem(
         "sad",
         {"o": "apple|pear|plum|cherry|peach"},
-        ("{H} [was hungry|wanted a snack].", "a {c} {o} hung on a tree.", "{H} [saw|dreamed of] a {c} {o}."),
+        ("{H} [was hungry|wanted a snack].", "a [ripe|big|sweet] {o} hung on a tree.", "{H} [saw|dreamed of] a [ripe|big|sweet] {o}."),
         ("the {o} [hung|grew] too high (and) {H} was too [small|short].",
          "{he} [jumped|stretched|hopped] and [jumped|stretched|hopped] (but) the {o} [was|stayed] out of reach.",
          "{H} could not [reach|get|touch] the {o} (because) [{his} arms were short|the tree was tall]."),
@@ -383,12 +383,12 @@ PROBLEMS = (
     ),
     Problem(
         "sad",
-        {"o": "race|contest|regatta", "w": "hare|fox|goose|pony"},
+        {"o": "race|contest", "w": "hare|fox|goose|pony"},
         ("there was a {o} [every year|in May].", "{H} wanted to win the {o}.", "a {w} [always won|laughed at {him}]."),
         ("{H} [stumbled|tripped|fell] [at the start|in practice] (and) the {w} [laughed|giggled].",
          "{H} was [much too|far too] slow (because) {his} [legs|shoes|oars] were [weak|heavy].",
          "\"you will never win,\" said the {w} (and) {H} believed it."),
-        ("{S} [trained|practised|ran] [every day|each morning|after school] (and) {H} got [faster|better|stronger].",
+        ("{S} [suggested|tried|began] [early runs|hill runs|a morning run] (and) {H} got [faster|better|stronger].",
          "{S} [knew|learned|found] a trick: [breathe slowly|small steps|start calmly] (and) it worked well.",
          "{S} [made|mended|bought] [light|better] shoes (and) {H} [felt|ran] like the wind."),
         ("{H} [came second|won the {o}|came third].", "even the {w} [clapped|cheered].", "the {w} shook {his} hand."),
@@ -401,7 +401,7 @@ PROBLEMS = (
          "the others [laughed|giggled] (because) {H} could not {o}.",
          "{H} [tried|practised] once (and) {he} [fell over|gave up|failed]."),
         ("{S} [began|started] with [one|a] small [step|part] (then) {T} [did|repeated] it [every day|ten times].",
-         "{S} [showed|explained|copied] how [frogs|birds|ducks] {o} (then) {T} [tried|did] the same.",
+         "{S} [showed|explained|copied] how [others|experts|masters] {o} (then) {T} [tried|did] the same.",
          "{S} [went|walked] to [a quiet place|the pond] (and) there {T} [practised|trained] [all week|in peace]."),
         ("now {H} could {o}.", "on Sunday, the crowd cheered.", "\"look, I can {o}!\" [cried|called] {H}."),
     ),
@@ -414,12 +414,12 @@ PROBLEMS = (
          "{H} [set|laid] the table for six (but) [no one|nobody] [came|rang]."),
         ("{S} [followed|heard] [whispers|giggles|music] in the barn (then) {T} [opened|pushed] the door. surprise! there was a {o} for {H}.",
          "{S} [saw|noticed|found] a [note|map|letter] (and) it [led|took] {T2} to the garden. a party! a {o} was the present.",
-         "{S} [knew|kept|heard] a secret (then) {T} went to the [meadow|barn]. all friends were there, with a {o}."),
+         "{S} heard [laughter|a song|a rumour] (then) {T} went to the [meadow|barn]. all friends were there, with a {o}."),
         ("nobody had forgotten {him}.", "the {o} was {c}.", "they [ate|sang|played] [till late|for hours]."),
     ),
     Problem(
         "sad",
-        {"o": "sandwiches|pancakes|sausages|salad|lemonade", "w": "barn|tent|cave|attic"},
+        {"o": "sandwiches|pancakes|sausages|muffins|dumplings", "w": "barn|tent|cave|attic"},
         ("{H} had planned a picnic.", "{H} packed {o} for a picnic.", "{H} [spread|laid|shook] [out|down] a {c} blanket."),
         ("[dark clouds|big drops] [came|fell] (and) it [poured|rained hard] on the {o}.",
          "it [started|began] to rain (so) the picnic [was ruined|had to stop].",
@@ -427,7 +427,7 @@ PROBLEMS = (
         ("{S} [carried|took|moved] everything into a {w} (then) {T} [ate|picnicked] there.",
          "{S} [knew|found|opened] a dry {w} [nearby|close by] (then) {T} had the picnic inside.",
          "{S} [hung|stretched|tied] a [sail|cloth] over the branches (then) {T} sat [dry|safe] under it."),
-        ("the {o} [tasted great|was still good].", "rain [drummed|sang] above them.", "it was [cosy|better] that way."),
+        ("the {o} [tasted great|were still good].", "rain [drummed|sang] above them.", "it was [cosy|better] that way."),
     ),
     Problem(
         "angry",
@@ -456,7 +456,7 @@ PROBLEMS = (
     Problem(
         "worried",
         {"o": "mother|father|teacher|grandmother", "w": "picture|necklace|poem|song|cushion"},
-        ("[soon|tomorrow] was {his} {o}'s birthday.", "{H} loved {his} {o}.", "{H} needed a gift for {his} {o}."),
+        ("[soon|tomorrow] it was {his} {o}'s birthday.", "{H} loved {his} {o}.", "{H} needed a gift for {his} {o}."),
         ("{H} wanted to buy a present (but) {his} [purse|piggy bank|pocket] was empty.",
          "{he} had no money (because) [{he} had bought sweets|{he} had lost it|everything was spent].",
          "[the|all] shops were closed (and) {H} had nothing for {his} {o}."),
@@ -475,7 +475,7 @@ PROBLEMS = (
         ("{S} [dug|shovelled|made] a tunnel with a [spoon|pan|shovel] (then) {T} [came|crawled] out [in the sun|at noon].",
          "{S} [boiled|heated] water (then) {T} [melted|poured it on] the snow.",
          "{S} [slid|climbed] [down from|out of] the attic (then) {T} [cleared|freed] the {o}."),
-        ("then they had a snowball fight.", "the {o} was free.", "{H} [built|rolled] a [tall|fat] snowman."),
+        ("then they had a snowball fight.", "the {o} was free.", "{H} [built|made] a [tall|fat] snowman."),
     ),
     Problem(
         "worried",
@@ -498,12 +498,12 @@ PROBLEMS = (
          "[everyone|people] [came late|complained] (because) the {o} [was broken|had stopped]."),
         ("{S} [opened|unscrewed] the {o} (and) a {w} [was|sat|hid] in the wheels. {T} [took|pulled] it out.",
          "{S} [cleaned|oiled|greased] [every|each] wheel (then) {T} [removed|found] a {w}.",
-         "{S} [shook|tapped] the {o} (and) out [fell|rolled|dropped] a {w}."),
+         "{S} [knocked at|tapped|hit] the {o} (and) out [fell|rolled|dropped] a {w}."),
         ("the {o} [worked|ran|turned] again.", "{H} kept the {w} [as a souvenir|in a drawer].", "the mayor [gave {him} a medal|shook {his} hand]."),
     ),
     Problem(
         "angry",
-        {"o": "goat|donkey|cow|goose|ram", "w": "cabbages|lettuce|flowers|washing|peas"},
+        {"o": "goat|donkey|cow|goose|ram", "w": "cabbages|leeks|flowers|tulips|peas"},
         ("{H} was proud of {his} {w}.", "{his} {w} [looked|were] [lovely|perfect].", "next door lived a {o}."),
         ("a {o} [ate|chewed|trampled] the {w} (because) the [fence|gate] [was broken|stood open].",
          "the fence [broke|fell over] (and) a {o} [entered|came] and ate {w}.",

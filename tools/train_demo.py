@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 DEMO = ROOT / "npllama" / "demo"
 
 TRAIN_SEED, HELD_OUT_SEED, WEIGHT_SEED = 1, 2, 3
-N_STORIES = 48_000
+N_STORIES = 40_000
 """Training stories; each is seen once, so the model cannot learn one by heart."""
 
 BATCH = 16
