@@ -64,6 +64,8 @@ class DiskCache(caching._Cache):
     def save_overload(self, sig: Any, data: Any) -> None:
         """Replace the file, and remove what other sources or versions left for the same formats."""
         try:
+            if data.library.has_dynamic_globals:
+                raise ValueError("it holds an address of this process, which crashes in the next")
             code = serialize.dumps((str(sig), data._reduce()))
             handle, name = tempfile.mkstemp(dir=self._file.parent, prefix="new-")
             try:
