@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from npllama.commands import bench, export, generate, info, perplexity, verify, warmup
+from npllama.commands import bench, export, generate, info, perplexity, quantize, verify, warmup
 from npllama.commands.terminal import Notes, say
 from npllama.errors import NpllamaError, UsageError
 from npllama.version import __version__
 
-COMMANDS = (generate, export, info, bench, perplexity, verify, warmup)
+COMMANDS = (generate, export, info, quantize, bench, perplexity, verify, warmup)
 """Each has NAME, SUMMARY, add_arguments(parser) and run(args, notes) -> exit code."""
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130

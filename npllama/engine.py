@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import sys
 import threading
@@ -21,8 +22,8 @@ from npllama import cache as kv
 from npllama import machine, model, ops
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError
-from npllama.quant import Weight, widen
-from npllama.weights import OpenModel, Weights
+from npllama.quant import Q4, Q8, Grouped, widen
+from npllama.weights import OpenModel, Weights, kind_shapes
 
 SMALL_MODEL_BYTES = 20_000_000
 BACKENDS = ("auto", "numpy", "numba")
@@ -97,12 +98,15 @@ class Engine:
     def _prepare_numpy(self) -> None:
         """Widen narrow weights once where memory allows."""
         weights = self._opened.weights
-        narrow = [w for w in weights if not isinstance(w, np.ndarray)]
-        needed = sum(4 * count for count in map(_count, {id(w): w for w in narrow}.values()))
+        shapes = kind_shapes(self.config)
+        distinct = {id(w): shapes[kind] for kind, w in weights._asdict().items() if not isinstance(w, np.ndarray)}
+        needed = sum(4 * math.prod(shape) for shape in distinct.values())
         if needed and needed <= machine.free_memory() // 2:
             if needed > SMALL_MODEL_BYTES:
                 self._report(f"widening the weights to float32 in memory ({needed / 1e6:,.0f} MB)")
-            widened = {id(w): widen(w) for w in weights}
+            widened: dict[int, Any] = {
+                id(w): Grouped(widen(w)) if isinstance(w, Q8 | Q4) else widen(w) for w in weights
+            }
             self._weights = Weights(*(widened[id(w)] for w in weights))
         elif needed:
             self._report(
@@ -293,11 +297,6 @@ def _checked_threads(threads: int | None) -> int:
     if type(threads) is not int or not 1 <= threads <= 4096:
         raise UsageError(f"threads={threads!r} is not a number of threads; it needs 1 or more.")
     return threads
-
-
-def _count(w: Weight) -> int:
-    """Numbers in a 16-bit weight."""
-    return int(np.size(w[0]))
 
 
 def choose_backend(asked: str, opened: OpenModel, report: Callable[[str], None]) -> str:

@@ -14,21 +14,23 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from npllama.checkpoints import Checkpoint, open_checkpoint
+from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, ModelError, UsageError, quote
-from npllama.quant import BF16, bf16_bits, f16_bits, widen
+from npllama.quant import BF16, ROWS, Weight, bf16_bits, f16_bits, quantize, widen
 from npllama.staging import check_target, staged
 from npllama.tokenizer import Tokenizer
 from npllama.weights import (
     FORMAT,
+    GROUPED,
     MANIFEST,
     MOST_PADDING_ROWS,
     NORMS,
@@ -36,6 +38,7 @@ from npllama.weights import (
     TOKENIZER,
     VERSION,
     ArraySpec,
+    OpenModel,
     Progress,
     array_file,
     array_specs,
@@ -64,6 +67,29 @@ NUMBERS = {"f32": ("float32", 0x7F800000), "f16": ("float16", 0x7C00), "bf16": (
 """Number format -> its name, and the bits of its exponent: all set in infinity and NaN, and only there."""
 
 
+class Rows(Protocol):
+    """What the exporter asks of a tensor: shape, number format, and rows start .. stop-1."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    def rows(self, start: int, stop: int) -> np.ndarray: ...
+
+
+class Source(Protocol):
+    """What the exporter asks of a checkpoint."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def tied(self) -> bool: ...
+    @property
+    def tensors(self) -> Mapping[str, Rows]: ...
+
+
 def export(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -75,11 +101,11 @@ def export(
 ) -> dict[str, Any]:
     """Write the model directory `out` from a checkpoint; returns its manifest.
 
-    dtype "f32", "f16" or "bf16" of the matrices, None for the checkpoint's own (float32 where its matrices differ or
-    are float64); norms are always float32. tokenizer: a SentencePiece file, None to look in the checkpoint's folder and
-    its parent. force: replace a model directory. progress gets (bytes done, bytes in all, tensor), note one-line
-    remarks. The same checkpoint gives the same bytes. Raises CheckpointError for what cannot be read or stored,
-    ModelError for an `out` that cannot be made, UsageError for a dtype that does not exist.
+    dtype "f32", "f16", "bf16", "q8" or "q4" of the matrices (embedding and output of a q4 model are q8), None for the
+    checkpoint's own (float32 where its matrices differ or are float64); norms are always float32. tokenizer: a
+    SentencePiece file, None to look in the checkpoint's folder and its parent. force: replace a model directory.
+    progress gets (bytes done, bytes in all, tensor), note one-line remarks. The same checkpoint gives the same bytes.
+    Raises CheckpointError for what cannot be read or stored, ModelError for an `out` that cannot be made, UsageError for a dtype that does not exist.
     """
     if dtype is not None and dtype not in STORED:
         raise UsageError(f"dtype {quote(dtype)} is not known; choose one of {', '.join(STORED)}.")
@@ -93,6 +119,67 @@ def export(
         say(f"tokenizer: {tokenizer_file}")
         number_format = dtype or own_format(source)
         return write_model(source, target, number_format, tokenizer_file, force, progress)
+
+
+def quantize_model(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dtype: str,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the model directory `out` from another one, whose matrices are f32, f16 or bf16, in "q8" or "q4".
+
+    The result is the same as an export of the checkpoint with this dtype, up to what the first export rounded.
+    Raises ModelError for a model that cannot be read or is quantized already, UsageError for another dtype.
+    """
+    if dtype not in GROUPED:
+        raise UsageError(f"dtype {quote(dtype)} is not a quantized format; choose one of {', '.join(GROUPED)}.")
+    target = Path(os.path.realpath(out))
+    check_target(target, force, is_model_file)
+    with open_model(model) as opened:
+        return write_model(OpenedSource(opened), target, dtype, opened.tokenizer_path, force, progress)
+
+
+class _Rows(NamedTuple):
+    """One matrix or norm of a model directory, with what the exporter asks of a checkpoint's tensor."""
+
+    stored: np.ndarray
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start .. stop-1 as they are stored: a view of the map."""
+        return self.stored[start:stop]
+
+
+class OpenedSource:
+    """An open model directory with what the exporter asks of a checkpoint."""
+
+    def __init__(self, opened: OpenModel) -> None:
+        self.config, self.folder = opened.config, opened.path
+        tensors = opened.manifest["tensors"]
+        self.tied = "output" not in tensors
+        self.tensors: dict[str, _Rows] = {}
+        for kind, tensor in tensors.items():
+            if tensor["format"] in GROUPED:
+                raise ModelError(
+                    f"{opened.path}: {kind} is {tensor['format']} already, and rounding twice loses more; "
+                    f"quantize the f32, f16 or bf16 model, or export the checkpoint again."
+                )
+            self._add(kind, getattr(opened.weights, kind), tensor["format"])
+
+    def _add(self, kind: str, w: Weight, number_format: str) -> None:
+        stored = w if isinstance(w, np.ndarray) else w[0]
+        stored = stored.view(np.float16) if number_format == "f16" else stored
+        if kind not in IN_LAYERS:
+            self.tensors[kind] = _Rows(stored, number_format)
+            return
+        for l in range(self.config.n_layers):
+            self.tensors[IN_LAYERS[kind].format(l)] = _Rows(stored[l], number_format)
 
 
 def own_format(source: Checkpoint) -> str:
@@ -129,13 +216,13 @@ def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> 
 
 
 def write_model(
-    source: Checkpoint, out: Path, number_format: str, tokenizer_file: Path, force: bool, progress: Progress | None
+    source: Source, out: Path, number_format: str, tokenizer_file: Path, force: bool, progress: Progress | None
 ) -> dict[str, Any]:
     """Fill a new directory, let the loader open it, and make it `out`."""
     shapes = kind_shapes(source.config)
     if source.tied:
         del shapes["output"]
-    formats = {kind: "f32" if kind in NORMS else number_format for kind in shapes}
+    formats = {kind: format_of(kind, number_format) for kind in shapes}
     total = sum(spec.size_bytes for kind in shapes for spec in array_specs(formats[kind], shapes[kind]).values())
     with staged(out, force, is_model_file) as folder:
         _check_space(out, total)
@@ -165,6 +252,18 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
+def format_of(kind: str, number_format: str) -> str:
+    """The number format of one kind of weight in a model of a number format.
+
+    Norms are float32 in every model. Embedding and output, where an error reaches every token, are q8 in a q4 model.
+    """
+    if kind in NORMS:
+        return "f32"
+    if number_format == "q4" and kind in ("tok_embeddings", "output"):
+        return "q8"
+    return number_format
+
+
 class _Meter:
     """Counts what is written and tells who wants to know."""
 
@@ -178,7 +277,7 @@ class _Meter:
 
 
 def _write_kind(
-    source: Checkpoint, folder: Path, kind: str, number_format: str, shape: tuple[int, ...], meter: _Meter
+    source: Source, folder: Path, kind: str, number_format: str, shape: tuple[int, ...], meter: _Meter
 ) -> dict[str, Any]:
     """Write the files of one kind of weight; returns its entry for the manifest."""
     specs = array_specs(number_format, shape)
@@ -194,14 +293,14 @@ def _write_kind(
     return {"format": number_format, "shape": list(shape), "arrays": {part: f.record() for part, f in files.items()}}
 
 
-def _blocks(source: Checkpoint, kind: str) -> Iterator[tuple[str, int, np.ndarray, str]]:
+def _blocks(source: Source, kind: str) -> Iterator[tuple[str, int, np.ndarray, str]]:
     """All rows of one kind, layer after layer: tensor, first row, rows, and how their numbers are to be read."""
     n_layers = source.config.n_layers
     names = [IN_LAYERS[kind].format(l) for l in range(n_layers)] if kind in IN_LAYERS else [kind]
     for name in names:
         tensor = source.tensors[name]
         rows, row_bytes = tensor.shape[0], math.prod(tensor.shape[1:]) * 4
-        step = max(1, BLOCK_BYTES // row_bytes)
+        step = max(1, BLOCK_BYTES // row_bytes // ROWS) * ROWS  # whole blocks of the quantized formats
         for start in range(0, rows, step):
             yield name, start, tensor.rows(start, min(start + step, rows)), tensor.dtype
 
@@ -211,11 +310,12 @@ def encode(number_format: str, block: np.ndarray, dtype: str, name: str, first_r
 
     Raises CheckpointError, naming tensor, index and value, for a number that is not finite in the format.
     """
+    if number_format in GROUPED:
+        return _quantized(number_format, block, dtype, name, first_row)
     if dtype == number_format:
         stored = block.view(np.uint16) if dtype == "f16" else block
     else:
-        with np.errstate(over="ignore"):
-            wide = widen(BF16(block)) if dtype == "bf16" else block.astype(np.float32, copy=False)
+        wide = _float32(block, dtype)
         stored = f16_bits(wide) if number_format == "f16" else bf16_bits(wide) if number_format == "bf16" else wide
     bits = stored.view(np.uint32) if number_format == "f32" else stored
     exponent = bits.dtype.type(NUMBERS[number_format][1])
@@ -223,6 +323,23 @@ def encode(number_format: str, block: np.ndarray, dtype: str, name: str, first_r
         _refuse(number_format, block, dtype, name, first_row, np.flatnonzero((bits & exponent) == exponent)[0])
     (part,) = STORED[number_format]
     return {part: stored}
+
+
+def _float32(block: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return widen(BF16(block)) if dtype == "bf16" else block.astype(np.float32, copy=False)
+
+
+def _quantized(number_format: str, block: np.ndarray, dtype: str, name: str, first_row: int) -> dict[str, np.ndarray]:
+    """Rows of a tensor -> codes and scales; the rows begin at a whole block."""
+    wide = _float32(block, dtype)
+    if not np.isfinite(wide).all():
+        _refuse("f32", block, dtype, name, first_row, int(np.flatnonzero(~np.isfinite(wide))[0]))
+    try:
+        found = quantize(wide, number_format)
+    except UsageError as error:
+        raise CheckpointError(f"{name}, rows from {first_row}: {error}") from error
+    return {"codes": found.codes, "scales": found.scales}
 
 
 def _refuse(number_format: str, block: np.ndarray, dtype: str, name: str, first_row: int, at: int) -> None:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npllama.checkpoints import Checkpoint
 from npllama.config import ModelConfig, feed_forward_width
 from npllama.export import IN_LAYERS, Progress, write_model
 from npllama.tokenizer import Tokenizer
@@ -65,7 +64,7 @@ class _Tensor(NamedTuple):
 class RandomCheckpoint:
     """What the exporter needs of a checkpoint, made of random numbers."""
 
-    layout, tied, warnings = "random", False, ()
+    tied = False
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         self.config = config
@@ -87,8 +86,7 @@ def write_random_model(
     filled = out.with_name(f"{out.name}.tokenizer")
     filled.write_bytes(filled_tokenizer(tokenizer, config.vocab_size))
     try:
-        source: Checkpoint = RandomCheckpoint(config)  # type: ignore[assignment] # all that the exporter asks for
-        write_model(source, out, dtype, filled, False, progress)
+        write_model(RandomCheckpoint(config), out, dtype, filled, False, progress)
     finally:
         filled.unlink()
 

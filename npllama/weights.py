@@ -30,7 +30,7 @@ import numpy as np
 from npllama import strict_json
 from npllama.config import ModelConfig
 from npllama.errors import ModelError, UsageError, quote
-from npllama.quant import BF16, F16, Weight
+from npllama.quant import BF16, F16, GROUP, Q4, Q8, ROWS, Weight
 
 FORMAT = "npllama"
 VERSION = 1
@@ -107,17 +107,33 @@ def kind_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-STORED = {"f32": {"values": "<f4"}, "f16": {"bits": "<f2"}, "bf16": {"bits": "<u2"}}
-"""Number format -> its arrays and their dtype in the file; each has the shape of the weight."""
+STORED = {
+    "f32": {"values": "<f4"},
+    "f16": {"bits": "<f2"},
+    "bf16": {"bits": "<u2"},
+    "q8": {"codes": "|i1", "scales": "<f2"},
+    "q4": {"codes": "|u1", "scales": "<f2"},
+}
+"""Number format -> its arrays and their dtype in the file."""
+
+GROUPED = ("q8", "q4")
+"""The formats whose numbers stand in blocks of rows and groups of columns (see quant.py)."""
 
 
 def array_specs(number_format: str, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
     """The arrays that store a weight of this shape in a number format."""
-    return {part: ArraySpec(dtype, shape) for part, dtype in STORED[number_format].items()}
+    if number_format not in GROUPED:
+        return {part: ArraySpec(dtype, shape) for part, dtype in STORED[number_format].items()}
+    blocks = (*shape[:-2], -(-shape[-2] // ROWS), -(-shape[-1] // GROUP))
+    lengths = {"codes": ROWS * GROUP // (2 if number_format == "q4" else 1), "scales": ROWS}
+    return {part: ArraySpec(dtype, (*blocks, lengths[part])) for part, dtype in STORED[number_format].items()}
 
 
-def assemble(number_format: str, arrays: dict[str, np.ndarray]) -> Weight:
+def assemble(number_format: str, arrays: dict[str, np.ndarray], shape: tuple[int, ...]) -> Weight:
     """Arrays as they are stored -> the weight as kernels take it (16-bit numbers as uint16); no copy."""
+    if number_format in GROUPED:
+        form = Q8 if number_format == "q8" else Q4
+        return form(arrays["codes"], arrays["scales"].view(np.uint16), shape[-2], shape[-1])
     if number_format == "f16":
         return F16(arrays["bits"].view(np.uint16))
     if number_format == "bf16":
@@ -445,7 +461,7 @@ def _map_weights(folder: Path, manifest: dict[str, Any]) -> Weights:
             part: _map_array(folder / record["file"], ArraySpec(record["dtype"], tuple(record["shape"])))
             for part, record in tensor["arrays"].items()
         }
-        found[kind] = assemble(tensor["format"], arrays)
+        found[kind] = assemble(tensor["format"], arrays, tuple(tensor["shape"]))
     found.setdefault("output", found["tok_embeddings"])
     return Weights(**found)
 

@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama export`."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or file of the checkpoint")
     parser.add_argument("out", metavar="OUT", help="the model directory to make")
-    parser.add_argument("--dtype", choices=("f32", "f16", "bf16"), help="number format (default: the checkpoint's own)")
+    formats = ("f32", "f16", "bf16", "q8", "q4")
+    parser.add_argument("--dtype", choices=formats, help="number format (default: the checkpoint's own)")
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
@@ -27,12 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Export, with a progress line; warnings, the tokenizer and the result are said on stderr."""
     from npllama.export import export
-    from npllama.weights import open_model
 
     with ProgressLine("exporting") as progress:
         export(args.checkpoint, args.out, args.dtype, args.tokenizer, args.force, progress, notes.add)
     notes.show()
-    with open_model(args.out) as model:
-        formats = " and ".join(matrix_formats(model.manifest))
-        say(f"{args.out}: {model.size_bytes / 1e6:,.1f} MB, matrices in {formats}")
+    say_made(args.out)
     return 0
+
+
+def say_made(out: str) -> None:
+    """Say what a new model directory holds."""
+    from npllama.weights import open_model
+
+    with open_model(out) as model:
+        formats = " and ".join(matrix_formats(model.manifest))
+        say(f"{out}: {model.size_bytes / 1e6:,.1f} MB, matrices in {formats}")

@@ -1,0 +1,30 @@
+"""Make a smaller model directory of a model directory, by rounding its weights to another number format."""
+
+from __future__ import annotations
+
+import argparse
+
+from npllama.commands.export import say_made
+from npllama.commands.terminal import Notes, ProgressLine
+
+NAME = "quantize"
+SUMMARY = "make a smaller model of a model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `npllama quantize`."""
+    parser.add_argument("model", metavar="MODEL", help="the model directory to read (f32, f16 or bf16)")
+    parser.add_argument("out", metavar="OUT", help="the model directory to make")
+    parser.add_argument("--dtype", choices=("q8", "q4"), default="q4", help="number format (default q4)")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
+
+
+def run(args: argparse.Namespace, notes: Notes) -> int:
+    """Quantize, with a progress line; the result is said on stderr."""
+    from npllama.export import quantize_model
+
+    with ProgressLine("quantizing") as progress:
+        quantize_model(args.model, args.out, args.dtype, args.force, progress)
+    notes.show()
+    say_made(args.out)
+    return 0
