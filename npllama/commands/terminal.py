@@ -6,6 +6,7 @@ import argparse
 import logging
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -27,6 +28,33 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
+class Wait:
+    """A line that announces a wait; on a terminal the seconds are counted behind it until the wait is over."""
+
+    def __init__(self, line: str) -> None:
+        self._over = threading.Event()
+        self._counting = sys.stderr.isatty()
+        if not self._counting:
+            say(line)
+            return
+        self._thread = threading.Thread(target=self._count, args=(line, time.monotonic()), daemon=True)
+        self._thread.start()
+
+    def _count(self, line: str, started: float) -> None:
+        while True:
+            sys.stderr.write(f"\r{line} {time.monotonic() - started:.0f} s")
+            sys.stderr.flush()
+            if self._over.wait(1.0):
+                return
+
+    def end(self) -> None:
+        """The wait is over: the next line begins a new one."""
+        self._over.set()
+        if self._counting:
+            self._thread.join()
+            say("")
+
+
 class Notes(logging.Handler):
     """What the library logs, as plain lines on stderr.
 
@@ -38,19 +66,29 @@ class Notes(logging.Handler):
         super().__init__(logging.INFO)
         self._held: list[str] = []
         self._holding = True
+        self._wait: Wait | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         self.add(record.getMessage())
 
     def add(self, line: str) -> None:
         """Take one line."""
-        if self._holding and not line.endswith("..."):
+        self._end_wait()
+        if line.endswith("..."):
+            self._wait = Wait(line)
+        elif self._holding:
             self._held.append(line)
         else:
             say(line)
 
+    def _end_wait(self) -> None:
+        if self._wait is not None:
+            self._wait.end()
+            self._wait = None
+
     def show(self) -> None:
         """Show what was held; from here on lines come at once."""
+        self._end_wait()
         self._holding = False
         while self._held:
             say(self._held.pop(0))
@@ -66,6 +104,7 @@ class Notes(logging.Handler):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end_wait()
         log = logging.getLogger("npllama")
         log.removeHandler(self)
         log.level, log.propagate = self._before
