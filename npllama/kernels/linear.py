@@ -1,82 +1,188 @@
-"""ops.linear and ops.embed compiled, for every number format."""
+"""ops.linear and ops.embed compiled for float32, float16 and bfloat16.
+
+Few tokens: the weights stream by once, straight from the mapped file, and memory is the limit. Many tokens: blocks of
+weights are widened into a buffer that stays in the second-level cache while all tokens pass, and arithmetic is the
+limit. Both are made of the same tiles (tile.py) over the same blocks of columns, so a row of y is the same to the bit
+whatever rows stand beside it. Each thread owns a contiguous part of y's columns.
+"""
 
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
 from numba import njit, prange, types
 from numba.core.errors import NumbaTypeError
-from numba.extending import intrinsic, overload
+from numba.extending import overload
+from numba.np.ufunc.parallel import _iget_num_threads as get_num_threads  # the public one holds an address
 
 from npllama import ops
+from npllama.kernels import tile, vector
 from npllama.kernels.flags import PARALLEL, SERIAL
 from npllama.kernels.steps import is_format
+from npllama.kernels.tile import ROWS, SIZES, Rows, below, copy_row, make_strip
+from npllama.kernels.vector import WIDTH, pointer
 from npllama.quant import BF16, F16
 
+MOST_COLUMNS = 1024
+"""Columns of a block, at most: a tile's rows of x must fit in the first-level cache (6 x 1,024 x 4 bytes)."""
 
-@intrinsic
-def half(typingctx, bits):
-    """The float32 value of a float16's bits."""
+BLOCK_ROWS = 128
+"""Rows of a block of widened weights: 128 x 1,024 x 4 bytes are half of a second-level cache."""
 
-    def generate(context, builder, signature, args):
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+TILE = SIZES[0]
+"""Tokens of the largest tile."""
 
-    return types.float32(types.uint16), generate
+FEW = 2 * TILE
+"""Up to so many tokens, copying the weights costs more than it saves."""
 
-
-@intrinsic
-def brain(typingctx, bits):
-    """The float32 value of a bfloat16's bits."""
-
-    def generate(context, builder, signature, args):
-        wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-        return builder.bitcast(wide, ir.FloatType())
-
-    return types.float32(types.uint16), generate
+ALONE = 1 << 16
+"""Products of a call (rows x columns x tokens) below which one thread is sooner done than two have met."""
 
 
 @njit(**SERIAL)
-def same(value):
-    """The float32 value of a float32."""
-    return value
+def block_columns(K):
+    """Columns of a block: nearly equal blocks of whole vectors, by K alone, so that sums are the same in every call."""
+    blocks = (K + MOST_COLUMNS - 1) // MOST_COLUMNS
+    return ((K + blocks - 1) // blocks + WIDTH - 1) // WIDTH * WIDTH
 
 
-def make_linear(read):
-    """ops.linear for stored numbers that `read` turns into float32: a thread owns whole columns of y."""
+def make_multiply(read):
+    """A strip of up to ROWS rows of w times all T rows of x; with fewer, each for itself as a tile of equal rows."""
+    strip = make_strip(read)
+
+    @njit(**SERIAL)
+    def multiply(T, x, w, n_rows, y, columns, first, spare):
+        whole = n_rows >= ROWS
+        for n in range(1 if whole else n_rows):
+            weights = w if whole else Rows(below(w, n).start, 0)
+            out = y if whole else Rows(pointer(spare, 0), ROWS)
+            strip(T, x, weights, out, columns, first or not whole)
+            if not whole:
+                for t in range(T):
+                    i = t * y.stride + n
+                    y.start[i] = spare[t * ROWS] if first else y.start[i] + spare[t * ROWS]
+
+    return multiply
+
+
+def make_few(multiply):
+    """A thread's part for few tokens, y's columns start .. stop-1: w is read where it lies. Needs K >= WIDTH."""
+
+    @njit(**SERIAL)
+    def few(x, w, y, start, stop, work, spare):
+        vector.keep_apart()
+        T, K = x.shape
+        N, size, stride = w.shape[0], block_columns(K), K + WIDTH
+        for t in range(T):
+            copy_row(x, t * K, K, work, t * stride)
+        for n in range(start, stop, ROWS):
+            for k in range(0, K, size):
+                numbers, weights = Rows(pointer(work, k), stride), Rows(pointer(w, n * K + k), K)
+                out = Rows(pointer(y, n), N)
+                multiply(T, numbers, weights, stop - n, out, min(size, K - k), k == 0, spare)
+
+    return few
+
+
+def make_many(multiply, load, load_last):
+    """A thread's part for many tokens, y's columns start .. stop-1: w is widened block by block into `work`."""
+
+    @njit(**SERIAL)
+    def many(x, w, y, start, stop, work, spare):
+        vector.keep_apart()
+        T, K = x.shape
+        N, size = w.shape[0], block_columns(K)
+        stride = size + WIDTH  # not a power of two: such rows would fight for the same places in the cache
+        block = TILE * stride + WIDTH  # work: TILE rows of x, a vector that may be overlapped, BLOCK_ROWS rows of w
+        for first in range(start, stop, BLOCK_ROWS):
+            n_rows = min(BLOCK_ROWS, stop - first)
+            for k in range(0, K, size):
+                columns = min(size, K - k)
+                for n in range(n_rows):
+                    at, to = (first + n) * K + k, block + n * stride
+                    for i in range(0, columns // WIDTH * WIDTH, WIDTH):
+                        vector.store(work, to + i, load(w, at + i))
+                    if columns % WIDTH:
+                        last = columns - WIDTH
+                        vector.store(work, to + last, load_last(w, at + last, min(columns, WIDTH)))
+                for t in range(0, T, TILE):
+                    tokens = min(TILE, T - t)
+                    for m in range(tokens):
+                        copy_row(x, (t + m) * K + k, columns, work, m * stride)
+                    for n in range(0, n_rows, ROWS):
+                        numbers, weights = (
+                            Rows(pointer(work, 0), stride),
+                            Rows(pointer(work, block + n * stride), stride),
+                        )
+                        out = Rows(pointer(y, t * N + first + n), N)
+                        multiply(tokens, numbers, weights, n_rows - n, out, columns, k == 0, spare)
+
+    return many
+
+
+def make_linear(multiply, load, load_last):
+    """ops.linear for one number format: how to multiply it as it lies, how to read a vector and a number of it."""
+    few, many = make_few(multiply), make_many(multiply_floats, load, load_last)
+
+    @njit(**SERIAL)
+    def part(x, w, y, start, stop):
+        T, K = x.shape
+        spare = np.empty(max(T, TILE) * ROWS, np.float32)
+        if T <= FEW and K >= WIDTH:
+            few(x, w, y, start, stop, np.empty(T * (K + WIDTH), np.float32), spare)
+        else:
+            many(
+                x, w, y, start, stop, np.zeros((TILE + BLOCK_ROWS + 1) * (block_columns(K) + WIDTH), np.float32), spare
+            )
 
     @njit(**PARALLEL)
+    def in_threads(x, w, y):
+        N, parts = w.shape[0], get_num_threads()
+        size = ((N + parts - 1) // parts + ROWS - 1) // ROWS * ROWS
+        for p in prange(parts):
+            start = np.int64(p) * size
+            part(x, w, y, min(start, N), min(start + size, N))
+
+    @njit(**SERIAL)
     def linear(x, w):
         T, K = x.shape
         N = w.shape[0]
         y = np.empty((T, N), np.float32)
-        for n in prange(N):
-            for t in range(T):
-                total = np.float32(0)
-                for k in range(K):
-                    total += x[t, k] * read(w[n, k])
-                y[t, n] = total
+        if N * K * T < ALONE:
+            part(x, w, y, np.int64(0), N)
+        else:
+            in_threads(x, w, y)
         return y
 
     return linear
 
 
-def make_embed(read):
-    """ops.embed for stored numbers that `read` turns into float32."""
+def make_embed(load, load_last):
+    """ops.embed for one number format."""
 
     @njit(**SERIAL)
     def embed(table, tokens):
         T, D = tokens.shape[0], table.shape[1]
         x = np.empty((T, D), np.float32)
         for t in range(T):
-            for d in range(D):
-                x[t, d] = read(table[tokens[t], d])
+            if D < WIDTH:
+                for d in range(D):
+                    x[t, d] = vector.last(load_last(table, tokens[t] * D + d + 1 - WIDTH, 1))
+            else:
+                for i in range(0, D, WIDTH):
+                    d = min(i, D - WIDTH)
+                    vector.store(x, t * D + d, load(table, tokens[t] * D + d))
         return x
 
     return embed
 
 
-linear_f32, linear_f16, linear_bf16 = make_linear(same), make_linear(half), make_linear(brain)
-embed_f32, embed_f16, embed_bf16 = make_embed(same), make_embed(half), make_embed(brain)
+multiply_floats = make_multiply(tile.read_float)
+linear_f32 = make_linear(multiply_floats, vector.load, vector.load_last)
+linear_f16 = make_linear(make_multiply(tile.read_half), vector.load_half, vector.load_last_half)
+linear_bf16 = make_linear(make_multiply(tile.read_brain), vector.load_brain, vector.load_last_brain)
+embed_f32 = make_embed(vector.load, vector.load_last)
+embed_f16 = make_embed(vector.load_half, vector.load_last_half)
+embed_bf16 = make_embed(vector.load_brain, vector.load_last_brain)
 
 
 @overload(ops.linear)

@@ -59,6 +59,7 @@ class VectorModel(models.PrimitiveModel):
 
 
 floats = VectorType(f32, WIDTH)
+halves = ir.VectorType(i16, WIDTH)
 
 
 # What the operations below are made of: functions of an LLVM builder, also for intrinsics that stand elsewhere.
@@ -150,36 +151,39 @@ def fold(builder, a, lanes):
 # The operations.
 
 
-@intrinsic
-def load(typingctx, array, offset):
-    """WIDTH float32 from array[offset] on."""
+def _loads(bits, widen, what):
+    """The two ways to load floats from a format: a whole vector, and its last lanes only."""
 
-    def generate(context, builder, signature, args):
-        return read(builder, address(context, builder, signature.args[0], *args), floats.llvm, 4)
+    def load(typingctx, array, offset):
+        def generate(context, builder, signature, args):
+            return widen(builder, read(builder, address(context, builder, signature.args[0], *args), bits, 2))
 
-    return floats(array, types.intp), generate
+        return floats(array, types.intp), generate
+
+    def load_last(typingctx, array, offset, n):
+        def generate(context, builder, signature, args):
+            array, offset, n = args
+            start = address(context, builder, signature.args[0], array, offset)
+            first = builder.sub(ir.Constant(i64, WIDTH), n)
+            value = constant(bits, 0)
+            for lane in range(WIDTH):
+                i = ir.Constant(i64, lane)
+                there = builder.icmp_signed(">=", i, first)
+                number = builder.load(builder.gep(start, [builder.select(there, i, first)]))
+                number = builder.select(there, number, ir.Constant(bits.element, 0))
+                value = builder.insert_element(value, number, ir.Constant(i32, lane))
+            return widen(builder, value)
+
+        return floats(array, types.intp, types.intp), generate
+
+    load.__doc__ = f"WIDTH {what} from array[offset] on."
+    load_last.__doc__ = f"The last n lanes (1 .. WIDTH) of WIDTH {what} from array[offset] on; zeros before, not read."
+    return intrinsic(load), intrinsic(load_last)
 
 
-@intrinsic
-def load_half(typingctx, array, offset):
-    """WIDTH float16 (bits in a uint16 array) from array[offset] on, widened to float32."""
-
-    def generate(context, builder, signature, args):
-        pointer = address(context, builder, signature.args[0], *args)
-        return half_to_float(builder, read(builder, pointer, ir.VectorType(i16, WIDTH), 2))
-
-    return floats(array, types.intp), generate
-
-
-@intrinsic
-def load_brain(typingctx, array, offset):
-    """WIDTH bfloat16 (bits in a uint16 array) from array[offset] on, widened to float32."""
-
-    def generate(context, builder, signature, args):
-        pointer = address(context, builder, signature.args[0], *args)
-        return brain_to_float(builder, read(builder, pointer, ir.VectorType(i16, WIDTH), 2))
-
-    return floats(array, types.intp), generate
+load, load_last = _loads(floats.llvm, lambda builder, value: value, "float32")
+load_half, load_last_half = _loads(halves, half_to_float, "float16, bits in a uint16 array, widened to float32,")
+load_brain, load_last_brain = _loads(halves, brain_to_float, "bfloat16, bits in a uint16 array, widened to float32,")
 
 
 @intrinsic
@@ -238,6 +242,47 @@ def total(typingctx, a):
 
     def generate(context, builder, signature, args):
         return builder.extract_element(fold(builder, args[0], 1), ir.Constant(i32, 0))
+
+    return types.float32(floats), generate
+
+
+@intrinsic
+def keep_apart(typingctx):
+    """Forbid to copy the function that calls this into its callers: large code is compiled again with every copy."""
+
+    def generate(context, builder, signature, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def pointer(typingctx, array, offset):
+    """The address of array[offset]; does not keep the array alive."""
+
+    def generate(context, builder, signature, args):
+        return address(context, builder, signature.args[0], *args)
+
+    return types.CPointer(array.dtype)(array, types.intp), generate
+
+
+@intrinsic
+def element(typingctx, array, offset):
+    """The one number at array[offset], as it is stored."""
+
+    def generate(context, builder, signature, args):
+        return builder.load(address(context, builder, signature.args[0], *args))
+
+    return array.dtype(array, types.intp), generate
+
+
+@intrinsic
+def last(typingctx, a):
+    """The number in the last lane."""
+
+    def generate(context, builder, signature, args):
+        return builder.extract_element(args[0], ir.Constant(i32, WIDTH - 1))
 
     return types.float32(floats), generate
 

@@ -1,0 +1,155 @@
+"""Tiles of dot products: some rows of one matrix times some rows of another, each sum in a register of its own.
+
+A dot product is summed in WIDTH lanes, lane i taking the columns i, i + WIDTH, ...; then the lanes are added by halves.
+That order is the same in every tile, whatever its shape: so an output depends on its two rows alone, to the bit, and
+not on what is computed beside it. What a tile of many rows saves is loads: each vector is used once for every row of
+the other side.
+
+Columns that do not fill a vector are one more vector, which overlaps the whole ones: the last WIDTH columns of w's row,
+times those of x, where `copy_row` has put zeros in place of what overlaps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from npllama.kernels import vector
+from npllama.kernels.flags import SERIAL
+from npllama.kernels.vector import REGISTERS, WIDTH, floats, halves, i64, load, load_last, store
+
+ROWS = 4
+"""Rows of the second matrix in a tile: their totals make one store."""
+
+SIZES = (6, 2, 1) if REGISTERS >= 32 else (3, 2, 1)
+"""Numbers of rows of the first matrix for which there are tiles; the first fills the registers."""
+
+
+class Rows(NamedTuple):
+    """Rows of a matrix: where the first begins, and how many elements further the next does.
+
+    The pointer does not keep its array alive: take it from an argument of the function, whose caller holds it.
+    """
+
+    start: object
+    stride: int
+
+
+def read_float(builder, pointer):
+    """WIDTH float32."""
+    return vector.read(builder, pointer, floats.llvm, 4)
+
+
+def read_half(builder, pointer):
+    """WIDTH float16 -> float32."""
+    return vector.half_to_float(builder, vector.read(builder, pointer, halves, 2))
+
+
+def read_brain(builder, pointer):
+    """WIDTH bfloat16 -> float32."""
+    return vector.brain_to_float(builder, vector.read(builder, pointer, halves, 2))
+
+
+def make_tile(tokens, read):
+    """The tile of `tokens` rows of x and ROWS rows of w, which `read` reads.
+
+    y[m, r] = (first: 0, else y[m, r]) + sum_k x[m, k] * w[r, k]        k = 0 .. columns-1
+    """
+
+    @intrinsic
+    def tile(typingctx, x, w, y, columns, first):
+        def generate(context, builder, signature, args):
+            x, w, y, columns, first = args
+            x_rows, w_rows, y_rows = _rows(builder, x, tokens), _rows(builder, w, ROWS), _rows(builder, y, tokens)
+            sums = _sums(builder, x_rows, w_rows, columns, read)
+            for m, row in enumerate(y_rows):
+                new = totals_of_four(builder, [builder.load(one) for one in sums[m]])
+                old = vector.read(builder, row, new.type, 4)
+                vector.write(builder, builder.select(first, new, builder.fadd(old, new)), row, 4)
+            return context.get_dummy_value()
+
+        return types.void(x, w, y, types.intp, types.boolean), generate
+
+    return tile
+
+
+def _rows(builder, rows, n):
+    """Pointers to the first n of some Rows."""
+    start, stride = builder.extract_value(rows, 0), builder.extract_value(rows, 1)
+    return [builder.gep(start, [builder.mul(stride, ir.Constant(i64, m))]) for m in range(n)]
+
+
+def _sums(builder, x_rows, w_rows, columns, read):
+    """sums[m][r] = the lanes of the product of x's row m and w's row r, after a loop over the columns."""
+    zero = vector.constant(floats.llvm, 0.0)
+    sums = [[cgutils.alloca_once_value(builder, zero) for _ in w_rows] for _ in x_rows]
+    width = ir.Constant(i64, WIDTH)
+    last = builder.sub(columns, width)  # where w's last, perhaps overlapping, vector begins
+    with cgutils.for_range_slice(builder, ir.Constant(i64, 0), columns, width, inc=True) as (k, _):
+        j = builder.select(builder.icmp_signed("<", k, last), k, last)
+        numbers = [read_float(builder, builder.gep(row, [k])) for row in x_rows]
+        for r, row in enumerate(w_rows):
+            weights = read(builder, builder.gep(row, [j]))
+            for m, number in enumerate(numbers):
+                builder.store(vector.multiply_add(builder, number, weights, builder.load(sums[m][r])), sums[m][r])
+    return sums
+
+
+def totals_of_four(builder, a):
+    """The sums of four vectors' lanes, as one vector: each added as `total` adds, lanes transposed on the way."""
+    a = [vector.fold(builder, one, 4) for one in a]
+    pairs = []  # (a0+a2, b0+b2, a1+a3, b1+b3), and the same of c and d
+    for one, other in ((a[0], a[1]), (a[2], a[3])):
+        low = vector.shuffle(builder, one, other, (0, 4, 1, 5))
+        high = vector.shuffle(builder, one, other, (2, 6, 3, 7))
+        pairs.append(builder.fadd(low, high))
+    even = vector.shuffle(builder, *pairs, (0, 1, 4, 5))
+    return builder.fadd(even, vector.shuffle(builder, *pairs, (2, 3, 6, 7)))
+
+
+def make_strip(read):
+    """T rows of x times ROWS rows of w: y = (first: 0, else y) + x w^T, in tiles of SIZES."""
+    large, two, one = (make_tile(size, read) for size in SIZES)
+    most = SIZES[0]
+
+    @njit(**SERIAL)
+    def strip(T, x, w, y, columns, first):
+        vector.keep_apart()
+        t = 0
+        while t + most <= T:
+            large(below(x, t), w, below(y, t), columns, first)
+            t += most
+        while t + 2 <= T:
+            two(below(x, t), w, below(y, t), columns, first)
+            t += 2
+        if t < T:
+            one(below(x, t), w, below(y, t), columns, first)
+
+    return strip
+
+
+@intrinsic
+def below(typingctx, rows, n):
+    """The rows from the n-th on."""
+
+    def generate(context, builder, signature, args):
+        rows, n = args
+        start, stride = builder.extract_value(rows, 0), builder.extract_value(rows, 1)
+        return builder.insert_value(rows, builder.gep(start, [builder.mul(stride, n)]), 0)
+
+    return rows(rows, types.intp), generate
+
+
+@njit(**SERIAL)
+def copy_row(x, at, columns, out, out_at):
+    """Copy a row for tiles: whole vectors, then the rest at the end of a vector of zeros."""
+    vector.keep_apart()
+    whole = columns // WIDTH * WIDTH
+    for k in range(0, whole, WIDTH):
+        store(out, out_at + k, load(x, at + k))
+    if whole < columns:
+        store(out, out_at + whole, load_last(x, at + columns - WIDTH, columns - whole))
