@@ -26,6 +26,7 @@ from npllama.quant import Q4, Q8, Grouped, widen
 from npllama.weights import OpenModel, Weights, kind_shapes
 
 SMALL_MODEL_BYTES = 20_000_000
+MOST_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
 BACKENDS = ("auto", "numpy", "numba")
 # Rounds that an idle OpenMP thread spins before it sleeps. Never spinning is ten times slower on an idle machine,
 # spinning forever three hundred times slower on a busy one.
@@ -256,14 +257,11 @@ class Engine:
             raise UsageError(
                 f"a batch needs equally many tokens, pos and seq, at least one; got {T}, {pos.shape}, {seq.shape}."
             )
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise UsageError(
-                f"token ids must be 0 to {self.config.vocab_size - 1}; got {tokens.min()} to {tokens.max()}."
-            )
-        if pos.min() < 0 or seq.min() < 0 or seq.max() >= cache.pos.shape[1]:
-            raise UsageError(f"pos must be at least 0, seq 0 to {cache.pos.shape[1] - 1}.")
-        if len(out) and (out.min() < 0 or out.max() >= T):
-            raise UsageError(f"out must be rows 0 to {T - 1}; got {out.min()} to {out.max()}.")
+        _check_range("token ids", tokens, self.config.vocab_size)
+        _check_range("positions", pos, MOST_POSITIONS)
+        _check_range("seq", seq, cache.pos.shape[1])
+        if len(out):
+            _check_range("out", out, T)
         if T > 1:
             same = seq[1:] == seq[:-1]
             starts = seq[1:][~same]
@@ -289,6 +287,13 @@ def stepwise(steps: dict[str, Callable[..., np.ndarray]]) -> Callable[..., np.nd
         scope[name] = types.FunctionType(getattr(model, name).__code__, scope, name)
     forward: Callable[..., np.ndarray] = scope["forward"]
     return forward
+
+
+def _check_range(what: str, numbers: np.ndarray, end: int) -> None:
+    """Raise UsageError unless all numbers are 0 to end - 1. One number, the usual case, is checked without NumPy."""
+    least, most = (numbers[0], numbers[0]) if len(numbers) == 1 else (numbers.min(), numbers.max())
+    if least < 0 or most >= end:
+        raise UsageError(f"{what} must be 0 to {end - 1}; got {least} to {most}.")
 
 
 def _checked_threads(threads: int | None) -> int:

@@ -80,9 +80,9 @@ def test_only_the_rows_asked_for_come_back(engine: Engine) -> None:
         ([1, 2], [0], [0, 0], [0], "equally many"),
         ([-1], [0], [0], [0], "token ids must be 0 to"),
         ([10**6], [0], [0], [0], "token ids must be 0 to"),
-        ([1], [-1], [0], [0], "pos must be at least 0"),
-        ([1], [0], [1], [0], "seq 0 to 0"),
-        ([1], [0], [0], [1], "out must be rows 0 to 0"),
+        ([1], [-1], [0], [0], "positions must be 0 to"),
+        ([1], [0], [1], [0], "seq must be 0 to 0"),
+        ([1], [0], [0], [1], "out must be 0 to 0"),
         ([1, 2], [0, 2], [0, 0], [0], "ascending by one"),
     ],
 )
