@@ -105,8 +105,8 @@ def export(
     checkpoint's own (float32 where its matrices differ or are float64); norms are always float32. tokenizer: a
     SentencePiece file, None to look in the checkpoint's folder and its parent. force: replace a model directory.
     progress gets (bytes done, bytes in all, tensor), note one-line remarks. The same checkpoint gives the same bytes.
-    Raises CheckpointError for what cannot be read or stored, ModelError for an `out` that cannot be made, UsageError for
-    a dtype that does not exist.
+    Raises CheckpointError for what cannot be read or stored, ModelError for an `out` that cannot be made, UsageError
+    for a dtype that does not exist.
     """
     if dtype is not None and dtype not in STORED:
         raise UsageError(f"dtype {quote(dtype)} is not known; choose one of {', '.join(STORED)}.")

@@ -117,7 +117,9 @@ def test_a_header_longer_than_its_limit_is_refused_unread(tmp_path: Path) -> Non
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     whole = safetensors_bytes({"x": (BASE, "f32")})
     for size in (20, len(whole) - 1):
-        with pytest.raises(CheckpointError, match=r"^model\.safetensors: .* is damaged or incomplete: download it again"):
+        with pytest.raises(
+            CheckpointError, match=r"^model\.safetensors: .* is damaged or incomplete: download it again"
+        ):
             read(tmp_path, whole[:size])
 
 
