@@ -241,7 +241,7 @@ def quantize(w: np.ndarray, number_format: str) -> Q8 | Q4:
     with ThreadPoolExecutor(min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
         done = list(pool.map(lambda p: _quantize_blocks(stacked[p[0]], p[1], p[1] + step, grid), pieces))
     codes, scales = (np.concatenate(part).reshape(*w.shape[:-2], B, G, -1) for part in zip(*done, strict=True))
-    return grid.form(codes, scales, N, K)
+    return grid.form(np.ascontiguousarray(codes), np.ascontiguousarray(scales), N, K)
 
 
 def _quantize_blocks(w: np.ndarray, begin: int, stop: int, grid: _Grid) -> tuple[np.ndarray, np.ndarray]:

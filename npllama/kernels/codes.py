@@ -1,0 +1,386 @@
+"""The vector operations of quantized kernels, with names: sixteen rows of a block side by side, one per lane.
+
+A value of type `codes` is 16 rows times 4 columns of 8-bit codes; `counts` and `numbers` are 16 integers or floats, one
+per row. A tuple of them holds one vector for each of M tokens, and an operation on it does the same for each token,
+so that codes which have been loaded and unpacked once serve all of them. LLVM splits what is too wide for a CPU.
+
+The one operation that is not the same on every CPU is the dot product of four codes of a row with four of a token,
+added to a 32-bit sum. All its forms are exact, so all give the same bits.
+
+Addresses are (array, offset) as in vector.py. Nothing is checked.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from npllama.kernels.vector import (
+    ARM64,
+    PLAIN,
+    VectorType,
+    address,
+    broadcast,
+    call,
+    constant,
+    f32,
+    half_to_float,
+    has,
+    i16,
+    i32,
+    i64,
+    multiply_add,
+    read,
+    shuffle,
+    write,
+)
+from npllama.quant import GROUP, Q4_LEVELS, ROWS
+
+i8 = ir.IntType(8)
+codes = VectorType(i8, 4 * ROWS)
+counts = VectorType(i32, ROWS)
+numbers = VectorType(f32, ROWS)
+
+DOT = "vnni" if has("avx512vnni") else "avxvnni" if has("avxvnni") else "avx2" if has("avx2") else "plain"
+"""Which form of the dot product is compiled."""
+
+SIGN_FLIP = 128 if DOT in ("vnni", "avxvnni") else 0
+"""What these instructions, which want unsigned codes of a row, need added to signed ones."""
+
+
+# What the operations are made of: functions of an LLVM builder.
+
+
+def parts(builder, a, n):
+    """A vector cut into n equal ones."""
+    lanes = a.type.count // n
+    return [shuffle(builder, a, a, range(i * lanes, (i + 1) * lanes)) for i in range(n)]
+
+
+def joined(builder, vectors):
+    """Vectors end to end; their number is a power of two."""
+    while len(vectors) > 1:
+        lanes = range(2 * vectors[0].type.count)
+        vectors = [shuffle(builder, a, b, lanes) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
+
+
+def narrower(n):
+    """Makes a function of a builder and vectors work on n parts of each: for instructions narrower than a vector."""
+
+    def decorate(function):
+        def in_parts(builder, *vectors):
+            pieces = zip(*(parts(builder, v, n) for v in vectors), strict=True)
+            return joined(builder, [function(builder, *piece) for piece in pieces])
+
+        return in_parts
+
+    return decorate
+
+
+def as_element(builder, a, element):
+    """The bits of a vector as a vector of another element type."""
+    return builder.bitcast(a, ir.VectorType(element, a.type.count * a.type.element.width // element.width))
+
+
+def dot_vnni(builder, total, w, x):
+    """total + the four products of each lane, for unsigned w: one instruction."""
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * total.type.count}"
+    return call(builder, name, total.type, total, as_element(builder, w, i32), as_element(builder, x, i32))
+
+
+def multiply_pairs(builder, w, x):
+    """w[2i] * x[2i] + w[2i+1] * x[2i+1] in 16 bits, for unsigned w whose products do not overflow them."""
+    return call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(i16, w.type.count // 2), w, x)
+
+
+def add_pairs(builder, total, narrow):
+    """total + the two 16-bit numbers of each lane."""
+    return builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", total.type, narrow, constant(narrow.type, 1)))
+
+
+@narrower(2)
+def dot_small_avx2(builder, total, low, low_x, high, high_x):
+    """For unsigned codes up to 64: four products stay in 16 bits, 4 * 64 * 127 = 32,512 < 2^15."""
+    narrow = builder.add(multiply_pairs(builder, low, low_x), multiply_pairs(builder, high, high_x))
+    return add_pairs(builder, total, narrow)
+
+
+@narrower(2)
+def dot_signed_avx2(builder, total, w, x):
+    """For signed codes: |w| times x with w's sign; two products stay in 16 bits, 2 * 127 * 127 < 2^15."""
+    magnitude = call(builder, f"llvm.abs.v{w.type.count}i8", w.type, w, ir.Constant(ir.IntType(1), 0))
+    signed = call(builder, "llvm.x86.avx2.psign.b", x.type, x, w)
+    return add_pairs(builder, total, multiply_pairs(builder, magnitude, signed))
+
+
+def dot_plain(builder, total, w, x, signed):
+    """The same from operations that every CPU has. A product of two 8-bit codes fits into 16 bits."""
+    wide = ir.VectorType(i16, w.type.count)
+    product = builder.mul((builder.sext if signed else builder.zext)(w, wide), builder.sext(x, wide))
+    for _ in range(2):
+        lanes = product.type.count
+        product = builder.sext(product, ir.VectorType(i32, lanes)) if product.type.element == i16 else product
+        even, odd = (shuffle(builder, product, product, range(i, lanes, 2)) for i in (0, 1))
+        product = builder.add(even, odd)
+    return builder.add(total, product)
+
+
+def dot_small(builder, total, low, low_x, high, high_x):
+    """total + low . low_x + high . high_x, for unsigned row codes up to 64."""
+    if DOT == "avx2":
+        return dot_small_avx2(builder, total, low, low_x, high, high_x)
+    for w, x in ((low, low_x), (high, high_x)):
+        total = dot_unsigned(builder, total, w, x)
+    return total
+
+
+def dot_unsigned(builder, total, w, x):
+    """total + w . x for unsigned row codes, by a single instruction or by plain operations."""
+    if DOT == "vnni":
+        return dot_vnni(builder, total, w, x)
+    if DOT == "avxvnni":
+        return narrower(2)(dot_vnni)(builder, total, w, x)
+    return dot_plain(builder, total, w, x, signed=False)
+
+
+def dot_signed(builder, total, w, x):
+    """total + w . x for signed row codes; where SIGN_FLIP is not 0: for w + SIGN_FLIP."""
+    if DOT == "avx2":
+        return dot_signed_avx2(builder, total, w, x)
+    if SIGN_FLIP:
+        return dot_unsigned(builder, total, w, x)
+    return dot_plain(builder, total, w, x, signed=True)
+
+
+def look_up(builder, index):
+    """Q4_LEVELS of each lane's index, less the lowest level: 0 to 64."""
+    table = [level - Q4_LEVELS[0] for level in Q4_LEVELS]
+    if has("avx512bw"):
+        return look_up_with(builder, "llvm.x86.avx512.pshuf.b.512", table, index)
+    if has("avx2"):
+        return narrower(2)(lambda b, i: look_up_with(b, "llvm.x86.avx2.pshuf.b", table, i))(builder, index)
+    if ARM64 and not PLAIN:
+        return narrower(4)(lambda b, i: look_up_with(b, "llvm.aarch64.neon.tbl1.v16i8", table, i))(builder, index)
+    value = constant(index.type, table[0])
+    for i in range(1, len(table)):
+        step = builder.select(
+            builder.icmp_unsigned(">=", index, constant(index.type, i)),
+            constant(index.type, table[i] - table[i - 1]),
+            constant(index.type, 0),
+        )
+        value = builder.add(value, step)
+    return value
+
+
+def look_up_with(builder, name, table, index):
+    """The instruction of this name: a table of 16 bytes for each 16 bytes of the index."""
+    return call(builder, name, index.type, ir.Constant(index.type, table * (index.type.count // 16)), index)
+
+
+def group_of(element):
+    """A vector of as many numbers as a group has."""
+    return ir.VectorType(element, GROUP)
+
+
+def each(builder, function, many):
+    """A tuple of M vectors, as LLVM sees it, with function(vector, m) of each."""
+    for m in range(many.type.count):
+        many = builder.insert_value(many, function(builder.extract_value(many, m), m), m)
+    return many
+
+
+def element(builder, pointer, i):
+    """Pointer to the i-th of the numbers that a pointer points to."""
+    return builder.gep(pointer, [ir.Constant(i64, i)])
+
+
+# The operations.
+
+
+@intrinsic
+def load_codes(typingctx, array, offset):
+    """16 rows times 4 columns of codes from array[offset] on."""
+
+    def generate(context, builder, signature, args):
+        return read(builder, address(context, builder, signature.args[0], *args), codes.llvm)
+
+    return codes(array, types.intp), generate
+
+
+@intrinsic
+def low_levels(typingctx, packed):
+    """The levels that the lower four bits of each byte stand for, 0 to 64."""
+
+    def generate(context, builder, signature, args):
+        return look_up(builder, builder.and_(args[0], constant(codes.llvm, 15)))
+
+    return codes(codes), generate
+
+
+@intrinsic
+def high_levels(typingctx, packed):
+    """The levels that the upper four bits of each byte stand for, 0 to 64."""
+
+    def generate(context, builder, signature, args):
+        pairs = as_element(builder, args[0], i16)  # x86 shifts no bytes
+        shifted = as_element(builder, builder.lshr(pairs, constant(pairs.type, 4)), i8)
+        return look_up(builder, builder.and_(shifted, constant(codes.llvm, 15)))
+
+    return codes(codes), generate
+
+
+@intrinsic
+def flip_sign(typingctx, signed):
+    """Signed codes as `dot_signed_codes` wants them: plus SIGN_FLIP."""
+
+    def generate(context, builder, signature, args):
+        return builder.xor(args[0], constant(codes.llvm, SIGN_FLIP)) if SIGN_FLIP else args[0]
+
+    return codes(codes), generate
+
+
+@intrinsic
+def load_scales(typingctx, array, offset):
+    """The float16 scales of 16 rows from array[offset] on, widened."""
+
+    def generate(context, builder, signature, args):
+        pointer = address(context, builder, signature.args[0], *args)
+        return half_to_float(builder, read(builder, pointer, ir.VectorType(i16, ROWS), 2))
+
+    return numbers(array, types.intp), generate
+
+
+@intrinsic(prefer_literal=True)
+def zeros(typingctx, n_tokens):
+    """0 for each token and row."""
+    many = types.UniTuple(numbers, n_tokens.literal_value)
+
+    def generate(context, builder, signature, args):
+        return ir.Constant(context.get_value_type(many), None)
+
+    return many(n_tokens), generate
+
+
+@intrinsic(prefer_literal=True)
+def start_counts(typingctx, array, offset, n_tokens):
+    """For each token m the integer array[offset + m], in every row."""
+    many = types.UniTuple(counts, n_tokens.literal_value)
+
+    def generate(context, builder, signature, args):
+        pointer = address(context, builder, signature.args[0], *args[:2])
+
+        def start(_, m):
+            return broadcast(builder, builder.load(element(builder, pointer, m)), ROWS)
+
+        return each(builder, start, ir.Constant(context.get_value_type(many), ir.Undefined))
+
+    return many(array, types.intp, n_tokens), generate
+
+
+def token_codes(builder, pointer, m, column):
+    """Four codes of token m from a column of the group on, repeated for every row."""
+    at = builder.bitcast(element(builder, pointer, m * GROUP + column), i32.as_pointer())
+    four = builder.load(at)
+    four.align = 4
+    return as_element(builder, broadcast(builder, four, ROWS), i8)
+
+
+@intrinsic
+def dot_levels(typingctx, total, low, high, array, offset):
+    """For each token m: total + its codes from array[offset + 32 m] on, times four low and four high levels."""
+
+    def generate(context, builder, signature, args):
+        total, low, high, array, offset = args
+        pointer = address(context, builder, signature.args[3], array, offset)
+
+        def dot(sum_m, m):
+            x = [token_codes(builder, pointer, m, column) for column in (0, 4)]
+            return dot_small(builder, sum_m, low, x[0], high, x[1])
+
+        return each(builder, dot, total)
+
+    return total(total, codes, codes, array, types.intp), generate
+
+
+@intrinsic
+def dot_signed_codes(typingctx, total, w, array, offset):
+    """For each token m: total + its four codes from array[offset + 32 m] on, times w's (see `flip_sign`)."""
+
+    def generate(context, builder, signature, args):
+        total, w, array, offset = args
+        pointer = address(context, builder, signature.args[2], array, offset)
+        return each(builder, lambda sum_m, m: dot_signed(builder, sum_m, w, token_codes(builder, pointer, m, 0)), total)
+
+    return total(total, codes, array, types.intp), generate
+
+
+@intrinsic
+def add_scaled(typingctx, total, count, scale, array, offset):
+    """For each token m: total + count * (scale * array[offset + m])."""
+
+    def generate(context, builder, signature, args):
+        total, count, scale, array, offset = args
+        pointer = address(context, builder, signature.args[3], array, offset)
+
+        def add(total_m, m):
+            number = builder.sitofp(builder.extract_value(count, m), numbers.llvm)
+            x_scale = broadcast(builder, builder.load(element(builder, pointer, m)), ROWS)
+            return multiply_add(builder, number, builder.fmul(scale, x_scale), total_m)
+
+        return each(builder, add, total)
+
+    return total(total, count, numbers, array, types.intp), generate
+
+
+@intrinsic
+def store_rows(typingctx, array, offset, stride, values, n_rows):
+    """Write the first n_rows (or all 16) of the rows of each token m to array[offset + stride * m] on."""
+
+    def generate(context, builder, signature, args):
+        array, offset, stride, values, n_rows = args
+        start = address(context, builder, signature.args[0], array, offset)
+        rows = [builder.gep(start, [builder.mul(stride, ir.Constant(i64, m))]) for m in range(values.type.count)]
+        with builder.if_else(builder.icmp_signed(">=", n_rows, ir.Constant(i64, ROWS))) as (whole, partial):
+            with whole:
+                for m, row in enumerate(rows):
+                    write(builder, builder.extract_value(values, m), row, 4)
+            with partial:
+                buffer = cgutils.alloca_once(builder, numbers.llvm)
+                for m, row in enumerate(rows):
+                    builder.store(builder.extract_value(values, m), buffer)
+                    cgutils.raw_memcpy(builder, row, builder.bitcast(buffer, row.type), n_rows, 4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, values, types.intp), generate
+
+
+@intrinsic
+def largest(typingctx, array, offset):
+    """max |x| of the group of float32 from array[offset] on; NaN if one is NaN."""
+
+    def generate(context, builder, signature, args):
+        pointer = address(context, builder, signature.args[0], *args)
+        bits = read(builder, pointer, group_of(i32), 4)
+        # As integers the magnitudes of floats stand in the same order, infinity and then NaN last.
+        magnitude = builder.and_(bits, constant(bits.type, 0x7FFFFFFF))
+        return builder.bitcast(call(builder, f"llvm.vector.reduce.smax.v{GROUP}i32", i32, magnitude), f32)
+
+    return types.float32(array, types.intp), generate
+
+
+@intrinsic
+def round_group(typingctx, array, offset, factor, into, at):
+    """Write the group array[offset ...] times factor, rounded half to even, to the int8 into[at ...]; returns its sum."""
+
+    def generate(context, builder, signature, args):
+        array, offset, factor, into, at = args
+        x = read(builder, address(context, builder, signature.args[0], array, offset), group_of(f32), 4)
+        scaled = builder.fmul(x, broadcast(builder, factor, GROUP))
+        rounded = builder.fptosi(call(builder, f"llvm.rint.v{GROUP}f32", x.type, scaled), group_of(i32))
+        write(builder, builder.trunc(rounded, group_of(i8)), address(context, builder, signature.args[3], into, at))
+        return call(builder, f"llvm.vector.reduce.add.v{GROUP}i32", i32, rounded)
+
+    return types.int32(array, types.intp, types.float32, into, types.intp), generate
