@@ -1,27 +1,292 @@
-"""ops.attend compiled."""
+"""ops.attend compiled: softmax over blocks of slots, without ever holding all scores.
+
+A few rows of one sequence, for the query heads that share a key/value head, walk together over the blocks of the cache;
+so each key and value is read once for all of them. What has been summed so far is kept relative to the highest score
+so far, and scaled when a higher one appears (online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867).
+
+Blocks begin at fixed slots, and a hidden slot adds an exact zero. So a row's result depends on its position and on what
+the cache holds for it alone, to the bit: not on how the prompt was cut, nor on the rows beside it.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
-from numba import njit
-from numba.extending import overload, register_jitable
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload, register_jitable
 
 from npllama import cache as kv
 from npllama import ops
-from npllama.kernels.flags import SERIAL
+from npllama.kernels import vector
+from npllama.kernels.flags import PARALLEL, SERIAL
+from npllama.kernels.tile import ROWS, Rows, along, below, copy_row, multiply_floats
+from npllama.kernels.vector import (
+    WIDTH,
+    add,
+    div,
+    exp,
+    exp_one,
+    floats,
+    highest,
+    i64,
+    load,
+    load_last,
+    maximum,
+    mul,
+    num_threads,
+    pointer,
+    splat,
+    store,
+    store_last,
+    sub,
+    total,
+)
 
 run_stop = register_jitable(kv.run_stop)
 slot = register_jitable(kv.slot)
 
+BLOCK = 64
+"""Slots of a block."""
+
+TOGETHER = 24
+"""Query rows (tokens x heads of a group) that walk over the blocks together, as long as one token has not more."""
+
+ALONE = 1 << 16
+"""Products of queries and keys below which one thread is sooner done than two have met."""
+
+
+class Work(NamedTuple):
+    """What one thread needs for the M query rows that it carries over the blocks.
+
+    Columns are in vectors, of which the last overlaps the one before where E is no multiple of WIDTH, and is the only
+    one, of zeros and then E numbers, where E is less.
+    """
+
+    q: np.ndarray  # (M * (E + WIDTH),) queries, as copy_row lays them out
+    q_sink: np.ndarray  # the same, turned towards the sinks
+    score: np.ndarray  # (M * BLOCK,) scores of a block, then weights
+    sum: np.ndarray  # (M * (E + WIDTH),) weighted sums of values so far, vector by vector
+    norm: np.ndarray  # (M,) sums of weights so far
+    highest: np.ndarray  # (M,) highest scores so far
+    keep: np.ndarray  # (M,) by what the earlier sums are scaled
+    keys: np.ndarray  # (BLOCK * (E + WIDTH),) a block of keys, where they cannot be used as they lie
+    values: np.ndarray  # the same of values
+    spare: np.ndarray  # (M * ROWS,)
+
 
 @njit(**SERIAL)
-def store(k, v, cache, l, pos, n, start, stop):
-    """Write the keys and values of rows start .. stop-1 into layer l of sequence n."""
+def make_work(M, E):
+    """Room for so many query rows."""
+    stride = E + WIDTH
+    wide, block = np.empty((3, M * stride), np.float32), np.empty((2, BLOCK * stride), np.float32)
+    each = np.empty((3, M), np.float32)
+    score, spare = np.empty(M * BLOCK, np.float32), np.empty(M * ROWS, np.float32)
+    return Work(wide[0], wide[1], score, wide[2], each[0], each[1], each[2], block[0], block[1], spare)
+
+
+def make_gather(rows):
+    """A tile of weighted sums: sum[m] = keep[m] * sum[m] + sum_s weight[m, s] * value[s], one vector of columns."""
+
+    @intrinsic
+    def gather(typingctx, weights, values, n_slots, sums, keep):
+        def generate(context, builder, signature, args):
+            weights, values, n_slots, sums, keep = args
+            zero, one = ir.Constant(i64, 0), ir.Constant(i64, 1)
+
+            def row(matrix, m):
+                start, stride = builder.extract_value(matrix, 0), builder.extract_value(matrix, 1)
+                return builder.gep(start, [builder.mul(stride, m)])
+
+            def number(pointer, i):
+                return vector.broadcast(builder, builder.load(builder.gep(pointer, [i])), WIDTH)
+
+            places = [row(sums, ir.Constant(i64, m)) for m in range(rows)]
+            total = []
+            for m, place in enumerate(places):
+                old = vector.read(builder, place, floats.llvm, 4)
+                kept = builder.fmul(old, number(keep, ir.Constant(i64, m)))
+                total.append(cgutils.alloca_once_value(builder, kept))
+            weight_rows = [row(weights, ir.Constant(i64, m)) for m in range(rows)]
+            with cgutils.for_range_slice(builder, zero, n_slots, one, inc=True) as (s, _):
+                value = vector.read(builder, row(values, s), floats.llvm, 4)
+                for m, weight in enumerate(weight_rows):
+                    new = vector.multiply_add(builder, number(weight, s), value, builder.load(total[m]))
+                    builder.store(new, total[m])
+            for place, one_total in zip(places, total, strict=True):
+                vector.write(builder, builder.load(one_total), place, 4)
+            return context.get_dummy_value()
+
+        return types.void(weights, values, types.intp, sums, keep), generate
+
+    return gather
+
+
+gather_eight, gather_two, gather_one = make_gather(8), make_gather(2), make_gather(1)
+
+
+@njit(**SERIAL)
+def gather_block(M, values, n_slots, work, E):
+    """Add a block's values, each by its weight, to the sums of M query rows."""
+    vector.keep_apart()
+    stride = E + WIDTH
+    for j in range(0, E, WIDTH):
+        column = along(values, min(j, E - WIDTH))
+        m = 0
+        while m + 8 <= M:
+            weights, sums = Rows(pointer(work.score, m * BLOCK), BLOCK), Rows(pointer(work.sum, m * stride + j), stride)
+            gather_eight(weights, column, n_slots, sums, pointer(work.keep, m))
+            m += 8
+        while m + 2 <= M:
+            weights, sums = Rows(pointer(work.score, m * BLOCK), BLOCK), Rows(pointer(work.sum, m * stride + j), stride)
+            gather_two(weights, column, n_slots, sums, pointer(work.keep, m))
+            m += 2
+        if m < M:
+            weights, sums = Rows(pointer(work.score, m * BLOCK), BLOCK), Rows(pointer(work.sum, m * stride + j), stride)
+            gather_one(weights, column, n_slots, sums, pointer(work.keep, m))
+
+
+@njit(**SERIAL)
+def weigh(work, m, n_slots, scale):
+    """Turn a row's scores of a block into weights exp(score / sqrt(E) - highest so far); hidden ones become 0.
+
+    What was summed under a lower highest score is scaled: a factor of exactly 1 where nothing higher came.
+    """
+    at, top = m * BLOCK, splat(np.float32(-np.inf))
+    for s in range(n_slots, (n_slots + WIDTH - 1) // WIDTH * WIDTH):
+        work.score[at + s] = np.float32(-np.inf)
+    for s in range(0, n_slots, WIDTH):
+        score = mul(load(work.score, at + s), splat(scale))
+        store(work.score, at + s, score)
+        top = maximum(top, score)
+    before = work.highest[m]
+    now = max(before, highest(top))
+    work.highest[m] = now
+    level = now if now > np.float32(-np.inf) else np.float32(0)  # nothing visible yet
+    total_weight = splat(np.float32(0))
+    for s in range(0, n_slots, WIDTH):
+        weight = exp(sub(load(work.score, at + s), splat(level)))
+        store(work.score, at + s, weight)
+        total_weight = add(total_weight, weight)
+    work.keep[m] = np.float32(1) if before == now else exp_one(before - level)
+    work.norm[m] = work.norm[m] * work.keep[m] + total(total_weight)
+
+
+@njit(**SERIAL)
+def hide(work, m, slot_pos, s, n_slots, p, window, n_sink):
+    """Give the slots that position p does not see the score -inf. slot_pos (S,) positions that the slots hold."""
+    for i in range(n_slots):
+        at = slot_pos[s + i]
+        if at < 0 or at > p or (at <= p - window and at >= n_sink):
+            work.score[m * BLOCK + i] = np.float32(-np.inf)
+
+
+@njit(**SERIAL)
+def block_rows(stored, at, n_slots, E, buffer):
+    """The keys or values of a block as rows of float32: as they lie, or copied if they are shorter than a vector."""
+    if E >= WIDTH:
+        return Rows(pointer(stored, at), E)
+    for s in range(n_slots):
+        store(buffer, s * WIDTH, load_last(stored, at + (s + 1) * E - WIDTH, E))
+    return Rows(pointer(buffer, WIDTH - E), WIDTH)
+
+
+@njit(**SERIAL)
+def start_rows(q, q_sink, work, t, n_tokens, h, share, n_sink):
+    """Lay out the query rows (token by token, head by head of the group), with nothing seen so far."""
+    E, H = q.shape[2], q.shape[1]
+    for m in range(n_tokens * share):
+        at = ((t + m // share) * H + h + m % share) * E
+        copy_row(q, at, E, work.q, m * (E + WIDTH))
+        if n_sink > 0:
+            copy_row(q_sink, at, E, work.q_sink, m * (E + WIDTH))
+        work.highest[m], work.norm[m] = np.float32(-np.inf), np.float32(0)
+        for e in range(0, E, WIDTH):
+            store(work.sum, m * (E + WIDTH) + e, splat(np.float32(0)))
+
+
+@njit(**SERIAL)
+def finish_rows(work, t, n_tokens, h, share, E, y):
+    """Write the sums, divided by the sums of weights. y (T, H*E)"""
+    for m in range(n_tokens * share):
+        norm = splat(work.norm[m])
+        at = (t + m // share) * y.shape[1] + (h + m % share) * E
+        for j in range(0, E, WIDTH):
+            result = div(load(work.sum, m * (E + WIDTH) + j), norm)
+            if E >= WIDTH:
+                store(y, at + min(j, E - WIDTH), result)
+            else:
+                store_last(y, at + E - WIDTH, result, E)
+
+
+@njit(**SERIAL)
+def score_block(M, q, keys, first, stop, present, E, work):
+    """Scores of M query rows with the slots first .. stop-1 of a block, before scaling.
+
+    Up to ROWS - 1 slots more are computed, where that many are present; `weigh` overwrites them.
+    """
+    for i in range(first, stop, ROWS):
+        out = Rows(pointer(work.score, i), BLOCK)
+        multiply_floats(M, Rows(pointer(q, 0), E + WIDTH), below(keys, i), present - i, out, E, True, work.spare)
+
+
+@njit(**SERIAL)
+def walk(q, q_sink, cache, l, n, p, t, n_tokens, g, work, y):
+    """Attention of the rows t .. t+n_tokens-1, at positions from p on, for the query heads of one key/value head."""
+    E, G, S = q.shape[2], cache.k.shape[2], cache.pos.shape[2]
+    share, last, n_sink = q.shape[1] // G, p + n_tokens - 1, cache.n_sink
+    M, scale, slot_pos = n_tokens * share, np.float32(1) / np.float32(math.sqrt(E)), cache.pos[l, n]
+    start_rows(q, q_sink, work, t, n_tokens, g * share, share, n_sink)
+    used, base = min(last + 1, S), ((l * cache.k.shape[1] + n) * G + g) * S * E  # later slots were never written
+    for s in range(0, used, BLOCK):
+        n_slots, present = min(BLOCK, used - s), min(BLOCK, S - s)
+        oldest, newest = slot_pos[s], slot_pos[s]
+        for i in range(s + 1, s + n_slots):
+            oldest, newest = min(oldest, slot_pos[i]), max(newest, slot_pos[i])
+        if newest <= p - cache.window and oldest >= n_sink:
+            continue  # no row sees any of it
+        keys = block_rows(cache.k, base + s * E, n_slots, E, work.keys)
+        from_sink = max(0, min(n_sink - s, n_slots))
+        score_block(M, work.q, keys, from_sink, n_slots, present, E, work)
+        score_block(M, work.q_sink, keys, 0, from_sink, from_sink, E, work)
+        for m in range(M):
+            if oldest < 0 or newest > p or oldest <= last - cache.window:
+                hide(work, m, slot_pos, s, n_slots, p + m // share, cache.window, n_sink)
+            weigh(work, m, n_slots, scale)
+        gather_block(M, block_rows(cache.v, base + s * E, n_slots, E, work.values), n_slots, work, E)
+    finish_rows(work, t, n_tokens, g * share, share, E, y)
+
+
+@njit(**SERIAL)
+def walks(q, q_sink, cache, l, pos, seq, tiles, part, parts, y):
+    """Every parts-th pair of a tile and a key/value head, from `part` on: so that long and short walks mix.
+
+    tiles (n + 1,): tile i is the rows tiles[i] .. tiles[i+1]-1.
+    """
+    share, n_tiles = q.shape[1] // cache.k.shape[2], tiles.shape[0] - 1
+    work = make_work(max(TOGETHER, share), q.shape[2])
+    for unit in range(part, n_tiles * cache.k.shape[2], parts):
+        t, g = tiles[unit % n_tiles], unit // n_tiles
+        walk(q, q_sink, cache, l, seq[t], pos[t], t, tiles[unit % n_tiles + 1] - t, g, work, y)
+
+
+@njit(**PARALLEL)
+def walks_in_threads(q, q_sink, cache, l, pos, seq, tiles, y):
+    """`walks`, each thread its part."""
+    parts = num_threads()
+    for part in prange(parts):
+        walks(q, q_sink, cache, l, pos, seq, tiles, np.int64(part), parts, y)
+
+
+@njit(**SERIAL)
+def store_rows(k, v, cache, l, pos, seq, start, stop):
+    """Write the keys and values of rows start .. stop-1 into layer l."""
     _, G, E = k.shape
     for t in range(start, stop):
-        s = slot(cache, pos[t])
+        n, s = seq[t], slot(cache, pos[t])
         cache.pos[l, n, s] = pos[t]
         for g in range(G):
             for e in range(E):
@@ -30,60 +295,34 @@ def store(k, v, cache, l, pos, n, start, stop):
 
 
 @njit(**SERIAL)
-def attend_head(q, q_sink, k, v, slot_pos, p, used, limits, score, y):
-    """One query head over the slots of its key/value head: q, q_sink, y (E,), k, v (S, E), score (S,) to work in."""
-    E = q.shape[0]
-    window, n_sink = limits
-    scale = np.float32(1) / np.float32(math.sqrt(E))
-    highest = np.float32(-np.inf)
-    for s in range(used):
-        at = slot_pos[s]
-        if at < 0 or at > p or (at <= p - window and at >= n_sink):
-            score[s] = np.float32(-np.inf)
-            continue
-        total = np.float32(0)
-        if s < n_sink:
-            for e in range(E):
-                total += q_sink[e] * k[s, e]
-        else:
-            for e in range(E):
-                total += q[e] * k[s, e]
-        score[s] = total * scale
-        highest = max(highest, score[s])
-    norm = np.float32(0)
-    for e in range(E):
-        y[e] = np.float32(0)
-    for s in range(used):
-        if score[s] == np.float32(-np.inf):
-            continue
-        weight = np.float32(math.exp(score[s] - highest))
-        norm += weight
-        for e in range(E):
-            y[e] += weight * v[s, e]
-    for e in range(E):
-        y[e] /= norm
+def tile_rows(seq, start, stop, most):
+    """Bounds of tiles over the rows start .. stop-1: of one sequence each, and of at most so many rows."""
+    tiles, n = np.empty(stop - start + 1, np.int64), 0
+    for t in range(start, stop):
+        if t == start or seq[t] != seq[t - 1] or t - tiles[n - 1] == most:
+            tiles[n] = t
+            n += 1
+    tiles[n] = stop
+    return tiles[: n + 1]
 
 
 @njit(**SERIAL)
 def attend(q, q_sink, k, v, cache, l, pos, seq):
-    """ops.attend: run after run, row after row."""
+    """ops.attend: as many rows at once as can be written before any looks; then on."""
     T, H, E = q.shape
-    S, share = cache.pos.shape[2], H // k.shape[1]
     y = np.empty((T, H * E), np.float32)
-    score = np.empty(S, np.float32)
     start = 0
     while start < T:
         stop = run_stop(cache, pos, seq, start, T)
-        n = seq[start]
-        store(k, v, cache, l, pos, n, start, stop)
-        for t in range(start, stop):
-            used = min(pos[t] + 1, S)
-            for h in range(H):
-                g = h // share
-                attend_head(
-                    q[t, h], q_sink[t, h], cache.k[l, n, g], cache.v[l, n, g], cache.pos[l, n], pos[t], used,
-                    (cache.window, cache.n_sink), score, y[t, h * E : (h + 1) * E],
-                )  # fmt: skip
+        while stop < T and seq[stop] != seq[stop - 1]:
+            stop = run_stop(cache, pos, seq, stop, T)
+        store_rows(k, v, cache, l, pos, seq, start, stop)
+        tiles = tile_rows(seq, start, stop, max(1, TOGETHER * k.shape[1] // H))
+        products = (stop - start) * min(pos[stop - 1] + 1, cache.pos.shape[2]) * H * E
+        if products < ALONE:
+            walks(q, q_sink, cache, l, pos, seq, tiles, np.int64(0), np.int64(1), y)
+        else:
+            walks_in_threads(q, q_sink, cache, l, pos, seq, tiles, y)
         start = stop
     return y
 

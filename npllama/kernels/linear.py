@@ -12,14 +12,13 @@ import numpy as np
 from numba import njit, prange, types
 from numba.core.errors import NumbaTypeError
 from numba.extending import overload
-from numba.np.ufunc.parallel import _iget_num_threads as get_num_threads  # the public one holds an address
 
 from npllama import ops
 from npllama.kernels import tile, vector
 from npllama.kernels.flags import PARALLEL, SERIAL
 from npllama.kernels.steps import is_format
-from npllama.kernels.tile import ROWS, SIZES, Rows, below, copy_row, make_strip
-from npllama.kernels.vector import WIDTH, pointer
+from npllama.kernels.tile import ROWS, SIZES, Rows, copy_row, make_multiply, multiply_floats
+from npllama.kernels.vector import WIDTH, num_threads, pointer
 from npllama.quant import BF16, F16
 
 MOST_COLUMNS = 1024
@@ -43,25 +42,6 @@ def block_columns(K):
     """Columns of a block: nearly equal blocks of whole vectors, by K alone, so that sums are the same in every call."""
     blocks = (K + MOST_COLUMNS - 1) // MOST_COLUMNS
     return ((K + blocks - 1) // blocks + WIDTH - 1) // WIDTH * WIDTH
-
-
-def make_multiply(read):
-    """A strip of up to ROWS rows of w times all T rows of x; with fewer, each for itself as a tile of equal rows."""
-    strip = make_strip(read)
-
-    @njit(**SERIAL)
-    def multiply(T, x, w, n_rows, y, columns, first, spare):
-        whole = n_rows >= ROWS
-        for n in range(1 if whole else n_rows):
-            weights = w if whole else Rows(below(w, n).start, 0)
-            out = y if whole else Rows(pointer(spare, 0), ROWS)
-            strip(T, x, weights, out, columns, first or not whole)
-            if not whole:
-                for t in range(T):
-                    i = t * y.stride + n
-                    y.start[i] = spare[t * ROWS] if first else y.start[i] + spare[t * ROWS]
-
-    return multiply
 
 
 def make_few(multiply):
@@ -136,7 +116,7 @@ def make_linear(multiply, load, load_last):
 
     @njit(**PARALLEL)
     def in_threads(x, w, y):
-        N, parts = w.shape[0], get_num_threads()
+        N, parts = w.shape[0], num_threads()
         size = ((N + parts - 1) // parts + ROWS - 1) // ROWS * ROWS
         for p in prange(parts):
             start = np.int64(p) * size
@@ -163,20 +143,19 @@ def make_embed(load, load_last):
     def embed(table, tokens):
         T, D = tokens.shape[0], table.shape[1]
         x = np.empty((T, D), np.float32)
+        whole = D // WIDTH * WIDTH
         for t in range(T):
-            if D < WIDTH:
-                for d in range(D):
-                    x[t, d] = vector.last(load_last(table, tokens[t] * D + d + 1 - WIDTH, 1))
-            else:
-                for i in range(0, D, WIDTH):
-                    d = min(i, D - WIDTH)
-                    vector.store(x, t * D + d, load(table, tokens[t] * D + d))
+            at = tokens[t] * D
+            for d in range(0, whole, WIDTH):
+                vector.store(x, t * D + d, load(table, at + d))
+            if whole < D:
+                last = D - WIDTH
+                vector.store_last(x, t * D + last, load_last(table, at + last, D - whole), D - whole)
         return x
 
     return embed
 
 
-multiply_floats = make_multiply(tile.read_float)
 linear_f32 = make_linear(multiply_floats, vector.load, vector.load_last)
 linear_f16 = make_linear(make_multiply(tile.read_half), vector.load_half, vector.load_last_half)
 linear_bf16 = make_linear(make_multiply(tile.read_brain), vector.load_brain, vector.load_last_brain)

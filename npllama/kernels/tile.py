@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 
 from npllama.kernels import vector
 from npllama.kernels.flags import SERIAL
-from npllama.kernels.vector import REGISTERS, WIDTH, floats, halves, i64, load, load_last, store
+from npllama.kernels.vector import REGISTERS, WIDTH, floats, halves, i64, load, load_last, pointer, store
 
 ROWS = 4
 """Rows of the second matrix in a tile: their totals make one store."""
@@ -132,6 +132,25 @@ def make_strip(read):
     return strip
 
 
+def make_multiply(read):
+    """A strip of up to ROWS rows of w times all T rows of x; with fewer, each for itself as a tile of equal rows."""
+    strip = make_strip(read)
+
+    @njit(**SERIAL)
+    def multiply(T, x, w, n_rows, y, columns, first, spare):
+        whole = n_rows >= ROWS
+        for n in range(1 if whole else n_rows):
+            weights = w if whole else Rows(below(w, n).start, 0)
+            out = y if whole else Rows(pointer(spare, 0), ROWS)
+            strip(T, x, weights, out, columns, first or not whole)
+            if not whole:
+                for t in range(T):
+                    i = t * y.stride + n
+                    y.start[i] = spare[t * ROWS] if first else y.start[i] + spare[t * ROWS]
+
+    return multiply
+
+
 @intrinsic
 def below(typingctx, rows, n):
     """The rows from the n-th on."""
@@ -140,6 +159,17 @@ def below(typingctx, rows, n):
         rows, n = args
         start, stride = builder.extract_value(rows, 0), builder.extract_value(rows, 1)
         return builder.insert_value(rows, builder.gep(start, [builder.mul(stride, n)]), 0)
+
+    return rows(rows, types.intp), generate
+
+
+@intrinsic
+def along(typingctx, rows, k):
+    """The rows from their column k on."""
+
+    def generate(context, builder, signature, args):
+        rows, k = args
+        return builder.insert_value(rows, builder.gep(builder.extract_value(rows, 0), [k]), 0)
 
     return rows(rows, types.intp), generate
 
@@ -153,3 +183,6 @@ def copy_row(x, at, columns, out, out_at):
         store(out, out_at + k, load(x, at + k))
     if whole < columns:
         store(out, out_at + whole, load_last(x, at + columns - WIDTH, columns - whole))
+
+
+multiply_floats = make_multiply(read_float)

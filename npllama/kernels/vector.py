@@ -140,6 +140,45 @@ def brain_to_float(builder, bits):
     return builder.bitcast(wide, ir.VectorType(f32, bits.type.count))
 
 
+def larger(builder, a, b):
+    """The larger of two vectors' numbers in each lane."""
+    return builder.select(builder.fcmp_ordered("<", a, b), b, a)
+
+
+# e^r = 1 + r + r^2 (C0 + C1 r + ... + C4 r^4) for |r| <= log(2)/2: the polynomial that meets (e^r - 1 - r) / r^2 in the
+# five Chebyshev nodes of that interval, rounded to float32. Its error is 0.09 units in the last place, that of the
+# whole function (measured over every float32) at most 1.02 with fused multiply-add, 1.5 without.
+EXP = (0.5, 0.16666577756404877, 0.041666556149721146, 0.008363173343241215, 0.0013926175888627768)
+LOG2_HIGH, LOG2_LOW = 0.693359375, -0.00021219444170128554  # their sum is log(2); n * LOG2_HIGH is exact
+ROUND = 1.5 * 2.0**23  # adding it rounds to an integer, which then stands in the low bits
+
+
+def exponential(builder, x):
+    """e^x = 2^n e^r with x = n log(2) + r: right for all x, infinities and NaN, with gradual underflow."""
+    numbers, ints = x.type, ir.VectorType(i32, x.type.count)
+
+    def c(number):
+        return constant(numbers, number)
+
+    x = builder.select(builder.fcmp_ordered(">", x, c(89.0)), c(89.0), x)  # e^89 is infinite already
+    x = builder.select(builder.fcmp_ordered("<", x, c(-104.0)), c(-104.0), x)  # e^-104 is 0
+    shifted = multiply_add(builder, x, c(1.4426950216293335), c(ROUND))
+    n = builder.fsub(shifted, c(ROUND))
+    r = multiply_add(builder, n, c(-LOG2_HIGH), x)
+    r = multiply_add(builder, n, c(-LOG2_LOW), r)
+    tail = c(EXP[-1])
+    for coefficient in EXP[-2::-1]:
+        tail = multiply_add(builder, tail, r, c(coefficient))
+    value = builder.fadd(multiply_add(builder, builder.fmul(r, r), tail, r), c(1.0))
+    # 2^n in two factors, each a normal number: so that 2^128 overflows and 2^-150 underflows as a product does.
+    n = builder.sub(builder.bitcast(shifted, ints), builder.bitcast(c(ROUND), ints))
+    first = builder.ashr(n, constant(ints, 1))
+    for part in (first, builder.sub(n, first)):
+        power = builder.shl(builder.add(part, constant(ints, 127)), constant(ints, 23))
+        value = builder.fmul(value, builder.bitcast(power, numbers))
+    return value
+
+
 def fold(builder, a, lanes):
     """Halve a vector by adding its upper half to its lower half, until `lanes` are left."""
     while a.type.count > lanes:
@@ -195,6 +234,21 @@ def store(typingctx, array, offset, value):
         return context.get_dummy_value()
 
     return types.void(array, types.intp, floats), generate
+
+
+@intrinsic
+def store_last(typingctx, array, offset, value, n):
+    """Write the last n lanes of WIDTH float32 that would stand at array[offset]; what is before is not touched."""
+
+    def generate(context, builder, signature, args):
+        array, offset, value, n = args
+        start = address(context, builder, signature.args[0], array, offset)
+        width = ir.Constant(i64, WIDTH)
+        with cgutils.for_range_slice(builder, builder.sub(width, n), width, ir.Constant(i64, 1), inc=True) as (lane, _):
+            builder.store(builder.extract_element(value, lane), builder.gep(start, [lane]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, floats, types.intp), generate
 
 
 @intrinsic
@@ -278,13 +332,47 @@ def element(typingctx, array, offset):
 
 
 @intrinsic
-def last(typingctx, a):
-    """The number in the last lane."""
+def highest(typingctx, a):
+    """The largest of all lanes."""
 
     def generate(context, builder, signature, args):
-        return builder.extract_element(args[0], ir.Constant(i32, WIDTH - 1))
+        a = args[0]
+        while a.type.count > 1:
+            half = a.type.count // 2
+            a = larger(builder, shuffle(builder, a, a, range(half)), shuffle(builder, a, a, range(half, 2 * half)))
+        return builder.extract_element(a, ir.Constant(i32, 0))
 
     return types.float32(floats), generate
+
+
+@intrinsic
+def maximum(typingctx, a, b):
+    """The larger of a and b in each lane."""
+
+    def generate(context, builder, signature, args):
+        return larger(builder, *args)
+
+    return floats(floats, floats), generate
+
+
+@intrinsic
+def exp(typingctx, a):
+    """e^a in each lane."""
+
+    def generate(context, builder, signature, args):
+        return exponential(builder, args[0])
+
+    return floats(floats), generate
+
+
+@intrinsic
+def exp_one(typingctx, a):
+    """e^a of one number, as `exp` gives it."""
+
+    def generate(context, builder, signature, args):
+        return builder.extract_element(exponential(builder, broadcast(builder, args[0], WIDTH)), ir.Constant(i32, 0))
+
+    return types.float32(types.float32), generate
 
 
 @intrinsic
@@ -309,3 +397,17 @@ def brain(typingctx, bits):
         return builder.bitcast(wide, f32)
 
     return types.float32(types.uint16), generate
+
+
+@intrinsic
+def num_threads(typingctx):
+    """How many threads a prange of this Python thread uses.
+
+    numba.get_num_threads is a ctypes pointer, whose address would be kept in cached code and be wrong in the next
+    process; the same function under its name is not.
+    """
+
+    def generate(context, builder, signature, args):
+        return call(builder, "get_num_threads", i64)  # declared as Numba declares it
+
+    return types.int64(), generate
