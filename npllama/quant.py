@@ -175,7 +175,7 @@ def round_rows(x: np.ndarray) -> np.ndarray:
 
 
 CHUNK_NUMBERS = 1 << 17
-LARGEST_SCALE = 65504.0
+LARGEST_WEIGHT = 1e6  # its scale still is a finite float16
 MOST_WORKERS = 8
 # Levels are integers, so borders between them are multiples of a half: floor(2 w / scale) tells the nearest level.
 _Q4_CELLS = (np.arange(2 * Q4_LEVELS[0], 2 * Q4_LEVELS[-1] + 1) + 0.5) / 2
@@ -250,7 +250,7 @@ def _quantize_blocks(w: np.ndarray, begin: int, stop: int, grid: _Grid) -> tuple
     b, G = -(-len(part) // ROWS), -(-part.shape[1] // GROUP)
     whole = np.zeros((b * ROWS, G * GROUP), np.float32)
     whole[: len(part), : part.shape[1]] = part
-    _check_range(whole, begin * ROWS, LARGEST_SCALE * Q4_LEVELS[-1])
+    _check_range(whole, begin * ROWS)
     groups = whole.reshape(-1, GROUP)
     scale = f16_bits(_best_scales(groups, grid))  # rounded before the codes are chosen
     levels = grid.nearest(groups, _inverse(scale.view(np.float16).astype(np.float32)))
@@ -280,12 +280,12 @@ def _inverse(x: np.ndarray) -> np.ndarray:
     return np.where(tiny, np.float32(0), np.float32(1) / np.where(tiny, np.float32(1), x))
 
 
-def _check_range(w: np.ndarray, first_row: int, largest: float) -> None:
-    """Raise UsageError unless every number is finite and at most `largest`."""
-    if np.abs(w).max() <= largest:  # not true for NaN
+def _check_range(w: np.ndarray, first_row: int) -> None:
+    """Raise UsageError unless every number is finite and its scale will be."""
+    if np.abs(w).max() <= LARGEST_WEIGHT:  # not true for NaN
         return
-    row, column = (int(i[0]) for i in np.nonzero(~(np.abs(w) <= largest)))
+    row, column = (int(i[0]) for i in np.nonzero(~(np.abs(w) <= LARGEST_WEIGHT)))
     raise UsageError(
-        f"row {first_row + row}, column {column} is {w[row, column]}, but quantized weights are finite and at most "
-        f"{largest:,.0f}; use the format f32, or mend the checkpoint."
+        f"row {first_row + row}, column {column} is {w[row, column]}, but weights can be quantized only if they are "
+        f"finite and at most {LARGEST_WEIGHT:,.0f}; export as f32, or get an undamaged checkpoint."
     )

@@ -242,6 +242,20 @@ def flip_sign(typingctx, signed):
     return codes(codes), generate
 
 
+@intrinsic(prefer_literal=True)
+def prefetch(typingctx, array, offset, n_bytes):
+    """Ask for the bytes of array[offset ...], a line of 64 after the other, before they are needed. May lie outside."""
+
+    def generate(context, builder, signature, args):
+        pointer = builder.bitcast(address(context, builder, signature.args[0], *args[:2]), i8.as_pointer())
+        for line in range(0, n_bytes.literal_value, 64):
+            flags = (ir.Constant(i32, f) for f in (0, 3, 1))  # read, keep in all caches, data
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), element(builder, pointer, line), *flags)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, n_bytes), generate
+
+
 @intrinsic
 def load_scales(typingctx, array, offset):
     """The float16 scales of 16 rows from array[offset] on, widened."""
@@ -336,25 +350,26 @@ def add_scaled(typingctx, total, count, scale, array, offset):
 
 
 @intrinsic
-def store_rows(typingctx, array, offset, stride, values, n_rows):
-    """Write the first n_rows (or all 16) of the rows of each token m to array[offset + stride * m] on."""
+def store_rows(typingctx, array, offset, stride, values, n_tokens, n_rows):
+    """Write the first n_rows (or all) rows of the first n_tokens (or all) tokens m to array[offset + stride * m] on."""
 
     def generate(context, builder, signature, args):
-        array, offset, stride, values, n_rows = args
+        array, offset, stride, values, n_tokens, n_rows = args
         start = address(context, builder, signature.args[0], array, offset)
-        rows = [builder.gep(start, [builder.mul(stride, ir.Constant(i64, m))]) for m in range(values.type.count)]
-        with builder.if_else(builder.icmp_signed(">=", n_rows, ir.Constant(i64, ROWS))) as (whole, partial):
-            with whole:
-                for m, row in enumerate(rows):
-                    write(builder, builder.extract_value(values, m), row, 4)
-            with partial:
-                buffer = cgutils.alloca_once(builder, numbers.llvm)
-                for m, row in enumerate(rows):
-                    builder.store(builder.extract_value(values, m), buffer)
+        buffer = cgutils.alloca_once(builder, numbers.llvm)
+        whole = builder.icmp_signed(">=", n_rows, ir.Constant(i64, ROWS))
+        for m in range(values.type.count):
+            index = ir.Constant(i64, m)
+            value, row = builder.extract_value(values, m), builder.gep(start, [builder.mul(stride, index)])
+            with builder.if_then(builder.icmp_signed("<", index, n_tokens)):
+                with builder.if_then(whole):
+                    write(builder, value, row, 4)
+                with builder.if_then(builder.not_(whole)):
+                    builder.store(value, buffer)
                     cgutils.raw_memcpy(builder, row, builder.bitcast(buffer, row.type), n_rows, 4)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, types.intp, values, types.intp), generate
+    return types.void(array, types.intp, types.intp, values, types.intp, types.intp), generate
 
 
 @intrinsic
@@ -373,7 +388,7 @@ def largest(typingctx, array, offset):
 
 @intrinsic
 def round_group(typingctx, array, offset, factor, into, at):
-    """Write the group array[offset ...] times factor, rounded half to even, to the int8 into[at ...]; returns its sum."""
+    """Write the group from array[offset] on, times factor and rounded half to even, to the int8 into[at ...]: its sum."""
 
     def generate(context, builder, signature, args):
         array, offset, factor, into, at = args

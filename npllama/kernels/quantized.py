@@ -27,26 +27,30 @@ from npllama.kernels.codes import (
     load_codes,
     load_scales,
     low_levels,
+    prefetch,
     round_group,
     start_counts,
     store_rows,
     zeros,
 )
 from npllama.kernels.flags import PARALLEL, SERIAL
-from npllama.kernels.vector import WIDE
 from npllama.quant import GROUP, Q4_LEVELS, ROWS, SMALLEST_MAGNITUDE
 
-TILE = 8 if WIDE else 4
-"""Tokens of a wide tile: so many that integers and floats of all stay in registers."""
+TILE = 8
+"""Tokens of a wide tile: the more, the fewer times codes are unpacked; more do not fit into the registers."""
 
 STRIP_BYTES = 1 << 18
 """Codes of this many bytes are used for all tokens before the next: they stay in the core's second cache."""
 
-LEAST_PARALLEL = 1 << 15
-"""Products below which entering a parallel region costs more than it saves."""
+LEAST_PARALLEL = 1 << 18
+LEAST_PARALLEL_INPUT = 1 << 15
+"""Products, and numbers to quantize, below which entering a parallel region costs more than it saves."""
 
 Q8_BLOCK = ROWS * GROUP
 Q4_BLOCK = Q8_BLOCK // 2
+
+AHEAD = 8192
+"""Bytes ahead of its codes that a single token's tile asks the memory for: it waits for nothing else."""
 
 INLINE = {**SERIAL, "forceinline": True}
 
@@ -74,29 +78,44 @@ def quantize_group(x, begin, shift, into, at):
 
 
 @njit(**SERIAL)
+def wide_tiles(T):
+    """How many tiles of T tokens are wide; more than half a tile of tokens is worth one, filled up with zeros."""
+    return (T + (TILE - 1) // 2) // TILE
+
+
+@njit(**SERIAL)
+def n_tiles(T):
+    """The tiles of T tokens: wide ones, then single tokens."""
+    return wide_tiles(T) + max(0, T - wide_tiles(T) * TILE)
+
+
+@njit(**SERIAL)
 def quantize_tiles(x, shift, into, begin, stop):
-    """quant.quantize_rows for the tiles begin .. stop-1; of all tiles, the last T % TILE are single tokens."""
+    """quant.quantize_rows for the tiles begin .. stop-1."""
     T, K = x.shape
-    whole, G, wide = K // GROUP, (K + GROUP - 1) // GROUP, T // TILE
+    whole, G, wide = K // GROUP, (K + GROUP - 1) // GROUP, wide_tiles(T)
     rest = np.zeros((1, GROUP), np.float32)
     for i in range(begin, stop):
         M = TILE if i < wide else 1
         first = i * TILE if i < wide else wide * TILE + i - wide
         for m in range(M):
-            for g in range(whole):
+            n_groups = whole if first + m < T else 0
+            for g in range(n_groups):
                 quantize_group(x, (first + m) * K + g * GROUP, shift, into, first * G + g * M + m)
-            if whole < G:
-                for k in range(K - whole * GROUP):
-                    rest[0, k] = x[first + m, whole * GROUP + k]
-                quantize_group(rest, 0, shift, into, first * G + whole * M + m)
+            for g in range(n_groups, G):
+                for k in range(GROUP):
+                    inside = first + m < T and g * GROUP + k < K
+                    rest[0, k] = x[first + m, g * GROUP + k] if inside else np.float32(0)
+                quantize_group(rest, 0, shift, into, first * G + g * M + m)
 
 
 @njit(**PARALLEL)
-def quantize_parallel(x, shift, into, n_tiles, n_threads):
-    """quantize_tiles on all threads."""
+def quantize_parallel(x, shift, into, n_threads):
+    """quantize_tiles for all tiles, on all threads."""
+    n = n_tiles(x.shape[0])
     for p in prange(n_threads):
         thread = np.int64(p)
-        quantize_tiles(x, shift, into, thread * n_tiles // n_threads, (thread + 1) * n_tiles // n_threads)
+        quantize_tiles(x, shift, into, thread * n // n_threads, (thread + 1) * n // n_threads)
 
 
 def make_tile_q4(M):
@@ -109,12 +128,14 @@ def make_tile_q4(M):
         for g in range(G):
             block, at = b * G + g, first * G + g * M
             count = start_counts(x.starts, at, M)
+            if M == 1:
+                prefetch(w.codes, block * Q4_BLOCK + AHEAD, Q4_BLOCK)
             for v in range(GROUP // 8):
                 pairs = load_codes(w.codes, block * Q4_BLOCK + v * 64)
                 count = dot_levels(count, low_levels(pairs), high_levels(pairs), x.codes, at * GROUP + v * 8)
             total = add_scaled(total, count, load_scales(w.scales, block * ROWS), x.scales, at)
-        N = y.shape[1]
-        store_rows(y, first * N + b * ROWS, N, total, N - b * ROWS)
+        T, N = y.shape
+        store_rows(y, first * N + b * ROWS, N, total, T - first, N - b * ROWS)
 
     return tile
 
@@ -129,12 +150,14 @@ def make_tile_q8(M):
         for g in range(G):
             block, at = b * G + g, first * G + g * M
             count = start_counts(x.starts, at, M)
+            if M == 1:
+                prefetch(w.codes, block * Q8_BLOCK + AHEAD, Q8_BLOCK)
             for v in range(GROUP // 4):
                 code = flip_sign(load_codes(w.codes, block * Q8_BLOCK + v * 64))
                 count = dot_signed_codes(count, code, x.codes, at * GROUP + v * 4)
             total = add_scaled(total, count, load_scales(w.scales, block * ROWS), x.scales, at)
-        N = y.shape[1]
-        store_rows(y, first * N + b * ROWS, N, total, N - b * ROWS)
+        T, N = y.shape
+        store_rows(y, first * N + b * ROWS, N, total, T - first, N - b * ROWS)
 
     return tile
 
@@ -150,10 +173,10 @@ def make_linear(make_tile, shift):
         strip = max(1, STRIP_BYTES // (w.codes.shape[1] * w.codes.shape[2]))
         for low in range(begin, stop, strip):
             high = min(low + strip, stop)
-            for first in range(0, T - TILE + 1, TILE):
+            for i in range(wide_tiles(T)):
                 for b in range(low, high):
-                    wide_tile(w, b, x, first, y)
-            for first in range(T - T % TILE, T):
+                    wide_tile(w, b, x, i * TILE, y)
+            for first in range(wide_tiles(T) * TILE, T):
                 for b in range(low, high):
                     single_tile(w, b, x, first, y)
 
@@ -168,14 +191,15 @@ def make_linear(make_tile, shift):
     @njit(**SERIAL)
     def linear(x, w):
         T, B, G = x.shape[0], w.scales.shape[0], w.scales.shape[1]
-        into = Input(np.empty(T * G * GROUP, np.int8), np.empty(T * G, np.float32), np.empty(T * G, np.int32))
+        n = max(T, wide_tiles(T) * TILE) * G
+        into = Input(np.empty(n * GROUP, np.int8), np.empty(n, np.float32), np.empty(n, np.int32))
         y = np.empty((T, w.rows), np.float32)
-        n_tiles, n_threads = T // TILE + T % TILE, get_num_threads()
-        if T * G * GROUP < LEAST_PARALLEL:
-            quantize_tiles(x, np.int32(shift), into, np.int64(0), n_tiles)
+        n_threads = get_num_threads()
+        if n * GROUP < LEAST_PARALLEL_INPUT:
+            quantize_tiles(x, np.int32(shift), into, np.int64(0), n_tiles(T))
         else:
-            quantize_parallel(x, np.int32(shift), into, n_tiles, n_threads)
-        if T * G * GROUP * w.rows < LEAST_PARALLEL:
+            quantize_parallel(x, np.int32(shift), into, n_threads)
+        if n * GROUP * w.rows < LEAST_PARALLEL:
             blocks(into, w, y, np.int64(0), B)
         else:
             blocks_parallel(into, w, y, n_threads)
