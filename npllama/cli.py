@@ -91,13 +91,16 @@ def _fail(code: int, message: str) -> int:
 
 
 def _prepare_streams() -> None:
-    """Text is UTF-8 whatever the locale says, and a stream that the caller closed swallows what is written to it."""
+    """Text is UTF-8 whatever the locale says, and a stream that the caller closed swallows what is written to it.
+
+    Bytes of a path that are no UTF-8 are shown as \\udcXX, which is how JSON spells them too.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (lives as long as the process)
         elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _settle_streams() -> bool:

@@ -268,6 +268,37 @@ def test_text_is_utf8_also_in_the_c_locale(model: Path) -> None:
     assert done.text == "größe 猫\n"
 
 
+def test_a_stop_text_is_utf8_also_in_the_c_locale(model: Path) -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    with npllama.load(model) as llm:
+        text = llm.generate("a", seed=1, temperature=3).text
+    assert "�" in text  # a byte that is no UTF-8, of which a model of random weights says many
+    done = run("generate", "-m", model, "a", "-s", 1, "--temp", 3, "--stop", "�", **plain)
+    assert done.text == text[: text.index("\ufffd")] + "\n"
+
+
+def test_bytes_of_a_path_that_are_not_utf8_are_shown_escaped(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"m\xff")
+    done = run("info", "-m", path, "--json")
+    assert done.code == 1
+    assert r"m\udcff: cannot be opened" in only_line(done.err)
+    try:
+        write_model_directory(path)
+    except OSError:
+        pytest.skip("no names of arbitrary bytes on this file system")
+    assert json.loads(run("info", "-m", path, "--json").text)["model"] == str(path)
+
+
+def test_a_stdin_that_does_not_wait_is_one_line(model: Path) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    command = [*COMMAND, "generate", "-m", str(model)]
+    done = subprocess.run(command, stdin=reader, capture_output=True, text=True, env=environment(), check=False)
+    os.close(reader), os.close(writer)
+    assert done.returncode == 1
+    assert "stdin: does not wait" in only_line(done.stderr)
+
+
 # ---------------------------------------------------------------- expected failures
 
 

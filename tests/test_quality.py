@@ -80,3 +80,11 @@ def test_the_command_prints_the_protocol_and_the_figures(
     assert "KL divergence" in shown
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["n_ctx"] == 20
+
+
+def test_a_text_that_is_not_utf8_is_an_expected_failure(
+    models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_bytes(b"ab\xffc")
+    assert main(["perplexity", str(models[0]), "-f", str(tmp_path / "text")]) == 1
+    assert "is not text in UTF-8 (invalid start byte at byte 2); convert it" in capsys.readouterr().err

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Load, read the prompt, generate."""
     prompt = _prompt(args)  # what is wrong with the arguments is said before anything is loaded
+    stops = [_text(_argument_bytes(stop), "--stop") for stop in args.stop]
     from npllama.inference import load
     from npllama.sampling import SamplingOptions
 
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     started = time.perf_counter()
     with load(args.model, args.backend, args.threads, args.ctx_size) as llama:
         load_s = time.perf_counter() - started
-        stream = llama.stream(prompt, args.max_tokens, **sampling, seed=args.seed, stop=args.stop, echo=args.echo)
+        stream = llama.stream(prompt, args.max_tokens, **sampling, seed=args.seed, stop=stops, echo=args.echo)
         complete = _follow(stream, notes, shown=not args.json)
         if args.json:
             put(json.dumps(_report(llama, stream.result, complete, args.model, load_s), ensure_ascii=False))
@@ -141,13 +142,22 @@ def _prompt(args: argparse.Namespace) -> str:
     if args.file:
         return _read_file(args.file[0])
     if texts and texts[0] != "-":
-        # Where the locale is not UTF-8, Python hands over the bytes of an argument as surrogates.
-        return _text(texts[0].encode("utf-8", "surrogateescape"), "the prompt")
+        return _text(_argument_bytes(texts[0]), "the prompt")
     if not texts and (sys.stdin is None or sys.stdin.isatty()):
         return ""
     if sys.stdin is None:
         raise NpllamaError("stdin: is closed, and the prompt - is read from it; open it, or give the prompt with -p.")
-    return _without_last_line_end(_text(sys.stdin.buffer.read(), "stdin"))
+    data = sys.stdin.buffer.read()
+    if data is None:  # a pipe in non-blocking mode, to which nothing was written yet
+        raise NpllamaError(
+            "stdin: does not wait for what is not there yet; open it blocking, or give the prompt with -p."
+        )
+    return _without_last_line_end(_text(data, "stdin"))
+
+
+def _argument_bytes(argument: str) -> bytes:
+    """The bytes of an argument, which Python hands over as surrogates where the locale is not UTF-8."""
+    return argument.encode("utf-8", "surrogateescape")
 
 
 def _read_file(name: str) -> str:
@@ -167,7 +177,7 @@ def _text(data: bytes, name: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise NpllamaError(
-            f"{name}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8, which a prompt must be; "
+            f"{name}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8, which text must be; "
             f"convert it, for example with iconv."
         ) from error
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from npllama.commands.terminal import Notes, add_model, model_of, put, whole
-from npllama.errors import UsageError
+from npllama.errors import NpllamaError
 
 NAME = "perplexity"
 SUMMARY = "measure the quality of a model on a text"
@@ -35,7 +35,10 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     try:
         text = Path(args.file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{args.file}: is not text in UTF-8 ({error.reason} at byte {error.start}).") from error
+        raise NpllamaError(
+            f"{args.file}: is not text in UTF-8 ({error.reason} at byte {error.start}); convert it, for example "
+            f"with iconv."
+        ) from error
     options = {"backend": args.backend, "threads": args.threads, "context": args.ctx_size}
     with ExitStack() as stack:
         llama = stack.enter_context(npllama.load(model_of(args), **options))
