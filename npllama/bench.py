@@ -73,7 +73,8 @@ def weight_bytes(weights: Weights) -> int:
 
 
 def _size(w: Any) -> int:
-    return int(w.nbytes) if isinstance(w, np.ndarray) else sum(_size(part) for part in w)
+    arrays = [w] if isinstance(w, np.ndarray) else [part for part in w if isinstance(part, np.ndarray)]
+    return sum(int(array.nbytes) for array in arrays)
 
 
 def operations(llama: Llama, n_out: int, n: int) -> float:

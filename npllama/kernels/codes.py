@@ -388,7 +388,7 @@ def largest(typingctx, array, offset):
 
 @intrinsic
 def round_group(typingctx, array, offset, factor, into, at):
-    """Write the group from array[offset] on, times factor and rounded half to even, to the int8 into[at ...]: its sum."""
+    """Write the group from array[offset] on, times factor and rounded half to even, to int8 into[at ...]; its sum."""
 
     def generate(context, builder, signature, args):
         array, offset, factor, into, at = args

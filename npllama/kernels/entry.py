@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import Any
 import numba
 from numba import njit
 from numba.core import caching, compiler, serialize
+from numba.core.errors import NumbaError
 from numba.extending import register_jitable
 
 from npllama import model
+from npllama.errors import ModelError
 from npllama.kernels import attention, linear, steps  # noqa: F401 (importing registers the overloads)
 from npllama.kernels.flags import SERIAL
 
@@ -107,5 +110,12 @@ def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callabl
     if file is not None:
         cpu = hashlib.sha256(target().encode()).hexdigest()[:16]
         function._cache = DiskCache(file.with_name(f"{file.name}-{cpu}"), warn)
-    function.compile(tuple(numba.typeof(a) for a in arguments))
+    try:
+        function.compile(tuple(numba.typeof(a) for a in arguments))
+    except NumbaError as error:
+        said = re.search(r"NumbaTypeError: (.*)", str(error))  # the sentence of an overload, out of forty lines
+        reason = said.group(1) if said else str(error).splitlines()[0]
+        raise ModelError(
+            f"this model cannot be compiled: {reason}; use --backend numpy, or export it again."
+        ) from error
     return function, file is not None and function._cache.loaded

@@ -15,11 +15,13 @@ from numba.extending import overload
 
 from npllama import ops
 from npllama.kernels import tile, vector
+from npllama.kernels.embedding import embed_q4, embed_q8
 from npllama.kernels.flags import PARALLEL, SERIAL
+from npllama.kernels.quantized import linear_q4, linear_q8
 from npllama.kernels.steps import is_format
 from npllama.kernels.tile import ROWS, SIZES, Rows, copy_row, make_multiply, multiply_floats
 from npllama.kernels.vector import WIDTH, num_threads, pointer
-from npllama.quant import BF16, F16
+from npllama.quant import BF16, F16, Q4, Q8
 
 MOST_COLUMNS = 1024
 """Columns of a block, at most: a tile's rows of x must fit in the first-level cache (6 x 1,024 x 4 bytes)."""
@@ -47,9 +49,8 @@ def block_columns(K):
 def make_few(multiply):
     """A thread's part for few tokens, y's columns start .. stop-1: w is read where it lies. Needs K >= WIDTH."""
 
-    @njit(**SERIAL)
+    @njit(inline="always", **SERIAL)
     def few(x, w, y, start, stop, work, spare):
-        vector.keep_apart()
         T, K = x.shape
         N, size, stride = w.shape[0], block_columns(K), K + WIDTH
         for t in range(T):
@@ -66,9 +67,8 @@ def make_few(multiply):
 def make_many(multiply, load, load_last):
     """A thread's part for many tokens, y's columns start .. stop-1: w is widened block by block into `work`."""
 
-    @njit(**SERIAL)
+    @njit(inline="always", **SERIAL)
     def many(x, w, y, start, stop, work, spare):
-        vector.keep_apart()
         T, K = x.shape
         N, size = w.shape[0], block_columns(K)
         stride = size + WIDTH  # not a power of two: such rows would fight for the same places in the cache
@@ -114,23 +114,23 @@ def make_linear(multiply, load, load_last):
                 x, w, y, start, stop, np.zeros((TILE + BLOCK_ROWS + 1) * (block_columns(K) + WIDTH), np.float32), spare
             )
 
-    @njit(**PARALLEL)
-    def in_threads(x, w, y):
-        N, parts = w.shape[0], num_threads()
-        size = ((N + parts - 1) // parts + ROWS - 1) // ROWS * ROWS
-        for p in prange(parts):
-            start = np.int64(p) * size
-            part(x, w, y, min(start, N), min(start + size, N))
-
-    @njit(**SERIAL)
     def linear(x, w):
         T, K = x.shape
-        N = w.shape[0]
+        N, stored = w.shape[0], w
         y = np.empty((T, N), np.float32)
         if N * K * T < ALONE:
-            part(x, w, y, np.int64(0), N)
+            part(x, stored, y, np.int64(0), N)
         else:
-            in_threads(x, w, y)
+            parts = num_threads()
+            size = ((N + parts - 1) // parts + ROWS - 1) // ROWS * ROWS
+            for p in prange(parts):
+                start = np.int64(p) * size
+                part(x, stored, y, min(start, N), min(start + size, N))
+        return y
+
+    def linear_bits(x, w):
+        T, K = x.shape
+        N, stored = w.bits.shape[0], w.bits
         return y
 
     return linear
@@ -164,14 +164,18 @@ embed_f16 = make_embed(vector.load_half, vector.load_last_half)
 embed_bf16 = make_embed(vector.load_brain, vector.load_last_brain)
 
 
-@overload(ops.linear)
+@overload(ops.linear, jit_options=PARALLEL)
 def _linear(x, w):
     if isinstance(w, types.Array) and w.dtype == types.float32:
-        return lambda x, w: linear_f32(x, w)
+        return linear_f32
     if is_format(w, F16):
         return lambda x, w: linear_f16(x, w.bits)
     if is_format(w, BF16):
         return lambda x, w: linear_bf16(x, w.bits)
+    if is_format(w, Q8):
+        return lambda x, w: linear_q8(x, w)
+    if is_format(w, Q4):
+        return lambda x, w: linear_q4(x, w)
     raise NumbaTypeError(f"linear: no kernel for weights of type {w}")
 
 
@@ -183,4 +187,8 @@ def _embed(table, tokens):
         return lambda table, tokens: embed_f16(table.bits, tokens)
     if is_format(table, BF16):
         return lambda table, tokens: embed_bf16(table.bits, tokens)
+    if is_format(table, Q8):
+        return lambda table, tokens: embed_q8(table, tokens)
+    if is_format(table, Q4):
+        return lambda table, tokens: embed_q4(table, tokens)
     raise NumbaTypeError(f"embed: no kernel for a table of type {table}")

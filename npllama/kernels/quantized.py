@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import get_num_threads, njit, prange
+from numba import njit, prange
 
 from npllama.kernels.codes import (
     SIGN_FLIP,
@@ -34,6 +34,7 @@ from npllama.kernels.codes import (
     zeros,
 )
 from npllama.kernels.flags import PARALLEL, SERIAL
+from npllama.kernels.vector import num_threads
 from npllama.quant import GROUP, Q4_LEVELS, ROWS, SMALLEST_MAGNITUDE
 
 TILE = 8
@@ -194,7 +195,7 @@ def make_linear(make_tile, shift):
         n = max(T, wide_tiles(T) * TILE) * G
         into = Input(np.empty(n * GROUP, np.int8), np.empty(n, np.float32), np.empty(n, np.int32))
         y = np.empty((T, w.rows), np.float32)
-        n_threads = get_num_threads()
+        n_threads = num_threads()
         if n * GROUP < LEAST_PARALLEL_INPUT:
             quantize_tiles(x, np.int32(shift), into, np.int64(0), n_tiles(T))
         else:

@@ -14,7 +14,7 @@ from numba.extending import overload
 
 from npllama import ops
 from npllama.kernels.flags import SERIAL
-from npllama.quant import BF16, F16
+from npllama.quant import BF16, F16, Q4, Q8
 
 
 def is_format(typ: types.Type, cls: type) -> bool:
@@ -31,6 +31,10 @@ def _layer(w, l):
         return lambda w, l: F16(w.bits[l])
     if is_format(w, BF16):
         return lambda w, l: BF16(w.bits[l])
+    if is_format(w, Q8):
+        return lambda w, l: Q8(w.codes[l], w.scales[l], w.rows, w.columns)
+    if is_format(w, Q4):
+        return lambda w, l: Q4(w.codes[l], w.scales[l], w.rows, w.columns)
     return None
 
 

@@ -1,0 +1,45 @@
+"""ops.embed for q8 and q4: one row out of the blocks that it stands in, interleaved with others (see quant.py)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from npllama.kernels.flags import SERIAL
+from npllama.kernels.vector import half
+from npllama.quant import GROUP, Q4_LEVELS, ROWS
+
+LEVELS = np.array(Q4_LEVELS, np.float32)
+
+
+@njit(**SERIAL)
+def level_q8(codes, b, g, r, k):
+    """The integer that row r of block b has in column k of group g."""
+    return np.float32(codes[b, g, k // 4 * 4 * ROWS + r * 4 + k % 4])
+
+
+@njit(**SERIAL)
+def level_q4(codes, b, g, r, k):
+    """The integer that row r of block b has in column k of group g."""
+    pair = codes[b, g, k // 8 * 4 * ROWS + r * 4 + k % 4]
+    return LEVELS[pair >> 4 if k % 8 >= 4 else pair & 15]
+
+
+def make_embed(level):
+    """ops.embed for a format whose levels `level` reads."""
+
+    @njit(**SERIAL)
+    def embed(table, tokens):
+        T, D = tokens.shape[0], table.columns
+        x = np.empty((T, D), np.float32)
+        for t in range(T):
+            b, r = tokens[t] // ROWS, tokens[t] % ROWS
+            for d in range(D):
+                g = d // GROUP
+                x[t, d] = level(table.codes, b, g, r, d % GROUP) * half(table.scales[b, g, r])
+        return x
+
+    return embed
+
+
+embed_q8, embed_q4 = make_embed(level_q8), make_embed(level_q4)
