@@ -21,12 +21,13 @@ import numpy as np
 from npllama import cache as kv
 from npllama import machine, model, ops
 from npllama.cache import KVCache
-from npllama.errors import ModelError, UsageError
+from npllama.errors import ModelError, UsageError, quote, whole_number
 from npllama.quant import Q4, Q8, Grouped, widen
 from npllama.weights import OpenModel, Weights, kind_shapes
 
 SMALL_MODEL_BYTES = 20_000_000
 MOST_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
+MOST_THREADS = 4096
 BACKENDS = ("auto", "numpy", "numba")
 # Rounds that an idle OpenMP thread spins before it sleeps. Never spinning is ten times slower on an idle machine,
 # spinning forever three hundred times slower on a busy one.
@@ -113,7 +114,7 @@ class Engine:
             self._report(
                 "weights stay narrow, each layer is widened in each call: float32 would take half of the free memory"
             )
-        self._forward: Callable[..., np.ndarray] = model.forward
+        self._forward: Callable[..., np.ndarray] = _forward_in_numpy
 
     def _prepare_numba(self) -> None:
         """Compile model.forward for this model's number formats, or take it from the disk cache."""
@@ -272,7 +273,13 @@ class Engine:
         """Let go of the weights. Waits for a call that is under way."""
         with self._lock:
             self._weights = None
-            self._forward = model.forward
+            self._forward = _forward_in_numpy
+
+
+def _forward_in_numpy(*arguments: Any) -> np.ndarray:
+    """model.forward without NumPy's warnings: numbers that are not finite are refused where an id is sampled."""
+    with np.errstate(all="ignore"):
+        return model.forward(*arguments)
 
 
 def opened_bytes_fit(opened: OpenModel) -> bool:
@@ -299,9 +306,10 @@ def _check_range(what: str, numbers: np.ndarray, end: int) -> None:
 def _checked_threads(threads: int | None) -> int:
     if threads is None:
         return machine.default_threads()[0]
-    if type(threads) is not int or not 1 <= threads <= 4096:
-        raise UsageError(f"threads={threads!r} is not a number of threads; it needs 1 or more.")
-    return threads
+    n_threads = whole_number(threads)
+    if n_threads is None or not 1 <= n_threads <= MOST_THREADS:
+        raise UsageError(f"threads={quote(threads)} is not a number of threads; it needs 1 to {MOST_THREADS}.")
+    return n_threads
 
 
 def choose_backend(asked: str, opened: OpenModel, report: Callable[[str], None]) -> str:

@@ -11,6 +11,9 @@ Every message says what was found, what is needed and what to do, on one line.
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 QUOTED_CHARACTERS = 80
 
 
@@ -41,3 +44,13 @@ def quote(foreign: object) -> str:
     if len(shown) > QUOTED_CHARACTERS:
         shown = shown[: QUOTED_CHARACTERS - 3] + "..."
     return f"'{shown}'"
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number of any type (NumPy's too) as an int; None for what is none, True and False among it."""
+    if isinstance(value, bool) or getattr(value, "shape", ()) != ():  # an array of one number is a list
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

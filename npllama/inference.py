@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import operator
+import os
 import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -17,9 +17,9 @@ import numpy as np
 from npllama.cache import KVCache, clear
 from npllama.config import ModelConfig
 from npllama.engine import Engine
-from npllama.errors import ContextError, UsageError
-from npllama.sampling import PENALTY_WINDOW, SamplingOptions, sample
-from npllama.streaming import StopStrings, StreamDecoder
+from npllama.errors import ContextError, UsageError, quote, whole_number
+from npllama.sampling import PENALTY_WINDOW, SEEDS, SamplingOptions, sample
+from npllama.streaming import StopStrings, StreamDecoder, stop_texts
 from npllama.tokenizer import Tokenizer
 from npllama.weights import OpenModel, open_model
 
@@ -96,6 +96,7 @@ class Llama:
         self.engine = engine
         self._opened = opened
         self._spare: list[KVCache] = []
+        self._closed = False
         self._chunk = chunk_tokens(opened.config)
 
     @property
@@ -132,13 +133,9 @@ class Llama:
         that end the generation and are not returned. max_new_tokens and repetition_penalty are other names.
         Raises UsageError for values out of range, ContextError for a prompt that does not fit.
         """
-        request = _request(
-            max_tokens if max_new_tokens is None else max_new_tokens,
-            (temperature, top_k, top_p, min_p, repeat_penalty if repetition_penalty is None else repetition_penalty),
-            seed,
-            stop,
-            echo,
-        )
+        max_tokens = _either("max_tokens", max_tokens, 256, "max_new_tokens", max_new_tokens)
+        penalty = _either("repeat_penalty", repeat_penalty, 1.0, "repetition_penalty", repetition_penalty)
+        request = _request(max_tokens, (temperature, top_k, top_p, min_p, penalty), seed, stop, echo)
         if _is_one(prompt):
             return Stream(self, self._ids(prompt), request, 0).run()  # type: ignore[arg-type]
         streams = [Stream(self, self._ids(one), request, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
@@ -164,22 +161,19 @@ class Llama:
 
         The texts of the pieces, joined, are the text that `generate` returns.
         """
-        request = _request(
-            max_tokens if max_new_tokens is None else max_new_tokens,
-            (temperature, top_k, top_p, min_p, repeat_penalty if repetition_penalty is None else repetition_penalty),
-            seed,
-            stop,
-            echo,
-        )
+        max_tokens = _either("max_tokens", max_tokens, 256, "max_new_tokens", max_new_tokens)
+        penalty = _either("repeat_penalty", repeat_penalty, 1.0, "repetition_penalty", repetition_penalty)
+        request = _request(max_tokens, (temperature, top_k, top_p, min_p, penalty), seed, stop, echo)
         if not _is_one(prompt):
             raise UsageError("stream takes one prompt (text or a list of ids); generate takes a list of prompts.")
         return Stream(self, self._ids(prompt), request, 0)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of the next token after each of the ids: (T, V) float32. Nothing is added to the ids."""
+        _check_kind(ids)
         checked = self._ids(list(ids)) if len(ids) else []
         if len(checked) > self.context:
-            raise ContextError(self._too_long(len(checked)))
+            raise ContextError(self._too_long(len(checked), 0))
         cache = self.borrow_cache()
         try:
             chunks = [self.read(cache, checked, start, every=True) for start in range(0, len(checked), self._chunk)]
@@ -209,7 +203,7 @@ class Llama:
     def return_cache(self, cache: KVCache) -> None:
         """Hand a cache back for the next call: its memory is kept."""
         clear(cache, 0)
-        if not self._spare:
+        if not self._spare and not self._closed:
             self._spare.append(cache)
 
     def _ids(self, prompt: Prompt) -> list[int]:
@@ -219,9 +213,10 @@ class Llama:
         _check_kind(prompt)
         ids = []
         for item in prompt:
-            if isinstance(item, (bool, str)) or not hasattr(item, "__index__"):
+            number = whole_number(item)
+            if number is None:
                 raise UsageError(f"a prompt is text or a list of token ids; got {type(item).__name__} in the list.")
-            ids.append(operator.index(item))
+            ids.append(number)
         if not ids:
             raise UsageError("the prompt has no token: give at least one id (text gets BOS by itself).")
         if min(ids) < 0 or max(ids) >= self.config.vocab_size:
@@ -230,14 +225,16 @@ class Llama:
             )
         return ids
 
-    def _too_long(self, n: int) -> str:
+    def _too_long(self, n: int, n_new: int) -> str:
+        more = " and needs room for one more" if n_new and n == self.context else ""
         return (
-            f"the prompt has {n} tokens, the context holds {self.context}; shorten the prompt, "
+            f"the prompt has {n} tokens{more}, the context holds {self.context}; shorten the prompt, "
             f"or load the model with a larger context."
         )
 
     def close(self) -> None:
         """Free the model's memory maps and caches. A later call raises UsageError. Closing twice is fine."""
+        self._closed = True
         self._spare.clear()
         self.engine.close()
         self._opened.close()
@@ -255,9 +252,9 @@ class Stream:
     """A generation under way: an iterator of Piece. `result` is what has come so far, complete after the last piece."""
 
     def __init__(self, llama: Llama, ids: list[int], request: Request, completion: int) -> None:
-        room = llama.context - len(ids)
-        if room < (0 if request.max_tokens == 0 else 1):
-            raise ContextError(llama._too_long(len(ids)))
+        room, n_new = llama.context - len(ids), 0 if request.max_tokens == 0 else 1
+        if room < n_new:
+            raise ContextError(llama._too_long(len(ids), n_new))
         self._llama, self._ids, self._request, self._completion = llama, ids, request, completion
         self._most = room if request.max_tokens is None else min(request.max_tokens, room)
         self._n_prompt = len(ids)
@@ -351,14 +348,23 @@ def _is_one(prompt: object) -> bool:
     if isinstance(prompt, str):
         return True
     _check_kind(prompt)
-    return len(prompt) == 0 or hasattr(prompt[0], "__index__")  # type: ignore[arg-type, index]
+    return len(prompt) == 0 or isinstance(prompt[0], bool) or whole_number(prompt[0]) is not None  # type: ignore[arg-type, index]
 
 
 def _check_kind(prompt: object) -> None:
     """Refuse what is neither text nor a sequence: bytes would pass for ids, an iterator would be used up by a look."""
-    listed = hasattr(prompt, "__len__") and hasattr(prompt, "__getitem__")
+    listed = hasattr(prompt, "__len__") and hasattr(prompt, "__getitem__") and getattr(prompt, "shape", None) != ()
     if not listed or isinstance(prompt, (bytes, bytearray, dict)):
         raise UsageError(f"a prompt is text, a list of token ids, or a list of either; got {type(prompt).__name__}.")
+
+
+def _either(name: str, value: Any, default: object, alias: str, other: Any) -> Any:
+    """The value of a parameter that has another name; UsageError when both are given and differ."""
+    if other is None:
+        return value
+    if value not in (default, other):
+        raise UsageError(f"{name}={quote(value)} and {alias}={quote(other)} mean the same; give one of them.")
+    return other
 
 
 def _request(
@@ -369,22 +375,28 @@ def _request(
     echo: bool,
 ) -> Request:
     """Check the options of a call; UsageError names what is out of range."""
-    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < -1):
-        raise UsageError(f"max_tokens={max_tokens!r}: needs 0 or more, or -1 (or None) for until the context is full.")
-    if seed is not None and (type(seed) is not int or not -1 <= seed < 2**64):
-        raise UsageError(f"seed={seed!r}: needs a whole number from 0 to 2^64 - 1, or None (or -1) for a random one.")
+    n_new = whole_number(-1 if max_tokens is None else max_tokens)
+    if n_new is None or n_new < -1:
+        raise UsageError(
+            f"max_tokens={quote(max_tokens)}: needs 0 or more, or -1 (or None) for until the context is full."
+        )
+    key = whole_number(-1 if seed is None else seed)
+    if key is None or not -1 <= key < SEEDS:
+        raise UsageError(
+            f"seed={quote(seed)}: needs a whole number from 0 to 2^64 - 1, or None (or -1) for a random one."
+        )
     temperature, top_k, top_p, min_p, repeat_penalty = options
     return Request(
-        max_tokens=None if max_tokens == -1 else max_tokens,
+        max_tokens=None if n_new == -1 else n_new,
         sampling=SamplingOptions(temperature, top_k, top_p, min_p, repeat_penalty),
-        seed=secrets.randbits(32) if seed is None or seed == -1 else seed,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        seed=secrets.randbits(32) if key == -1 else key,
+        stop=stop_texts(stop),
         echo=bool(echo),
     )
 
 
 def load(
-    model: str | Path | None = None,
+    model: str | os.PathLike[str] | None = None,
     backend: str = "auto",
     threads: int | None = None,
     context: int | None = None,
@@ -397,9 +409,12 @@ def load(
     container's quota, whichever is least; context: positions, None: the checkpoint's own, at most 4096 (n_ctx is
     another name). Raises ModelError for a directory that is not a sound model, UsageError for values out of range.
     """
-    context = context if n_ctx is None else n_ctx
-    if context is not None and (type(context) is not int or context < 1):
-        raise UsageError(f"context={context!r}: needs a number of positions, 1 or more.")
+    if model is not None and not isinstance(model, (str, os.PathLike)):
+        raise UsageError(f"model={quote(model)}: needs the path of a model directory, or None for the demo model.")
+    context = _either("context", context, None, "n_ctx", n_ctx)
+    n_positions = None if context is None else whole_number(context)
+    if context is not None and (n_positions is None or n_positions < 1):
+        raise UsageError(f"context={quote(context)}: needs a number of positions, 1 or more.")
     opened = open_model(DEMO if model is None else model)
     try:
         tokenizer = Tokenizer(opened.tokenizer_path, opened.config.vocab_size)
@@ -409,7 +424,7 @@ def load(
                 f"{opened.config.bos_token_id}; using the tokenizer's"
             )
         engine = Engine(opened, backend, threads, log.warning)
-        return Llama(opened, engine, tokenizer, _context(opened.config.max_seq_len, context))
+        return Llama(opened, engine, tokenizer, _context(opened.config.max_seq_len, n_positions))
     except BaseException:
         opened.close()
         raise

@@ -32,6 +32,16 @@ _RANGES = {
 }
 
 
+def _number(value: object) -> float:
+    """A real number of any type as a float; NaN for what is none, or is too large."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """How an id is chosen.
@@ -50,10 +60,10 @@ class SamplingOptions:
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, Integral):
             raise UsageError(f"top_k={quote(self.top_k)}: needs a whole number (0 or -1: off).")
         for name, (low, high, needed) in _RANGES.items():
-            value = getattr(self, name)
-            is_number = isinstance(value, Real) and not isinstance(value, bool)
-            if not (is_number and low <= value <= high and value < math.inf):
-                raise UsageError(f"{name}={quote(value)}: needs {needed}.")
+            number = _number(getattr(self, name))
+            if not (low <= number <= high and number < math.inf):
+                raise UsageError(f"{name}={quote(getattr(self, name))}: needs {needed}.")
+            object.__setattr__(self, name, number)
 
 
 def probabilities(logits: np.ndarray, recent: Sequence[int], options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:

@@ -52,6 +52,15 @@ class StreamDecoder:
         return replace_bad_bytes(self._utf8.decode(b"", final=True))
 
 
+def stop_texts(stops: str | Iterable[str]) -> tuple[str, ...]:
+    """One stop string, or several, as a tuple. Raises UsageError for what is empty or no string."""
+    found = (stops,) if isinstance(stops, str) or not isinstance(stops, Iterable) else tuple(stops)
+    for stop in found:
+        if not isinstance(stop, str) or not stop:
+            raise UsageError(f"stop={quote(stop)}: needs text of at least one character; leave it out to stop nowhere.")
+    return found
+
+
 class StopStrings:
     """Cut a text that comes in pieces before its first stop string, the one that begins earliest, however it is cut.
 
@@ -60,12 +69,7 @@ class StopStrings:
     """
 
     def __init__(self, stops: str | Iterable[str] = ()) -> None:
-        self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
-        for stop in self._stops:
-            if not isinstance(stop, str) or not stop:
-                raise UsageError(
-                    f"stop={quote(stop)}: needs text of at least one character; leave it out to stop nowhere."
-                )
+        self._stops = stop_texts(stops)
         self._text = ""
         self.stopped = False
 

@@ -94,6 +94,10 @@ def test_prompts_of_one_list_draw_independently(llm: Llama) -> None:
         (None, "got NoneType"),
         ([[1, 2], 3], "got int"),
         ([b"ab"], "got bytes"),
+        ([[1], "a", [[2]]], "got list in the list"),
+        (np.array(5), "got ndarray"),
+        (np.array([1.0, 2.0]), "got float64"),
+        (np.array([True]), "got bool"),
         ({1: 2}, "got dict"),
         (iter([1, 2]), "got list_iterator"),
         ("\ud800", "lone surrogate"),
@@ -102,6 +106,21 @@ def test_prompts_of_one_list_draw_independently(llm: Llama) -> None:
 def test_a_prompt_that_is_none_is_refused(llm: Llama, prompt: object, message: str) -> None:
     with pytest.raises(npllama.UsageError, match=message):
         llm.generate(prompt, max_tokens=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ids", [None, 5, b"ab", {1, 2}, {1: 2}, iter([1]), "a", ["a"], [True], [[1]], np.array([1.0])])
+def test_logits_are_of_a_list_of_ids(llm: Llama, ids: object) -> None:
+    with pytest.raises(npllama.UsageError, match="a list of token ids"):
+        llm.logits(ids)  # type: ignore[arg-type]
+
+
+def test_ids_may_be_numbers_and_arrays_of_numpy(llm: Llama) -> None:
+    options = {"max_tokens": 5, "temperature": 0}
+    expected = llm.generate([1, 70, 80], **options).tokens  # type: ignore[arg-type, union-attr]
+    assert llm.generate(np.array([1, 70, 80], np.uint64), **options).tokens == expected  # type: ignore[arg-type, union-attr]
+    two = llm.generate(np.array([[1, 70, 80], [1, 70, 80]]), **options)  # type: ignore[arg-type]
+    assert [r.tokens for r in two] == [expected, expected]  # type: ignore[union-attr]
+    assert [r.usage.prompt_tokens for r in llm.generate(np.array([[1], [70]]), **options)] == [1, 1]  # type: ignore[arg-type, union-attr]
 
 
 def test_stream_takes_one_prompt(llm: Llama) -> None:
@@ -221,17 +240,18 @@ def test_a_stop_string_that_never_comes_changes_nothing(llm: Llama) -> None:
     assert (r.text, r.finish_reason) == (text, "length")
 
 
-@pytest.mark.parametrize("stop", ["", ["a", ""], [7]])
-def test_a_stop_that_is_no_text_is_refused(llm: Llama, stop: object) -> None:
-    with pytest.raises(npllama.UsageError, match="stop"):
-        llm.generate(PROMPT, max_tokens=1, stop=stop)  # type: ignore[arg-type]
+@pytest.mark.parametrize("call", ["generate", "stream"])
+@pytest.mark.parametrize("stop", ["", ["a", ""], [7], 7, None])
+def test_a_stop_that_is_no_text_is_refused_at_once(llm: Llama, call: str, stop: object) -> None:
+    with pytest.raises(npllama.UsageError, match=r"stop='.*': needs text of at least one character"):
+        getattr(llm, call)(PROMPT, max_tokens=1, stop=stop)
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(folder: Path) -> None:
     with npllama.load(folder, context=8) as short:
         with pytest.raises(npllama.ContextError, match="the prompt has 9 tokens, the context holds 8; shorten"):
             short.generate([1] * 9, max_tokens=0)
-        with pytest.raises(npllama.ContextError, match="the prompt has 8 tokens, the context holds 8"):
+        with pytest.raises(npllama.ContextError, match="8 tokens and needs room for one more, the context holds 8"):
             short.generate([1] * 8, max_tokens=1)
         with pytest.raises(npllama.ContextError, match="the prompt has 9 tokens"):
             short.logits([1] * 9)
@@ -289,8 +309,37 @@ def test_an_option_out_of_range_is_refused_by_name(llm: Llama, call: str, option
         getattr(llm, call)(PROMPT, **{option: value})
 
 
+def test_whole_numbers_may_be_numpys(llm: Llama, folder: Path) -> None:
+    options = {"max_tokens": np.int32(4), "seed": np.uint64(7), "top_k": np.int64(9), "temperature": np.float32(1)}
+    r = llm.generate(PROMPT, **options)  # type: ignore[arg-type]
+    assert (len(r.tokens), r.seed) == (4, 7)
+    with npllama.load(folder, backend="numpy", threads=np.int64(1), context=np.int16(9)) as short:  # type: ignore[arg-type]
+        assert (short.context, short.engine.threads) == (9, 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "alias", "value"),
+    [("max_tokens", "max_new_tokens", 4), ("repeat_penalty", "repetition_penalty", 1.5)],
+)
+def test_a_parameter_given_under_two_names_is_refused(llm: Llama, option: str, alias: str, value: float) -> None:
+    with pytest.raises(npllama.UsageError, match=f"{option}='2' and {alias}='{value}' mean the same; give one"):
+        llm.generate(PROMPT, **{option: 2, alias: value})  # type: ignore[arg-type]
+    llm.generate(PROMPT, **{option: value, alias: value})  # type: ignore[arg-type]
+
+
+def test_a_context_given_under_two_names_is_refused(folder: Path) -> None:
+    with pytest.raises(npllama.UsageError, match="context='8' and n_ctx='9' mean the same"):
+        npllama.load(folder, context=8, n_ctx=9)
+
+
+@pytest.mark.parametrize("model", [5, b"model", []])
+def test_a_model_that_is_no_path_is_refused(model: object) -> None:
+    with pytest.raises(npllama.UsageError, match="needs the path of a model directory"):
+        npllama.load(model)  # type: ignore[arg-type]
+
+
 def test_other_libraries_names_mean_the_same(llm: Llama, folder: Path) -> None:
-    assert greedy(llm, 9, max_new_tokens=4).tokens == greedy(llm, 4).tokens
+    assert llm.generate(PROMPT, temperature=0, max_new_tokens=4).tokens == greedy(llm, 4).tokens  # type: ignore[union-attr]
     assert greedy(llm, repetition_penalty=1.7).tokens == greedy(llm, repeat_penalty=1.7).tokens
     with npllama.load(folder, n_ctx=9) as short:
         assert short.context == 9
@@ -371,6 +420,25 @@ def test_a_closed_model_frees_its_maps(folder: Path, tmp_path: Path) -> None:
         greedy(llm, 3)
         assert mapped()
     assert not mapped()
+
+
+def test_a_generation_that_outlives_its_model_keeps_no_cache(folder: Path) -> None:
+    llm = npllama.load(folder)
+    stream = llm.stream(PROMPT, max_tokens=9)
+    next(stream)
+    llm.close()
+    with pytest.raises(npllama.UsageError, match="closed; load it again"):
+        list(stream)
+    assert not llm._spare
+
+
+@pytest.mark.parametrize("value", [np.inf, 3e38])
+def test_damaged_weights_are_an_error_and_no_warning(folder: Path, tmp_path: Path, value: float) -> None:
+    damaged = with_ends(folder, tmp_path, (2,))
+    w1 = np.load(tmp_path / "w1.npy")
+    np.save(tmp_path / "w1.npy", np.full_like(w1, value))
+    with npllama.load(damaged) as llm, pytest.raises(npllama.ModelError, match="the logits are not all finite"):
+        llm.generate(PROMPT, max_tokens=1)
 
 
 def test_two_threads_get_what_each_would_get_alone(llm: Llama) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -252,11 +253,11 @@ def test_logits_that_are_not_finite_are_refused(value: float, options: SamplingO
 @pytest.mark.parametrize(
     ("name", "values", "needed"),
     [
-        ("temperature", [-0.1, math.nan, math.inf, True, "1", None, 1j], "a finite number of at least 0"),
+        ("temperature", [-0.1, math.nan, math.inf, True, "1", None, 1j, 10**400], "a finite number of at least 0"),
         ("top_k", [1.0, math.nan, True, "40", None], "a whole number"),
         ("top_p", [-0.1, 1.1, math.nan, True, "1", None], "a number from 0 to 1"),
         ("min_p", [-0.1, 1.1, math.nan, False, "1", None], "a number from 0 to 1"),
-        ("repeat_penalty", [0, -1.0, math.nan, math.inf, True, "1", None], "a finite number above 0"),
+        ("repeat_penalty", [0, -1.0, math.nan, math.inf, True, "1", None, 10**400], "a finite number above 0"),
     ],
 )
 def test_an_option_out_of_range_is_refused_by_name(name: str, values: list[object], needed: str) -> None:
@@ -268,3 +269,8 @@ def test_an_option_out_of_range_is_refused_by_name(name: str, values: list[objec
 def test_options_may_be_numbers_of_numpy() -> None:
     options = SamplingOptions(np.float32(0.5), np.int64(3), np.float64(0.5), np.float32(0), np.float16(1))
     assert len(probabilities(some_logits(100, 7, 1.0, False), [], options)[0]) <= 3
+
+
+def test_options_may_be_fractions() -> None:
+    assert SamplingOptions(Fraction(1, 2), 3, Fraction(1, 2)) == SamplingOptions(0.5, 3, 0.5)  # type: ignore[arg-type]
+    probabilities(some_logits(100, 7, 1.0, False), [], SamplingOptions(Fraction(1, 2)))  # type: ignore[arg-type]
