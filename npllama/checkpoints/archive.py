@@ -154,9 +154,10 @@ class Archive:
         rooted: dict[str, Entry] = {}
         for entry in entries:
             if not entry.name.startswith(root):
+                found = quote(entry.name.decode("latin-1"))
                 raise CheckpointError(
-                    f"{self._file.name} is a zip archive of another kind (entry {quote(repr(entry.name))} lies outside "
-                    f"the first folder); a file of torch.save is needed"
+                    f"{self._file.name} is a zip archive of another kind (entry {found} lies outside the first "
+                    f"folder); a file of torch.save is needed"
                 )
             name = entry.name[len(root) :].decode("utf-8", "backslashreplace")
             if name in rooted:

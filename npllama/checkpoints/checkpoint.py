@@ -98,7 +98,7 @@ def merge(name: str, shape: tuple[int, ...], parts: Sequence[View], config: str)
             shards = f" in each of {n} shards" if n > 1 else ""
             raise CheckpointError(
                 f"{part.storage.file.name}: tensor {quote(name)} has shape {_shape(part)}, but {config} needs "
-                f"{list(share)}{shards}; weights and config do not belong together: download both again"
+                f"{list(share)}{shards}; {_advice(part.shape, shape, n, config)}"
             )
         if part.dtype != parts[0].dtype:
             raise CheckpointError(
@@ -108,6 +108,15 @@ def merge(name: str, shape: tuple[int, ...], parts: Sequence[View], config: str)
     if len(shape) == 2:
         return Tensor(name, shape, tuple(parts), axis)
     return _replicated(name, shape, parts)
+
+
+def _advice(part: tuple[int, ...], whole: tuple[int, ...], n: int, config: str) -> str:
+    """What to do about a part of the wrong shape: perhaps it is one of more shards than the n that are there."""
+    for axis in range(len(part) if config == "params.json" and len(part) == len(whole) else 0):
+        of = whole[axis] // max(part[axis], 1)
+        if of > n and tuple(size * of if i == axis else size for i, size in enumerate(part)) == whole:
+            return f"it may be one of {of} shards, of which {n} are here: download all of them"
+    return "weights and config do not belong together: download both again"
 
 
 def _replicated(name: str, shape: tuple[int, ...], parts: Sequence[View]) -> Tensor:

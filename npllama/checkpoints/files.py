@@ -164,6 +164,6 @@ def sniff(file: InputFile) -> str:
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         raise CheckpointError(f"{file.name} is a plain pickle, not written by torch.save; save it with torch.save")
     raise CheckpointError(
-        f"{file.name} begins with {quote(repr(head[:8]))}, which is no format that is read; "
+        f"{file.name} begins with {quote(head[:8].decode('latin-1'))}, which is no format that is read; "
         "a checkpoint of PyTorch or safetensors is needed"
     )

@@ -79,12 +79,12 @@ def _check_kind(file: InputFile, archive: Archive) -> bool:
     version = archive.read("version", 16)
     if version.strip() not in VERSIONS:
         raise CheckpointError(
-            f"{file.name}: format version {quote(repr(version))}, but 1 to 10 are known; save it again"
+            f"{file.name}: format version {quote(version.decode('latin-1'))}, but 1 to 10 are known; save it again"
         )
     order = archive.read("byteorder", 16) if "byteorder" in archive else b"little"
     if order not in (b"little", b"big"):
         raise CheckpointError(
-            f"{file.name}: byte order {quote(repr(order))}, but little or big is needed; save it again"
+            f"{file.name}: byte order {quote(order.decode('latin-1'))}, but little or big is needed; save it again"
         )
     return (order == b"big") != (sys.byteorder == "big")
 
