@@ -1,0 +1,31 @@
+"""A program for tests: prints how this process multiplies quantized weights, and digests of what comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+
+
+def products() -> dict[str, np.ndarray]:
+    """Products of both formats, of awkward sizes, with a zero group."""
+    from npllama.kernels.quantized import linear_q4, linear_q8
+    from npllama.quant import quantize
+
+    rng, found = np.random.default_rng(0), {}
+    for rows, columns in ((300, 172), (1030, 288)):
+        w, x = rng.standard_normal((rows, columns)), rng.standard_normal((13, columns), dtype=np.float32)
+        x[4, 32:64] = 0
+        for number_format, linear in (("q4", linear_q4), ("q8", linear_q8)):
+            found[f"{number_format} {rows}"] = linear(x, quantize(w.astype(np.float32), number_format))
+    return found
+
+
+if __name__ == "__main__":
+    from npllama.kernels.codes import DOT
+
+    y = products()
+    digests = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in y.items()}
+    numbers = {name: value.astype(float).ravel()[::97].tolist() for name, value in y.items()}
+    print(json.dumps({"dot": DOT, "digests": digests, "numbers": numbers}))

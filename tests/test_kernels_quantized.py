@@ -1,0 +1,229 @@
+"""The compiled products of q8 and q4: what ops.linear defines, the same to the bit whatever is computed beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+numba = pytest.importorskip("numba", reason="compiled kernels: numba is not installed")
+
+from npllama import ops  # noqa: E402
+from npllama.kernels import quantized  # noqa: E402
+from npllama.kernels.vector import FEATURES, X86  # noqa: E402
+from npllama.quant import Q4, Q8, quantize, quantize_rows  # noqa: E402
+
+FORMATS = {"q8": quantized.linear_q8, "q4": quantized.linear_q4}
+SHAPES = [(1, 1), (7, 8), (16, 32), (17, 33), (512, 64), (64, 172), (172, 64), (48, 288)]
+TOLERANCE = 1e-5
+"""Of a row's largest value: sums of float32 in another order."""
+
+both = pytest.mark.parametrize("number_format", ["q8", "q4"])
+
+
+@pytest.fixture(autouse=True)
+def _same_number_of_threads() -> Iterator[None]:
+    before = numba.get_num_threads()
+    yield
+    numba.set_num_threads(before)
+
+
+def problem(number_format: str, rows: int, columns: int, tokens: int) -> tuple[np.ndarray, Q4 | Q8]:
+    rng = np.random.default_rng(rows * 1000 + columns)
+    w = rng.standard_normal((rows, columns), dtype=np.float32)
+    return rng.standard_normal((tokens, columns), dtype=np.float32), quantize(w, number_format)
+
+
+def assert_near(found: np.ndarray, expected: np.ndarray) -> None:
+    largest = np.abs(expected).max(axis=1, keepdims=True)
+    assert (np.abs(found - expected) <= TOLERANCE * largest).all()
+
+
+# ---------------------------------------------------------------- against the definition
+
+
+@both
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_products_are_those_that_ops_linear_defines(rows, columns, number_format):
+    x, w = problem(number_format, rows, columns, 13)
+    assert_near(FORMATS[number_format](x, w), ops.linear(x, w))
+
+
+@both
+@pytest.mark.parametrize("tokens", range(21))
+def test_any_number_of_tokens_is_multiplied(tokens, number_format):
+    x, w = problem(number_format, 40, 72, tokens)
+    y = FORMATS[number_format](x, w)
+    assert y.shape == (tokens, 40)
+    assert_near(y, ops.linear(x, w)) if tokens else None
+
+
+@both
+def test_rows_of_very_different_size_are_each_as_exact(number_format):
+    x, w = problem(number_format, 40, 72, 6)
+    x[0] *= 1e-20
+    x[1] *= 1e20
+    x[2] = 0
+    x[3, 32:64] = 0
+    x[4] = 1e-39
+    found, expected = FORMATS[number_format](x, w), ops.linear(x, w)
+    assert_near(found[[0, 1, 3, 5]], expected[[0, 1, 3, 5]])
+    assert not found[[2, 4]].any()
+    assert not expected[[2, 4]].any()
+
+
+@both
+def test_zero_groups_of_weights_add_nothing(number_format):
+    x, w = problem(number_format, 40, 72, 9)
+    w.scales[:, 1] = 0
+    assert_near(FORMATS[number_format](x, w), ops.linear(x, w))
+
+
+def extreme_codes(number_format: str) -> tuple[np.ndarray, Q4 | Q8]:
+    """The largest codes of either sign on both sides: where sums of 16 bits would overflow if any did."""
+    x = np.where(np.random.default_rng(0).random((9, 64)) < 0.5, np.float32(-1), np.float32(1))
+    x[:2] = [[1], [-1]]
+    scales = np.full((2, 2, 16), 0x3C00, np.uint16)  # 1
+    if number_format == "q8":
+        codes = np.where(np.random.default_rng(1).random((2, 2, 512)) < 0.5, -127, 127).astype(np.int8)
+        codes[0, :, ::4], codes[0, :, 1::4], codes[0, :, 2::4], codes[0, :, 3::4] = -127, -127, 127, 127
+        codes[0, 0], codes[0, 1] = -127, 127
+        return x, Q8(codes, scales, 32, 64)
+    packed = np.random.default_rng(1).choice(np.array([0x00, 0xFF, 0x0F, 0xF0], np.uint8), (2, 2, 256))
+    packed[0, 0], packed[0, 1] = 0x00, 0xFF
+    return x, Q4(packed, scales, 32, 64)
+
+
+@both
+def test_the_largest_codes_do_not_overflow(number_format):
+    x, w = extreme_codes(number_format)
+    assert_near(FORMATS[number_format](x, w), ops.linear(x, w))
+
+
+@both
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_stays_alone_and_gives_nothing_finite(value, number_format):
+    x, w = problem(number_format, 40, 72, 9)
+    expected = FORMATS[number_format](x, w)
+    x[3, 50] = value
+    found = FORMATS[number_format](x, w)
+    assert not np.isfinite(found[3]).any()
+    others = np.arange(9) != 3
+    assert np.array_equal(found[others], expected[others])
+
+
+@both
+def test_read_only_weights_and_input_are_multiplied(number_format):
+    x, w = problem(number_format, 40, 72, 9)
+    expected = FORMATS[number_format](x, w)
+    for array in (x, w.codes, w.scales):
+        array.setflags(write=False)
+    assert np.array_equal(FORMATS[number_format](x, w), expected)
+
+
+@both
+def test_a_layer_of_stacked_weights_is_multiplied_where_it_lies(number_format):
+    rng = np.random.default_rng(3)
+    w = quantize(rng.standard_normal((3, 20, 40), dtype=np.float32), number_format)
+    x = rng.standard_normal((2, 40), dtype=np.float32)
+    assert_near(FORMATS[number_format](x, ops.layer(w, 1)), ops.linear(x, ops.layer(w, 1)))
+
+
+@pytest.mark.parametrize("columns", [32, 40, 172])
+def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
+    x = np.random.default_rng(4).standard_normal((13, columns), dtype=np.float32)
+    x[1, :5] = [127, 0.5, 1.5, 2.5, -0.5]  # halves, where the row's scale is 1
+    x[2] = 0
+    G = -(-columns // 32)
+    into = quantized.Input(np.empty(16 * G * 32, np.int8), np.empty(16 * G, np.float32), np.empty(16 * G, np.int32))
+    quantized.quantize_tiles(x, np.int32(-3), into, 0, quantized.n_tiles(13))
+    wide = lambda a, *end: a.reshape(2, G, 8, *end).swapaxes(1, 2).reshape(16, G, *end)[:13]  # noqa: E731
+    codes, scales = quantize_rows(x)
+    assert np.array_equal(wide(into.codes, 32), codes)
+    assert np.array_equal(wide(into.scales), scales)
+    assert np.array_equal(wide(into.starts), -3 * codes.sum(axis=-1, dtype=np.int32))
+
+
+# ---------------------------------------------------------------- the same bits
+
+
+@both
+@pytest.mark.parametrize("chunk", [1, 2, 5, 7, 64])
+def test_chunks_of_any_length_give_the_same_bits_as_all_at_once(chunk, number_format):
+    x, w = problem(number_format, 300, 172, 131)
+    whole = FORMATS[number_format](x, w)
+    parts = [FORMATS[number_format](x[t : t + chunk], w) for t in range(0, len(x), chunk)]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+@both
+def test_one_thread_and_two_give_the_same_bits(number_format):
+    if numba.config.NUMBA_NUM_THREADS < 2:
+        pytest.skip("one processor: there is no second thread")
+    x, w = problem(number_format, 1030, 288, 70)
+    assert len(x) * 1030 * 288 > quantized.LEAST_PARALLEL
+    found = []
+    for n_threads in (1, 2):
+        numba.set_num_threads(n_threads)
+        found.append(FORMATS[number_format](x, w))
+    assert np.array_equal(*found)
+
+
+def run_elsewhere(**environment: str) -> dict:
+    """What quantized_products.py prints in a process of its own."""
+    program = Path(__file__).with_name("quantized_products.py")
+    paths = os.pathsep.join([str(program.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = subprocess.run(
+        [sys.executable, str(program)],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def here() -> dict:
+    return run_elsewhere()
+
+
+def without(*unwanted: str) -> str:
+    """The target's features with those that begin like these switched off."""
+    return ",".join(f"-{f[1:]}" if f[1:].startswith(unwanted) else f for f in FEATURES.split(","))
+
+
+def test_four_threads_give_the_same_bits_as_fewer(here):
+    assert run_elsewhere(NUMBA_NUM_THREADS="4")["digests"] == here["digests"]
+
+
+@pytest.mark.skipif(not (X86 and "+avx2" in FEATURES), reason="x86 with AVX2: this CPU has other vectors")
+def test_avx2_gives_the_same_bits_as_wider_vectors(here):
+    narrow = run_elsewhere(NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES=without("avx512", "avxvnni", "avx10", "amx"))
+    assert narrow["dot"] == "avx2"
+    assert narrow["digests"] == here["digests"]
+
+
+def assert_same_numbers(one: dict, other: dict) -> None:
+    assert one["numbers"].keys() == other["numbers"].keys()
+    for name, numbers in one["numbers"].items():
+        assert np.abs(np.array(numbers) - other["numbers"][name]).max() < TOLERANCE * np.abs(numbers).max()
+
+
+def test_plain_kernels_give_the_same_products(here):
+    plain = run_elsewhere(NPLLAMA_PLAIN_KERNELS="1")
+    assert plain["dot"] == "plain"
+    assert_same_numbers(plain, here)
+
+
+def test_a_target_without_any_features_gives_the_same_products(here):
+    generic = run_elsewhere(NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
+    assert generic["dot"] == "plain"
+    assert_same_numbers(generic, here)
