@@ -49,8 +49,9 @@ def block_columns(K):
 def make_few(multiply):
     """A thread's part for few tokens, y's columns start .. stop-1: w is read where it lies. Needs K >= WIDTH."""
 
-    @njit(inline="always", **SERIAL)
+    @njit(**SERIAL)
     def few(x, w, y, start, stop, work, spare):
+        vector.keep_apart()
         T, K = x.shape
         N, size, stride = w.shape[0], block_columns(K), K + WIDTH
         for t in range(T):
@@ -67,8 +68,9 @@ def make_few(multiply):
 def make_many(multiply, load, load_last):
     """A thread's part for many tokens, y's columns start .. stop-1: w is widened block by block into `work`."""
 
-    @njit(inline="always", **SERIAL)
+    @njit(**SERIAL)
     def many(x, w, y, start, stop, work, spare):
+        vector.keep_apart()
         T, K = x.shape
         N, size = w.shape[0], block_columns(K)
         stride = size + WIDTH  # not a power of two: such rows would fight for the same places in the cache
@@ -114,23 +116,23 @@ def make_linear(multiply, load, load_last):
                 x, w, y, start, stop, np.zeros((TILE + BLOCK_ROWS + 1) * (block_columns(K) + WIDTH), np.float32), spare
             )
 
+    @njit(**PARALLEL)
+    def in_threads(x, w, y):
+        N, parts = w.shape[0], num_threads()
+        size = ((N + parts - 1) // parts + ROWS - 1) // ROWS * ROWS
+        for p in prange(parts):
+            start = np.int64(p) * size
+            part(x, w, y, min(start, N), min(start + size, N))
+
+    @njit(**SERIAL)
     def linear(x, w):
         T, K = x.shape
-        N, stored = w.shape[0], w
+        N = w.shape[0]
         y = np.empty((T, N), np.float32)
         if N * K * T < ALONE:
-            part(x, stored, y, np.int64(0), N)
+            part(x, w, y, np.int64(0), N)
         else:
-            parts = num_threads()
-            size = ((N + parts - 1) // parts + ROWS - 1) // ROWS * ROWS
-            for p in prange(parts):
-                start = np.int64(p) * size
-                part(x, stored, y, min(start, N), min(start + size, N))
-        return y
-
-    def linear_bits(x, w):
-        T, K = x.shape
-        N, stored = w.bits.shape[0], w.bits
+            in_threads(x, w, y)
         return y
 
     return linear
@@ -164,10 +166,10 @@ embed_f16 = make_embed(vector.load_half, vector.load_last_half)
 embed_bf16 = make_embed(vector.load_brain, vector.load_last_brain)
 
 
-@overload(ops.linear, jit_options=PARALLEL)
+@overload(ops.linear)
 def _linear(x, w):
     if isinstance(w, types.Array) and w.dtype == types.float32:
-        return linear_f32
+        return lambda x, w: linear_f32(x, w)
     if is_format(w, F16):
         return lambda x, w: linear_f16(x, w.bits)
     if is_format(w, BF16):
