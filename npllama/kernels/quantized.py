@@ -51,7 +51,7 @@ Q8_BLOCK = ROWS * GROUP
 Q4_BLOCK = Q8_BLOCK // 2
 
 AHEAD = 8192
-"""Bytes ahead of its codes that a single token's tile asks the memory for: it waits for nothing else."""
+"""A tile asks the memory for codes so many bytes before it needs them: what it would otherwise wait for most."""
 
 INLINE = {**SERIAL, "forceinline": True}
 
@@ -129,8 +129,7 @@ def make_tile_q4(M):
         for g in range(G):
             block, at = b * G + g, first * G + g * M
             count = start_counts(x.starts, at, M)
-            if M == 1:
-                prefetch(w.codes, block * Q4_BLOCK + AHEAD, Q4_BLOCK)
+            prefetch(w.codes, block * Q4_BLOCK + AHEAD, Q4_BLOCK)
             for v in range(GROUP // 8):
                 pairs = load_codes(w.codes, block * Q4_BLOCK + v * 64)
                 count = dot_levels(count, low_levels(pairs), high_levels(pairs), x.codes, at * GROUP + v * 8)
@@ -151,8 +150,7 @@ def make_tile_q8(M):
         for g in range(G):
             block, at = b * G + g, first * G + g * M
             count = start_counts(x.starts, at, M)
-            if M == 1:
-                prefetch(w.codes, block * Q8_BLOCK + AHEAD, Q8_BLOCK)
+            prefetch(w.codes, block * Q8_BLOCK + AHEAD, Q8_BLOCK)
             for v in range(GROUP // 4):
                 code = flip_sign(load_codes(w.codes, block * Q8_BLOCK + v * 64))
                 count = dot_signed_codes(count, code, x.codes, at * GROUP + v * 4)
