@@ -367,8 +367,8 @@ def cache_name(opened: OpenModel) -> str:
 
 
 def compiled_exists(opened: OpenModel) -> bool:
-    """Whether compiled code for this model is kept, for this or another CPU. Does not import numba."""
-    folder, _ = machine.cache_directory()
+    """Whether compiled code for this model is kept, for this or another CPU. Writes nothing, does not import numba."""
+    folder, _ = machine.cache_directory(make=False)
     return folder is not None and any(folder.glob(cache_name(opened) + "-*"))
 
 

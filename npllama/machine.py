@@ -1,4 +1,4 @@
-"""What this machine offers: processors, memory, a place for compiled code. Asks the system, changes nothing."""
+"""What this machine offers: processors, memory, a place for compiled code, which is all that is ever made here."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def _cgroup_folders(controller: str) -> list[Path]:
     return folders
 
 
-def cache_directory() -> tuple[Path | None, str]:
-    """The private directory for compiled code, made when missing; None and the reason where there is none.
+def cache_directory(make: bool = True) -> tuple[Path | None, str]:
+    """The private directory for compiled code, made when missing (if `make`); None and the reason where there is none.
 
     NPLLAMA_CACHE_DIR, else npllama under XDG_CACHE_HOME, else under ~/.cache. Refused unless this user owns it and no
     one else can write to it: its files are code.
@@ -120,7 +120,8 @@ def cache_directory() -> tuple[Path | None, str]:
             folder = Path(os.environ["NPLLAMA_CACHE_DIR"])
         else:
             folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npllama"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if make:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         if hasattr(os, "getuid") and (status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022):
             return None, f"{folder} can be written by others (needed: your own directory, mode 0700)"

@@ -338,8 +338,13 @@ def _check_is_model_directory(folder: Path) -> None:
             f"{folder}: is a file, and a model is a directory that holds {MANIFEST}; make one with "
             f"'npllama export {folder} OUT' if this is a checkpoint."
         )
-    if os.path.lexists(folder / MANIFEST):
+    try:
+        os.lstat(folder / MANIFEST)
         return
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a directory that may not be looked into
+        raise ModelError(_unreadable(folder / MANIFEST, error)) from error
     if any(any(folder.glob(sign)) for sign in CHECKPOINT_SIGNS):
         raise ModelError(
             f"{folder}: is a checkpoint, not a model directory (it holds no {MANIFEST}); convert it once with "

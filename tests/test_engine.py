@@ -141,6 +141,15 @@ def test_auto_is_numpy_without_numba(opened: OpenModel, monkeypatch: pytest.Monk
         choose_backend("numba", opened, print)
 
 
+def test_opening_a_small_model_writes_nothing(
+    opened: OpenModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("NPLLAMA_BACKEND", raising=False)
+    monkeypatch.setenv("NPLLAMA_CACHE_DIR", str(tmp_path / "cache"))
+    assert Engine(opened).backend == "numpy"
+    assert not (tmp_path / "cache").exists()
+
+
 def test_auto_is_numpy_for_a_small_model_that_nothing_is_compiled_for(
     opened: OpenModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -297,6 +297,14 @@ def test_a_file_without_permission_is_named(folder: Path):
     assert "wq.npy: cannot be read (Permission denied)" in refusal(folder)
 
 
+def test_a_directory_that_may_not_be_looked_into_is_not_called_empty(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(path: object) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "lstat", refuse)
+    assert "npllama.json: cannot be read (Permission denied)" in refusal(folder)
+
+
 @pytest.mark.parametrize("change", [-1, 1, -4000])
 def test_a_file_of_another_size_is_refused(folder: Path, change: int):
     data = (folder / "wq.npy").read_bytes() + b"\0"
