@@ -1,0 +1,194 @@
+"""Each step of the model against its definition in float64, in the execution that the run is of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import naive
+import numpy as np
+import pytest
+
+from npllama import cache as kv
+from npllama import ops
+from npllama.quant import BF16, F16, bf16_bits, f16_bits, widen
+
+THETA = 10000.0
+# float32 sums of up to a few hundred products of ordinary numbers: relative to the largest value of the result.
+TOLERANCE = 3e-6
+
+
+def steps() -> list[Any]:
+    """The NumPy steps always, the kernels in the run of the compiled execution."""
+    found = [pytest.param(ops, id="numpy")]
+    if os.environ.get("NPLLAMA_BACKEND") != "numpy":
+        single = pytest.importorskip("npllama.kernels.single")
+        found.append(
+            pytest.param(type("kernels", (), {k: staticmethod(f) for k, f in single.STEPS.items()}), id="numba")
+        )
+    return found
+
+
+both = pytest.mark.parametrize("step", steps())
+
+
+def random(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def close(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.dtype == np.float32
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max(initial=0.0) <= TOLERANCE * np.abs(expected).max(initial=1e-30)
+
+
+SIZES = [(1, 1, 1), (1, 7, 3), (2, 16, 8), (3, 17, 5), (7, 33, 1), (13, 64, 21), (1, 172, 64), (20, 288, 37)]
+
+
+@both
+@pytest.mark.parametrize("narrow", [None, F16, BF16])
+@pytest.mark.parametrize(("T", "K", "N"), SIZES)
+def test_linear(step: Any, narrow: Callable[..., Any] | None, T: int, K: int, N: int) -> None:
+    x, w = random(T, T, K), random(N, N, K)
+    w.flags.writeable = False
+    if narrow is not None:
+        w = narrow((f16_bits if narrow is F16 else bf16_bits)(w))
+    close(step.linear(x, w), naive.linear(x, widen(w)))
+
+
+@both
+def test_embedding_rows_are_the_tables(step: Any) -> None:
+    table, tokens = random(0, 9, 19), np.array([8, 0, 3, 3])
+    np.testing.assert_array_equal(step.embed(table, tokens), table[tokens])
+    for narrow in (F16(f16_bits(table)), BF16(bf16_bits(table))):
+        np.testing.assert_array_equal(step.embed(narrow, tokens), widen(narrow)[tokens])
+
+
+@both
+@pytest.mark.parametrize(("T", "D"), [(1, 1), (1, 64), (3, 17), (40, 288)])
+def test_rms_norm(step: Any, T: int, D: int) -> None:
+    x, gain = random(1, T, D), random(2, D)
+    close(step.rms_norm(x, gain, 1e-5), naive.rms_norm(x, gain, 1e-5))
+    close(step.rms_norm(np.zeros_like(x), gain, 1e-5), np.zeros((T, D)))
+
+
+@both
+def test_scaling_a_row_changes_nothing_in_its_norm(step: Any) -> None:
+    x, gain = random(1, 2, 48), random(2, 48)
+    close(step.rms_norm(x * np.float32(1024), gain, 1e-12), step.rms_norm(x, gain, 1e-12))
+
+
+@both
+@pytest.mark.parametrize(("T", "H", "E"), [(1, 1, 2), (3, 2, 8), (5, 3, 18), (2, 4, 64)])
+def test_rope(step: Any, T: int, H: int, E: int) -> None:
+    x, pos = random(1, T, H, E), np.arange(T) * 991 + 3
+    close(step.rope(x, *ops.rotation(pos, E, THETA)), naive.rope(x, pos, THETA))
+
+
+@both
+def test_rope_keeps_lengths_and_depends_on_distance_alone(step: Any) -> None:
+    q, k = random(1, 1, 1, 16), random(2, 1, 1, 16)
+    products = []
+    for p in (0, 7, 1000):
+        a = step.rope(q, *ops.rotation(np.array([p + 5]), 16, THETA))
+        b = step.rope(k, *ops.rotation(np.array([p]), 16, THETA))
+        assert np.linalg.norm(a) == pytest.approx(np.linalg.norm(q), rel=1e-6)
+        products.append(float((a * b).sum()))
+    assert products == pytest.approx([products[0]] * 3, abs=1e-4)
+
+
+def test_angles_of_late_positions_are_exact_to_float32() -> None:
+    cos, _ = ops.rotation(np.array([1_000_000]), 4, THETA)
+    assert cos[0, 0] == np.float32(np.cos(np.float64(1_000_000)))
+
+
+@both
+@pytest.mark.parametrize("shape", [(1, 1), (1, 172), (3, 17), (40, 96)])
+def test_swiglu(step: Any, shape: tuple[int, int]) -> None:
+    gate, up = random(1, *shape) * np.float32(3), random(2, *shape)
+    close(step.swiglu(gate, up), naive.swiglu(gate, up))
+
+
+@both
+def test_swiglu_of_gates_far_out_is_the_limit(step: Any) -> None:
+    gate = np.array([[-200.0, -100.0, -90.0, 90.0, 200.0]], np.float32)
+    found = step.swiglu(gate, np.ones_like(gate))
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, [[0, 0, 0, 90, 200]], atol=1e-30)
+
+
+def attend(step: Any, cache: kv.KVCache, q: Any, k: Any, v: Any, pos: np.ndarray, seq: np.ndarray, l: int) -> Any:
+    """Rotate and attend, as model.attention does."""
+    E = q.shape[2]
+    turn = ops.rotation(pos, E, THETA)
+    sink = ops.rotation(np.minimum(pos, cache.n_sink + cache.window - 1), E, THETA)
+    q_sink = step.rope_to_sinks(q, *sink, cache)
+    return step.attend(step.rope(q, *turn), q_sink, step.rope(k, *turn), v, cache, l, pos, seq)
+
+
+def in_chunks(step: Any, cache: kv.KVCache, q: Any, k: Any, v: Any, chunk: int, n: int = 0) -> np.ndarray:
+    rows = []
+    for start in range(0, len(q), chunk):
+        part = slice(start, start + chunk)
+        pos = np.arange(len(q))[part]
+        rows.append(attend(step, cache, q[part], k[part], v[part], pos, np.full(len(pos), n), 1))
+    return np.concatenate(rows)
+
+
+HEADS = [(1, 1, 2), (4, 2, 8), (6, 1, 10), (3, 3, 48)]
+
+
+@both
+@pytest.mark.parametrize(("H", "G", "E"), HEADS)
+@pytest.mark.parametrize("chunk", [1, 7, 99])
+def test_attention_is_the_masked_softmax(step: Any, H: int, G: int, E: int, chunk: int) -> None:
+    T = 33
+    q, k, v = random(1, T, H, E), random(2, T, G, E), random(3, T, G, E)
+    cache = kv.allocate(2, 1, G, T + 5, E)
+    close(in_chunks(step, cache, q, k, v, chunk), naive.attention(q, k, v, range(T), T, 0, THETA))
+
+
+@both
+@pytest.mark.parametrize("n_sink", [0, 1, 3])
+@pytest.mark.parametrize("slack", [0, 1, 5])
+@pytest.mark.parametrize("chunk", [1, 4, 7, 50])
+def test_a_ring_sees_the_last_window_and_the_sinks(step: Any, n_sink: int, slack: int, chunk: int) -> None:
+    """Also when a chunk wraps, and when it is longer than the ring: 50 rows over 8 slots and more."""
+    T, H, G, E, window = 50, 4, 2, 8, 8
+    q, k, v = random(1, T, H, E), random(2, T, G, E), random(3, T, G, E)
+    cache = kv.allocate(2, 1, G, n_sink + window + slack, E, window, n_sink)
+    close(in_chunks(step, cache, q, k, v, chunk), naive.attention(q, k, v, range(T), window, n_sink, THETA))
+
+
+@both
+def test_sequences_in_one_batch_do_not_see_each_other(step: Any) -> None:
+    H, G, E = 4, 2, 8
+    lengths, order = {0: 5, 1: 9, 2: 1}, (2, 0, 1)
+    q, k, v = ({n: random(10 * i + n, lengths[n], h, E) for n in lengths} for i, h in enumerate((H, G, G)))
+    cache = kv.allocate(1, 3, G, 12, E)
+    pos = np.concatenate([np.arange(lengths[n]) for n in order])
+    seq = np.concatenate([np.full(lengths[n], n) for n in order])
+    together = attend(step, cache, *(np.concatenate([a[n] for n in order]) for a in (q, k, v)), pos, seq, 0)
+    expected = [naive.attention(q[n], k[n], v[n], range(lengths[n]), 99, 0, THETA) for n in order]
+    close(together, np.concatenate(expected))
+
+
+@both
+def test_a_sequence_that_was_cleared_leaves_nothing_behind(step: Any) -> None:
+    q, k, v = random(1, 6, 2, 4), random(2, 6, 1, 4), random(3, 6, 1, 4)
+    cache = kv.allocate(2, 1, 1, 16, 4)
+    in_chunks(step, cache, random(7, 12, 2, 4), random(8, 12, 1, 4), random(9, 12, 1, 4), 5)
+    kv.clear(cache, 0)
+    close(in_chunks(step, cache, q, k, v, 6), naive.attention(q, k, v, range(6), 16, 0, THETA))
+
+
+def test_memory_of_attention_is_bounded_by_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = random(1, 20, 2, 4), random(2, 20, 1, 4), random(3, 20, 1, 4)
+    whole = in_chunks(ops, kv.allocate(2, 1, 1, 20, 4), q, k, v, 20)
+    sizes: list[int] = []
+    inner = ops._attend_run
+    monkeypatch.setattr(ops, "_attend_run", lambda q, *rest: sizes.append(len(q)) or inner(q, *rest))
+    monkeypatch.setattr(ops, "MOST_SCORES", 120)
+    close(in_chunks(ops, kv.allocate(2, 1, 1, 20, 4), q, k, v, 20), whole)
+    assert sizes == [3] * 6 + [2]
