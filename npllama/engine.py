@@ -23,9 +23,11 @@ from npllama import machine, model, ops
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
 from npllama.quant import Q4, Q8, Grouped, widen
+from npllama.version import __version__
 from npllama.weights import OpenModel, Weights, kind_shapes
 
 SMALL_MODEL_BYTES = 20_000_000
+TABULATED = 8192  # positions whose angles are kept; of later ones they are computed in each call
 MOST_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
 MOST_THREADS = 4096
 BACKENDS = ("auto", "numpy", "numba")
@@ -79,7 +81,7 @@ class Engine:
         self.import_s = self.compile_s = 0.0
         c = self.config
         self._numbers = model.Numbers(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, float(c.norm_eps))
-        self._table = ops.rotation(np.arange(min(c.max_seq_len, 8192)), c.head_dim, c.rope_theta)
+        self._table = ops.rotation(np.arange(min(c.max_seq_len, TABULATED)), c.head_dim, c.rope_theta)
         if self.backend == "numpy":
             self._set_blas_threads(threads is not None)
             self._prepare_numpy()
@@ -382,9 +384,10 @@ def sources_hash() -> str:
             digest.update(b"none")
     digest.update(os.environ.get("NPLLAMA_PLAIN_KERNELS", "0").encode())
     folder = Path(__file__).parent
+    # A build without sources (frozen, or .pyc alone) changes with the version only.
     names = ("model.py", "ops.py", "cache.py", "quant.py", "weights.py")
     for path in [folder / name for name in names] + sorted((folder / "kernels").glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
+        digest.update(path.name.encode() + (path.read_bytes() if path.exists() else __version__.encode()))
     return digest.hexdigest()[:16]
 
 

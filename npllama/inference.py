@@ -418,6 +418,11 @@ def load(
     opened = open_model(DEMO if model is None else model)
     try:
         tokenizer = Tokenizer(opened.tokenizer_path, opened.config.vocab_size)
+        if tokenizer.eos_id not in opened.config.eos_token_ids:
+            log.warning(
+                f"the tokenizer ends a text with id {tokenizer.eos_id}, which is not among the model's end-of-text ids "
+                f"{list(opened.config.eos_token_ids)}; texts end at the model's"
+            )
         if tokenizer.bos_id != opened.config.bos_token_id:
             log.warning(
                 f"the tokenizer begins a text with id {tokenizer.bos_id}, the model's config says "
