@@ -1,8 +1,19 @@
-"""python -m npllama."""
+"""python -m npllama, and the console script: the command line, which Ctrl-C ends cleanly even while it is imported."""
 
 import sys
 
-from npllama.cli import main
+INTERRUPTED = 130
+
+
+def run() -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        from npllama.cli import main
+
+        return main()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())
