@@ -14,6 +14,24 @@ from numba.extending import overload
 
 from npllama import ops
 from npllama.kernels.flags import SERIAL
+from npllama.kernels.vector import (
+    WIDTH,
+    add,
+    div,
+    exp,
+    fma,
+    load,
+    load_last,
+    load_twice,
+    mul,
+    negate_even,
+    splat,
+    store,
+    store_last,
+    sub,
+    swap_pairs,
+    total,
+)
 from npllama.quant import BF16, F16, Q4, Q8
 
 
@@ -43,24 +61,40 @@ def rms_norm(x, gain, eps):
     """ops.rms_norm: one pass for the sum, one for the scale; rows are too short to be worth threads."""
     T, D = x.shape
     y = np.empty((T, D), np.float32)
+    whole, last = D // WIDTH * WIDTH, D - WIDTH
     for t in range(T):
-        total = np.float32(0)
-        for d in range(D):
-            total += x[t, d] * x[t, d]
-        scale = np.float32(1) / np.float32(math.sqrt(total / np.float32(D) + np.float32(eps)))
-        for d in range(D):
-            y[t, d] = gain[d] * (x[t, d] * scale)
+        at = t * D
+        squares = splat(np.float32(0))
+        for d in range(0, whole, WIDTH):
+            squares = fma(load(x, at + d), load(x, at + d), squares)
+        if whole < D:
+            rest = load_last(x, at + last, D - whole)
+            squares = fma(rest, rest, squares)
+        mean = total(squares) / np.float32(D)
+        scale = splat(np.float32(1) / np.float32(math.sqrt(mean + np.float32(eps))))
+        for d in range(0, whole, WIDTH):
+            store(y, at + d, mul(load(gain, d), mul(load(x, at + d), scale)))
+        if whole < D:
+            rest = mul(load_last(gain, last, D - whole), mul(load_last(x, at + last, D - whole), scale))
+            store_last(y, at + last, rest, D - whole)
     return y
 
 
 @njit(**SERIAL)
 def rope(x, cos, sin):
-    """ops.rope."""
+    """ops.rope: y = x * (c, c, ...) + (x with each pair swapped) * (-s, s, ...); what fills no vector one by one."""
     T, H, E = x.shape
     y = np.empty((T, H, E), np.float32)
+    whole = E // WIDTH * WIDTH
     for t in range(T):
+        angle = t * (E // 2)
         for h in range(H):
-            for i in range(E // 2):
+            at = (t * H + h) * E
+            for e in range(0, whole, WIDTH):
+                numbers = load(x, at + e)
+                turned = mul(swap_pairs(numbers), negate_even(load_twice(sin, angle + e // 2)))
+                store(y, at + e, fma(numbers, load_twice(cos, angle + e // 2), turned))
+            for i in range(whole // 2, E // 2):
                 even, odd = x[t, h, 2 * i], x[t, h, 2 * i + 1]
                 y[t, h, 2 * i] = even * cos[t, i] - odd * sin[t, i]
                 y[t, h, 2 * i + 1] = even * sin[t, i] + odd * cos[t, i]
@@ -68,14 +102,24 @@ def rope(x, cos, sin):
 
 
 @njit(**SERIAL)
+def gated(gate, up):
+    """gate / (1 + e^-gate) * up in each lane."""
+    one = splat(np.float32(1))
+    return mul(div(gate, add(one, exp(sub(splat(np.float32(0)), gate)))), up)
+
+
+@njit(**SERIAL)
 def swiglu(gate, up):
     """ops.swiglu."""
     T, F = gate.shape
     y = np.empty((T, F), np.float32)
-    one = np.float32(1)
-    for t in range(T):
-        for f in range(F):
-            y[t, f] = gate[t, f] / (one + np.float32(math.exp(-gate[t, f]))) * up[t, f]
+    n = T * F
+    whole = n // WIDTH * WIDTH
+    for i in range(0, whole, WIDTH):
+        store(y, i, gated(load(gate, i), load(up, i)))
+    if whole < n:
+        last, rest = n - WIDTH, n - whole
+        store_last(y, last, gated(load_last(gate, last, rest), load_last(up, last, rest)), rest)
     return y
 
 

@@ -291,6 +291,39 @@ div = _binary("fdiv", "a / b in each lane.")
 
 
 @intrinsic
+def load_twice(typingctx, array, offset):
+    """WIDTH / 2 float32 from array[offset] on, each in two neighbouring lanes."""
+
+    def generate(context, builder, signature, args):
+        few = ir.VectorType(f32, WIDTH // 2)
+        value = read(builder, address(context, builder, signature.args[0], *args), few, 4)
+        return shuffle(builder, value, value, [lane // 2 for lane in range(WIDTH)])
+
+    return floats(array, types.intp), generate
+
+
+@intrinsic
+def swap_pairs(typingctx, a):
+    """Lanes 1, 0, 3, 2, ..."""
+
+    def generate(context, builder, signature, args):
+        return shuffle(builder, args[0], args[0], [lane ^ 1 for lane in range(WIDTH)])
+
+    return floats(floats), generate
+
+
+@intrinsic
+def negate_even(typingctx, a):
+    """-a in lanes 0, 2, ..., a in the others."""
+
+    def generate(context, builder, signature, args):
+        signs = ir.Constant(floats.llvm, [-1.0, 1.0] * (WIDTH // 2))
+        return builder.fmul(args[0], signs)
+
+    return floats(floats), generate
+
+
+@intrinsic
 def total(typingctx, a):
     """The sum of all lanes, by halves: lane i + lane i + n/2, and so on."""
 
