@@ -79,6 +79,7 @@ class Engine:
         self._lock = _COMPILED if self.backend == "numba" else threading.Lock()
         self.threads = _checked_threads(threads)
         self.import_s = self.compile_s = 0.0
+        machine.keep_freed_memory()
         c = self.config
         self._numbers = model.Numbers(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, float(c.norm_eps))
         self._table = ops.rotation(np.arange(min(c.max_seq_len, TABULATED)), c.head_dim, c.rope_theta)

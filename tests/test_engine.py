@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -311,3 +312,12 @@ def test_weights_are_read_ahead_where_they_fit(opened: OpenModel, monkeypatch: p
     assert engine_module.opened_bytes_fit(opened)
     monkeypatch.setattr(machine, "free_memory", lambda: opened.size_bytes)
     assert not engine_module.opened_bytes_fit(opened)
+
+
+def test_a_users_own_settings_of_malloc_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    assert not machine.keep_freed_memory()
+    monkeypatch.delenv("MALLOC_ARENA_MAX")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    glibc = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+    assert machine.keep_freed_memory() == glibc
