@@ -1,6 +1,7 @@
 """The README: every command and program in it runs as it stands.
 
-Lines that install something need a network: .ci/run runs them, and here it is only checked that it does.
+Lines that install something need a network: .ci/run runs them, and here it is only checked that it does. The rest runs
+in NumPy: it is the commands that are tested here, not the kernels.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def test_every_block_is_of_a_kind_that_is_run() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell")
 def test_the_commands_run_one_after_the_other(folder: Path) -> None:
-    env = environment(PATH=f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    env = environment(NPLLAMA_BACKEND="numpy", PATH=f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
     for line in LINES:
         if line not in INSTALLING:
             done = subprocess.run(
@@ -78,7 +79,9 @@ def test_what_installs_is_run_by_the_ci_script() -> None:
 @pytest.mark.parametrize("program", [text for language, text in BLOCKS if language == "python"])
 def test_the_programs_run_and_print(program: str, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(NPLLAMA_BACKEND="numpy"), capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert len(done.stdout.split()) > 5
 
