@@ -8,7 +8,6 @@ import stat
 import sys
 from pathlib import Path
 
-
 # glibc's numbers of two settings (malloc.h), and their values: the largest that it accepts, and room for all steps.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_KEPT, KEPT_BYTES = 32 << 20, 128 << 20
