@@ -11,7 +11,9 @@ import numpy as np
 from tiny_sentencepiece import BYTES, NORMAL, USUAL, written
 
 from npllama.config import ModelConfig
+from npllama.export import quantize_model
 from npllama.quant import bf16_bits
+from npllama.weights import GROUPED
 
 TINY = ModelConfig(
     dim=24,
@@ -94,6 +96,15 @@ def write_model_directory(
     }
     (folder / "npllama.json").write_text(json.dumps(manifest))
     return weights
+
+
+def write_any_model(folder: Path, dtype: str) -> None:
+    """A tiny random model directory in any number format; the quantized ones are made of float32 by the exporter."""
+    if dtype not in GROUPED:
+        write_model_directory(folder, dtype=dtype)
+        return
+    write_model_directory(folder.with_name(f"{folder.name}-f32"))
+    quantize_model(folder.with_name(f"{folder.name}-f32"), folder, dtype)
 
 
 def stacked(weights: dict[str, np.ndarray], n_layers: int) -> dict[str, np.ndarray]:

@@ -173,10 +173,10 @@ def test_the_environment_decides_auto_and_an_explicit_backend_wins(
     assert choose_backend("numba", opened, print) == "numba"
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8", "q4"])
 def test_every_step_gives_and_takes_float32(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Float64 or float16 between two steps would double the work, or lose digits, without a sign."""
-    helpers.write_model_directory(tmp_path / "model", dtype=dtype)
+    helpers.write_any_model(tmp_path / "model", dtype)
     seen: set[str] = set()
 
     def watched(name: str):
@@ -211,6 +211,22 @@ def test_forward_compiles_once_and_agrees_with_numpy(dtype: str, tmp_path: Path)
     compiled.forward(cache, np.array([1, 2], np.int32), [0, 0], (0, 1), [])
     assert len(compiled.compiled.signatures) == 1
     assert compiled.compiled.nopython_signatures[0].return_type.dtype.name == "float32"
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", ["q8", "q4"])
+def test_quantized_logits_have_the_same_bits_however_the_prompt_is_cut(dtype: str, tmp_path: Path) -> None:
+    helpers.write_any_model(tmp_path / "model", dtype)
+    engine = Engine(open_model(tmp_path / "model"), "numba")
+    ids = [*IDS, *range(30, 40), *IDS, *IDS]
+    whole = feed(engine, ids, len(ids))
+    for chunk in (1, 7, 16):
+        np.testing.assert_array_equal(feed(engine, ids, chunk), whole)
+    cache = engine.new_cache(2, 64)
+    tokens, pos, seq = [5, 6, *ids], [0, 1, *range(len(ids))], [1, 1, *[0] * len(ids)]
+    np.testing.assert_array_equal(engine.forward(cache, tokens, pos, seq, range(2, len(tokens))), whole)
+    engine.threads = 1
+    np.testing.assert_array_equal(feed(engine, ids, 7), whole)
 
 
 RUN = """

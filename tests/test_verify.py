@@ -16,10 +16,10 @@ from npllama.weights import open_model
 pytest.importorskip("numba")
 
 
-@pytest.fixture(scope="module", params=["f32", "f16", "bf16"])
+@pytest.fixture(scope="module", params=["f32", "f16", "bf16", "q8", "q4"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tmp_path_factory.mktemp("verify") / "model"
-    helpers.write_model_directory(folder, dtype=request.param)
+    helpers.write_any_model(folder, request.param)
     return Engine(open_model(folder), "numba")
 
 
