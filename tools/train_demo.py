@@ -1,6 +1,6 @@
 """Train the model that ships inside the package on stories that the project writes: how was npllama/demo made?
 
-    python tools/train_demo.py                trains, exports to npllama/demo, prints the proofs (20-40 minutes)
+    python tools/train_demo.py                trains, exports to npllama/demo, prints the proofs (25 minutes of a core)
     python tools/train_demo.py --check DIR    prints the proofs of a model directory with the project's own engine
 
 Everything is fixed by the constants below: the stories (story_grammar.py), the tokenizer, the initial weights, the
@@ -39,14 +39,18 @@ if TYPE_CHECKING:
 DEMO = ROOT / "npllama" / "demo"
 
 TRAIN_SEED, HELD_OUT_SEED, WEIGHT_SEED = 1, 2, 3
-N_STORIES = 40_000
-"""Training stories; each is seen once, so the model cannot learn one by heart."""
+CYCLES = ((40_000, 4e-3), (24_000, 2e-3))
+"""(training stories, highest learning rate). The second cycle goes on from the first one's weights with fresh
+optimizers: after it, names and things stay the same in most stories that had still mixed them up."""
+
+N_STORIES = sum(n_stories for n_stories, _ in CYCLES)
+"""Each story is seen once, so the model cannot learn one by heart."""
 
 BATCH = 16
 BUCKET = 4096
 """Stories are sorted by length within a bucket, so that a batch needs hardly any padding."""
 
-LEARNING_RATE, LAST_RATE, WARMUP, WEIGHT_DECAY, CLIP = 4e-3, 4e-5, 100, 0.1, 1.0
+LAST_SHARE, WARMUP, WEIGHT_DECAY, CLIP = 0.01, 100, 0.1, 1.0
 
 MODEL = {
     "dim": 128,
@@ -93,11 +97,11 @@ def train_tokenizer(path: Path) -> None:
     path.write_bytes(model.getvalue())
 
 
-def batches(tokenizer: Any) -> Iterator[np.ndarray]:
-    """Yield (N, T) int64 batches of BOS + story + EOS, padded with IGNORED, in an order fixed by the seed."""
-    rng = np.random.Generator(np.random.PCG64(TRAIN_SEED))
-    for start in range(0, N_STORIES, BUCKET):
-        texts = list(story_grammar.stories(TRAIN_SEED, start, min(start + BUCKET, N_STORIES)))
+def batches(tokenizer: Any, first: int, last: int) -> Iterator[np.ndarray]:
+    """Yield the stories `first` to `last` - 1 as (N, T) int64 batches of BOS + story + EOS, padded with IGNORED."""
+    rng = np.random.Generator(np.random.PCG64(TRAIN_SEED + first))
+    for start in range(first, last, BUCKET):
+        texts = list(story_grammar.stories(TRAIN_SEED, start, min(start + BUCKET, last)))
         rows = sorted(([BOS, *ids, EOS] for ids in tokenizer.encode(texts)), key=len)
         groups = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         for i in rng.permutation(len(groups)):
@@ -177,12 +181,13 @@ def forward(tokens: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Ten
     return rms_norm(x, weights["norm.weight"]) @ weights["tok_embeddings.weight"].T
 
 
-def learning_rate(step: int, n_steps: int) -> float:
-    """Rise linearly over WARMUP steps, then fall along a cosine from LEARNING_RATE to LAST_RATE."""
+def learning_rate(step: int, n_steps: int, highest: float) -> float:
+    """Rise linearly over WARMUP steps to the highest rate, then fall along a cosine to LAST_SHARE of it."""
     if step < WARMUP:
-        return LEARNING_RATE * (step + 1) / WARMUP
+        return highest * (step + 1) / WARMUP
     share = (step - WARMUP) / max(1, n_steps - WARMUP)
-    return LAST_RATE + (LEARNING_RATE - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * share))
+    lowest = LAST_SHARE * highest
+    return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def make_optimizers(weights: dict[str, torch.Tensor]) -> list[torch.optim.Optimizer]:
@@ -199,18 +204,30 @@ def make_optimizers(weights: dict[str, torch.Tensor]) -> list[torch.optim.Optimi
 
 
 def train(tokenizer: Any) -> dict[str, torch.Tensor]:
-    """Minimise the mean cross-entropy of the next token over all training stories, each seen once."""
+    """Train from random weights through all cycles."""
     import torch
-    from torch.nn import functional
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     weights = initial_weights()
-    optimizers = make_optimizers(weights)
     n_parameters = sum(value.numel() for value in weights.values())
     print(f"{n_parameters:,} parameters, torch {torch.__version__}, {torch.get_num_threads()} thread")
-    log = Log(sum(math.ceil(min(BUCKET, N_STORIES - start) / BATCH) for start in range(0, N_STORIES, BUCKET)))
-    for step, batch in enumerate(batches(tokenizer)):
+    first = 0
+    for n_stories, highest in CYCLES:
+        train_cycle(weights, tokenizer, first, first + n_stories, highest)
+        first += n_stories
+    return {name: value.detach() for name, value in weights.items()}
+
+
+def train_cycle(weights: dict[str, torch.Tensor], tokenizer: Any, first: int, last: int, highest: float) -> None:
+    """Minimise the mean cross-entropy of the next token over the stories `first` to `last` - 1, in place."""
+    import torch
+    from torch.nn import functional
+
+    optimizers = make_optimizers(weights)
+    n_steps = sum(math.ceil(min(BUCKET, last - start) / BATCH) for start in range(first, last, BUCKET))
+    log = Log(n_steps)
+    for step, batch in enumerate(batches(tokenizer, first, last)):
         rows = torch.from_numpy(batch)
         logits = forward(rows[:, :-1].clamp(min=0), weights)
         loss = functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=IGNORED)
@@ -218,11 +235,10 @@ def train(tokenizer: Any) -> dict[str, torch.Tensor]:
         torch.nn.utils.clip_grad_norm_(list(weights.values()), CLIP)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, log.n_steps)
+                group["lr"] = learning_rate(step, n_steps, highest)
             optimizer.step()
             optimizer.zero_grad()
         log.add(loss.item(), int((batch[:, 1:] != IGNORED).sum()))
-    return {name: value.detach() for name, value in weights.items()}
 
 
 class Log:
