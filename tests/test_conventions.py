@@ -218,11 +218,13 @@ def jitted(tree: ast.AST) -> Iterator[tuple[int, list[ast.keyword] | None]]:
 
 
 def sets_of_flags() -> set[str]:
-    """SERIAL, PARALLEL, and what is made from them as NAME = {**SERIAL, ...}."""
-    names = {"SERIAL", "PARALLEL"}
+    """The sets of flags.py, and what is made from them as NAME = {**SERIAL, ...}."""
+    names = {"SERIAL", "PARALLEL", "INNER", "INNER_PARALLEL"}
     for file in each("kernels/"):
         for node in TREES[file].body:
-            if isinstance(node, ast.Assign) and re.match(r"\{\*\*(SERIAL|PARALLEL), ", ast.unparse(node.value)):
+            if isinstance(node, ast.Assign) and re.match(
+                r"\{\*\*(SERIAL|PARALLEL|INNER|INNER_PARALLEL), ", ast.unparse(node.value)
+            ):
                 names.update(ast.unparse(target) for target in node.targets)
     return names
 
@@ -240,7 +242,7 @@ def test_no_kernel_is_compiled_with_reassociation() -> None:
     from_flags = compile(ast.parse((PACKAGE / "kernels" / "flags.py").read_text()), "flags", "exec")
     flags: dict[str, dict[str, object]] = {}
     exec(from_flags, flags)  # the file itself, because importing the package's kernels needs numba
-    for name in ("SERIAL", "PARALLEL"):
+    for name in ("SERIAL", "PARALLEL", "INNER", "INNER_PARALLEL"):
         assert flags[name]["fastmath"] == {"contract"}
         assert flags[name]["nogil"] is True
     for file in each("kernels/"):

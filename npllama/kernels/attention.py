@@ -22,7 +22,7 @@ from numba.extending import intrinsic, overload, register_jitable
 from npllama import cache as kv
 from npllama import ops
 from npllama.kernels import vector
-from npllama.kernels.flags import PARALLEL, SERIAL
+from npllama.kernels.flags import INNER, INNER_PARALLEL, SERIAL
 from npllama.kernels.tile import ROWS, Rows, along, below, copy_row, multiply_floats
 from npllama.kernels.vector import (
     WIDTH,
@@ -78,7 +78,7 @@ class Work(NamedTuple):
     spare: np.ndarray  # (M * ROWS,)
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def make_work(M, E):
     """Room for so many query rows."""
     stride = E + WIDTH
@@ -128,7 +128,7 @@ def make_gather(rows):
 gather_eight, gather_two, gather_one = make_gather(8), make_gather(2), make_gather(1)
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def gather_block(M, values, n_slots, work, E):
     """Add a block's values, each by its weight, to the sums of M query rows."""
     vector.keep_apart()
@@ -149,7 +149,7 @@ def gather_block(M, values, n_slots, work, E):
             gather_one(weights, column, n_slots, sums, pointer(work.keep, m))
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def weigh(work, m, n_slots, scale):
     """Turn a row's scores of a block into weights exp(score / sqrt(E) - highest so far); hidden ones become 0.
 
@@ -175,7 +175,7 @@ def weigh(work, m, n_slots, scale):
     work.norm[m] = work.norm[m] * work.keep[m] + total(total_weight)
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def hide(work, m, slot_pos, s, n_slots, p, window, n_sink):
     """Give the slots that position p does not see the score -inf. slot_pos (S,) positions that the slots hold."""
     for i in range(n_slots):
@@ -184,7 +184,7 @@ def hide(work, m, slot_pos, s, n_slots, p, window, n_sink):
             work.score[m * BLOCK + i] = np.float32(-np.inf)
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def block_rows(stored, at, n_slots, E, buffer):
     """The keys or values of a block as rows of float32: as they lie, or copied if they are shorter than a vector."""
     if E >= WIDTH:
@@ -194,7 +194,7 @@ def block_rows(stored, at, n_slots, E, buffer):
     return Rows(pointer(buffer, WIDTH - E), WIDTH)
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def start_rows(q, q_sink, work, t, n_tokens, h, share, n_sink):
     """Lay out the query rows (token by token, head by head of the group), with nothing seen so far."""
     E, H = q.shape[2], q.shape[1]
@@ -208,7 +208,7 @@ def start_rows(q, q_sink, work, t, n_tokens, h, share, n_sink):
             store(work.sum, m * (E + WIDTH) + e, splat(np.float32(0)))
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def finish_rows(work, t, n_tokens, h, share, E, y):
     """Write the sums, divided by the sums of weights. y (T, H*E)"""
     for m in range(n_tokens * share):
@@ -222,7 +222,7 @@ def finish_rows(work, t, n_tokens, h, share, E, y):
                 store_last(y, at + E - WIDTH, result, E)
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def score_block(M, q, keys, first, stop, present, E, work):
     """Scores of M query rows with the slots first .. stop-1 of a block, before scaling.
 
@@ -233,7 +233,7 @@ def score_block(M, q, keys, first, stop, present, E, work):
         multiply_floats(M, Rows(pointer(q, 0), E + WIDTH), below(keys, i), present - i, out, E, True, work.spare)
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def walk(q, q_sink, cache, l, n, p, t, n_tokens, g, work, y):
     """Attention of the rows t .. t+n_tokens-1, at positions from p on, for the query heads of one key/value head."""
     E, G, S = q.shape[2], cache.k.shape[2], cache.pos.shape[2]
@@ -260,7 +260,7 @@ def walk(q, q_sink, cache, l, n, p, t, n_tokens, g, work, y):
     finish_rows(work, t, n_tokens, g * share, share, E, y)
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def walks(q, q_sink, cache, l, pos, seq, tiles, part, parts, y):
     """Every parts-th pair of a tile and a key/value head, from `part` on: so that long and short walks mix.
 
@@ -273,7 +273,7 @@ def walks(q, q_sink, cache, l, pos, seq, tiles, part, parts, y):
         walk(q, q_sink, cache, l, seq[t], pos[t], t, tiles[unit % n_tiles + 1] - t, g, work, y)
 
 
-@njit(**PARALLEL)
+@njit(**INNER_PARALLEL)
 def walks_in_threads(q, q_sink, cache, l, pos, seq, tiles, y):
     """`walks`, each thread its part."""
     parts = num_threads()
@@ -281,7 +281,7 @@ def walks_in_threads(q, q_sink, cache, l, pos, seq, tiles, y):
         walks(q, q_sink, cache, l, pos, seq, tiles, np.int64(part), parts, y)
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def store_rows(k, v, cache, l, pos, seq, start, stop):
     """Write the keys and values of rows start .. stop-1 into layer l."""
     _, G, E = k.shape
@@ -294,7 +294,7 @@ def store_rows(k, v, cache, l, pos, seq, start, stop):
                 cache.v[l, n, g, s, e] = v[t, g, e]
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def tile_rows(seq, start, stop, most):
     """Bounds of tiles over the rows start .. stop-1: of one sequence each, and of at most so many rows."""
     tiles, n = np.empty(stop - start + 1, np.int64), 0

@@ -25,6 +25,7 @@ from numba.extending import register_jitable
 from npllama import model
 from npllama.errors import ModelError
 from npllama.kernels import attention, linear, steps  # noqa: F401 (importing registers the overloads)
+from npllama.kernels.deferred import compiled_as_one
 from npllama.kernels.flags import SERIAL
 
 register_jitable(model.attention)
@@ -111,7 +112,8 @@ def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callabl
         cpu = hashlib.sha256(target().encode()).hexdigest()[:16]
         function._cache = DiskCache(file.with_name(f"{file.name}-{cpu}"), warn)
     try:
-        function.compile(tuple(numba.typeof(a) for a in arguments))
+        with compiled_as_one():
+            function.compile(tuple(numba.typeof(a) for a in arguments))
     except NumbaError as error:
         said = re.search(r"NumbaTypeError: (.*)", str(error))  # the sentence of an overload, out of forty lines
         reason = said.group(1) if said else str(error).splitlines()[0]

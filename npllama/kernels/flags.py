@@ -11,7 +11,10 @@ import os
 from typing import Any
 
 SERIAL: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}, "boundscheck": False, "nogil": True}
+# For a kernel that only kernels call: without an entry from Python, whose call would crash.
+INNER: dict[str, Any] = {**SERIAL, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 PARALLEL: dict[str, Any] = {**SERIAL, "parallel": True}
+INNER_PARALLEL: dict[str, Any] = {**INNER, "parallel": True}
 
 # Read once, before anything compiles: a later change would be ignored. Part of the key of the compile cache.
 PLAIN = os.environ.get("NPLLAMA_PLAIN_KERNELS", "0") not in ("", "0")

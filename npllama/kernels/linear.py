@@ -16,7 +16,7 @@ from numba.extending import overload
 from npllama import ops
 from npllama.kernels import tile, vector
 from npllama.kernels.embedding import embed_q4, embed_q8
-from npllama.kernels.flags import PARALLEL, SERIAL
+from npllama.kernels.flags import INNER, INNER_PARALLEL, SERIAL
 from npllama.kernels.quantized import linear_q4, linear_q8
 from npllama.kernels.steps import is_format
 from npllama.kernels.tile import ROWS, SIZES, Rows, copy_row, make_multiply, multiply_floats
@@ -39,7 +39,7 @@ ALONE = 1 << 16
 """Products of a call (rows x columns x tokens) below which one thread is sooner done than two have met."""
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def block_columns(K):
     """Columns of a block: nearly equal blocks of whole vectors, by K alone, so that sums are the same in every call."""
     blocks = (K + MOST_COLUMNS - 1) // MOST_COLUMNS
@@ -49,7 +49,7 @@ def block_columns(K):
 def make_few(multiply):
     """A thread's part for few tokens, y's columns start .. stop-1: w is read where it lies. Needs K >= WIDTH."""
 
-    @njit(**SERIAL)
+    @njit(**INNER)
     def few(x, w, y, start, stop, work, spare):
         vector.keep_apart()
         T, K = x.shape
@@ -68,7 +68,7 @@ def make_few(multiply):
 def make_many(multiply, load, load_last):
     """A thread's part for many tokens, y's columns start .. stop-1: w is widened block by block into `work`."""
 
-    @njit(**SERIAL)
+    @njit(**INNER)
     def many(x, w, y, start, stop, work, spare):
         vector.keep_apart()
         T, K = x.shape
@@ -105,7 +105,7 @@ def make_linear(multiply, load, load_last):
     """ops.linear for one number format: how to multiply it as it lies, how to read a vector and a number of it."""
     few, many = make_few(multiply), make_many(multiply_floats, load, load_last)
 
-    @njit(**SERIAL)
+    @njit(**INNER)
     def part(x, w, y, start, stop):
         T, K = x.shape
         spare = np.empty(max(T, TILE) * ROWS, np.float32)
@@ -116,7 +116,7 @@ def make_linear(multiply, load, load_last):
                 x, w, y, start, stop, np.zeros((TILE + BLOCK_ROWS + 1) * (block_columns(K) + WIDTH), np.float32), spare
             )
 
-    @njit(**PARALLEL)
+    @njit(**INNER_PARALLEL)
     def in_threads(x, w, y):
         N, parts = w.shape[0], num_threads()
         size = ((N + parts - 1) // parts + ROWS - 1) // ROWS * ROWS

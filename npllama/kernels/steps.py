@@ -13,7 +13,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from npllama import ops
-from npllama.kernels.flags import SERIAL
+from npllama.kernels.flags import INNER, SERIAL
 from npllama.kernels.vector import (
     WIDTH,
     add,
@@ -101,7 +101,7 @@ def rope(x, cos, sin):
     return y
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def gated(gate, up):
     """gate / (1 + e^-gate) * up in each lane."""
     one = splat(np.float32(1))

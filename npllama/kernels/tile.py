@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from npllama.kernels import vector
-from npllama.kernels.flags import SERIAL
+from npllama.kernels.flags import INNER
 from npllama.kernels.vector import REGISTERS, WIDTH, floats, halves, i64, load, load_last, pointer, store
 
 ROWS = 4
@@ -116,7 +116,7 @@ def make_strip(read):
     large, two, one = (make_tile(size, read) for size in SIZES)
     most = SIZES[0]
 
-    @njit(**SERIAL)
+    @njit(**INNER)
     def strip(T, x, w, y, columns, first):
         vector.keep_apart()
         t = 0
@@ -136,7 +136,7 @@ def make_multiply(read):
     """A strip of up to ROWS rows of w times all T rows of x; with fewer, each for itself as a tile of equal rows."""
     strip = make_strip(read)
 
-    @njit(**SERIAL)
+    @njit(**INNER)
     def multiply(T, x, w, n_rows, y, columns, first, spare):
         whole = n_rows >= ROWS
         for n in range(1 if whole else n_rows):
@@ -174,7 +174,7 @@ def along(typingctx, rows, k):
     return rows(rows, types.intp), generate
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def copy_row(x, at, columns, out, out_at):
     """Copy a row for tiles: whole vectors, then the rest at the end of a vector of zeros."""
     vector.keep_apart()
