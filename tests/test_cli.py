@@ -370,10 +370,17 @@ def test_remarks_are_dropped_where_a_command_fails(call, model: Path) -> None:
 
 
 def start(*arguments: object) -> subprocess.Popen[bytes]:
-    """A command under way, its streams to be read by the test."""
+    """A command under way, its streams to be read by the test; it heeds Ctrl-C also where the tests' caller does not."""
     pipe = subprocess.PIPE
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment(), bufsize=0)
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        env=environment(),
+        bufsize=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored signals are inherited
+    )
 
 
 @pytest.fixture(scope="module")

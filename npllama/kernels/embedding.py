@@ -5,20 +5,20 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from npllama.kernels.flags import SERIAL
+from npllama.kernels.flags import INNER, SERIAL
 from npllama.kernels.vector import half
 from npllama.quant import GROUP, Q4_LEVELS, ROWS
 
 LEVELS = np.array(Q4_LEVELS, np.float32)
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def level_q8(codes, b, g, r, k):
     """The integer that row r of block b has in column k of group g."""
     return np.float32(codes[b, g, k // 4 * 4 * ROWS + r * 4 + k % 4])
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def level_q4(codes, b, g, r, k):
     """The integer that row r of block b has in column k of group g."""
     pair = codes[b, g, k // 8 * 4 * ROWS + r * 4 + k % 4]

@@ -33,7 +33,7 @@ from npllama.kernels.codes import (
     store_rows,
     zeros,
 )
-from npllama.kernels.flags import PARALLEL, SERIAL
+from npllama.kernels.flags import INNER, INNER_PARALLEL, SERIAL
 from npllama.kernels.vector import num_threads
 from npllama.quant import GROUP, Q4_LEVELS, ROWS, SMALLEST_MAGNITUDE
 
@@ -53,7 +53,7 @@ Q4_BLOCK = Q8_BLOCK // 2
 AHEAD = 8192
 """A tile asks the memory for codes so many bytes before it needs them: what it would otherwise wait for most."""
 
-INLINE = {**SERIAL, "forceinline": True}
+INLINE = {**INNER, "forceinline": True}
 
 
 class Input(NamedTuple):
@@ -67,7 +67,7 @@ class Input(NamedTuple):
     starts: np.ndarray
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def quantize_group(x, begin, shift, into, at):
     """One group of quant.quantize_rows: the numbers from x[begin] on become group `at`."""
     magnitude = largest(x, begin)
@@ -110,7 +110,7 @@ def quantize_tiles(x, shift, into, begin, stop):
                 quantize_group(rest, 0, shift, into, first * G + g * M + m)
 
 
-@njit(**PARALLEL)
+@njit(**INNER_PARALLEL)
 def quantize_parallel(x, shift, into, n_threads):
     """quantize_tiles for all tiles, on all threads."""
     n = n_tiles(x.shape[0])
@@ -165,7 +165,7 @@ def make_linear(make_tile, shift):
     """ops.linear for a format. shift: what is to be added to its codes, as the tiles see them."""
     wide_tile, single_tile = make_tile(TILE), make_tile(1)
 
-    @njit(**SERIAL)
+    @njit(**INNER)
     def blocks(x, w, y, begin, stop):
         """The rows of y of the blocks begin .. stop-1, strip by strip."""
         T = y.shape[0]
@@ -179,7 +179,7 @@ def make_linear(make_tile, shift):
                 for b in range(low, high):
                     single_tile(w, b, x, first, y)
 
-    @njit(**PARALLEL)
+    @njit(**INNER_PARALLEL)
     def blocks_parallel(x, w, y, n_threads):
         """Each thread owns neighbouring blocks."""
         B = w.codes.shape[0]
