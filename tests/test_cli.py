@@ -370,7 +370,7 @@ def test_remarks_are_dropped_where_a_command_fails(call, model: Path) -> None:
 
 
 def start(*arguments: object) -> subprocess.Popen[bytes]:
-    """A command under way, its streams to be read by the test; it heeds Ctrl-C also where the tests' caller does not."""
+    """A command under way, its streams to be read by the test; it heeds Ctrl-C even where the caller does not."""
     pipe = subprocess.PIPE
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
