@@ -41,6 +41,7 @@ class Measurement:
     samples_ts: list[float]
     backend: str
     dtype: str
+    kv_dtype: str
     shape: str
     gb_per_s: float
     bandwidth_gb_per_s: float
@@ -200,6 +201,7 @@ def measure(
             samples_ts=rates,
             backend=llama.backend,
             dtype=start.dtype,
+            kv_dtype=llama.engine.kv_dtype,
             shape=start.shape,
             gb_per_s=read / 1e9,
             bandwidth_gb_per_s=bandwidth / 1e9,

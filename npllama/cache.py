@@ -18,37 +18,75 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npllama.errors import UsageError
+from npllama.errors import UsageError, quote
+from npllama.quant import F16, GROUP, f16_bits, quantize_rows, widen
 
 EMPTY = -1
+
+
+class Rounded(NamedTuple):
+    """Keys or values in 8 bits, each head's row rounded in groups as quant.quantize_rows does it.
+
+    codes (L, N, G, S, E) int8, scales (L, N, G, S, groups) float32.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+
+
+Stored = np.ndarray | F16 | Rounded
+"""Keys or values of all layers and sequences in a number format: float32, float16 or 8 bits."""
+
+KV_DTYPES = ("f32", "f16", "q8")
 
 
 class KVCache(NamedTuple):
     """Keys and values of all layers and sequences, and which position each slot holds.
 
-    k, v (L, N, G, S, E) float32; pos (L, N, S) int64, EMPTY where nothing is stored: of each layer, because
-    a chunk that laps the ring is written piece by piece within the layer. Slots 0 .. n_sink-1 are pinned to the
-    first positions, the other S - n_sink >= window slots are the ring.
+    k, v (L, N, G, S, E) in any of the formats; pos (L, N, S) int64, EMPTY where nothing is stored: of each layer,
+    because a chunk that laps the ring is written piece by piece within the layer. Slots 0 .. n_sink-1 are pinned to
+    the first positions, the other S - n_sink >= window slots are the ring. Whatever the format, a query sees every key
+    and value as stored, its own included: so a result does not depend on how the tokens were cut into calls.
     """
 
-    k: np.ndarray
-    v: np.ndarray
+    k: Stored
+    v: Stored
     pos: np.ndarray
     window: int
     n_sink: int
 
 
-def size_bytes(n_layers: int, n_seqs: int, n_kv_heads: int, n_slots: int, head_dim: int) -> int:
+def checked_kv_dtype(kv_dtype: object) -> str:
+    """The number format of a cache, or UsageError."""
+    if kv_dtype not in KV_DTYPES:
+        raise UsageError(f"kv_dtype={quote(kv_dtype)} is not known; it needs one of {', '.join(KV_DTYPES)}.")
+    return str(kv_dtype)
+
+
+def row_bytes(head_dim: int, kv_dtype: str) -> int:
+    """Bytes of one key or value of one head."""
+    return {"f32": 4 * head_dim, "f16": 2 * head_dim, "q8": head_dim + 4 * _n_groups(head_dim)}[kv_dtype]
+
+
+def size_bytes(n_layers: int, n_seqs: int, n_kv_heads: int, n_slots: int, head_dim: int, kv_dtype: str = "f32") -> int:
     """Bytes that `allocate` needs once every slot is used."""
-    return n_layers * n_seqs * n_slots * (2 * n_kv_heads * head_dim * 4 + 8)
+    return n_layers * n_seqs * n_slots * (2 * n_kv_heads * row_bytes(head_dim, kv_dtype) + 8)
 
 
 def allocate(
-    n_layers: int, n_seqs: int, n_kv_heads: int, n_slots: int, head_dim: int, window: int = 0, n_sink: int = 0
+    n_layers: int,
+    n_seqs: int,
+    n_kv_heads: int,
+    n_slots: int,
+    head_dim: int,
+    window: int = 0,
+    n_sink: int = 0,
+    kv_dtype: str = "f32",
 ) -> KVCache:
     """An empty cache; pages are taken from the system as slots are first written.
 
-    window 0 means all slots that are not sinks. Raises UsageError when the slots do not hold sinks and window.
+    window 0 means all slots that are not sinks; kv_dtype "f32", "f16" or "q8". Raises UsageError for another, and when
+    the slots do not hold sinks and window.
     """
     window = window or n_slots - n_sink
     if n_sink < 0 or window < 1 or n_sink + window > n_slots:
@@ -57,8 +95,44 @@ def allocate(
             f"it needs n_sink >= 0, window >= 1 and at least their sum of slots."
         )
     shape = (n_layers, n_seqs, n_kv_heads, n_slots, head_dim)
-    pos = np.full((n_layers, n_seqs, n_slots), EMPTY, np.int64)
-    return KVCache(np.zeros(shape, np.float32), np.zeros(shape, np.float32), pos, window, n_sink)
+    k, v = (_zeros(shape, checked_kv_dtype(kv_dtype)) for _ in range(2))
+    return KVCache(k, v, np.full((n_layers, n_seqs, n_slots), EMPTY, np.int64), window, n_sink)
+
+
+def _zeros(shape: tuple[int, ...], kv_dtype: str) -> Stored:
+    if kv_dtype == "f16":
+        return F16(np.zeros(shape, np.uint16))
+    if kv_dtype == "q8":
+        return Rounded(np.zeros(shape, np.int8), np.zeros((*shape[:-1], _n_groups(shape[-1])), np.float32))
+    return np.zeros(shape, np.float32)
+
+
+def _n_groups(head_dim: int) -> int:
+    return -(-head_dim // GROUP)
+
+
+def write(stored: Stored, l: int, n: int, at: slice | list[int], rows: np.ndarray) -> None:
+    """Keep the keys or values (T, G, E) float32 of sequence n in the slots `at` of layer l."""
+    heads = rows.transpose(1, 0, 2)  # (T, G, E) -> (G, T, E)
+    if isinstance(stored, F16):
+        stored.bits[l, n][:, at] = f16_bits(heads)
+    elif isinstance(stored, Rounded):
+        G, T, E = heads.shape
+        codes, scales = quantize_rows(heads.reshape(G * T, E))
+        stored.codes[l, n][:, at] = codes.reshape(G, T, -1)[:, :, :E]
+        stored.scales[l, n][:, at] = scales.reshape(G, T, -1)
+    else:
+        stored[l, n][:, at] = heads
+
+
+def read(stored: Stored, l: int, n: int, used: int) -> np.ndarray:
+    """The first `used` slots of sequence n in layer l: (G, used, E) float32, a view where that is how they lie."""
+    if isinstance(stored, F16):
+        return widen(F16(stored.bits[l, n, :, :used]))
+    if isinstance(stored, Rounded):
+        codes, scales = stored.codes[l, n, :, :used], stored.scales[l, n, :, :used]
+        return codes * np.repeat(scales, GROUP, axis=-1)[:, :, : codes.shape[-1]]
+    return stored[l, n, :, :used]
 
 
 def clear(cache: KVCache, n: int) -> None:

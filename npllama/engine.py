@@ -60,7 +60,8 @@ def say_nothing(message: str) -> None:
 class Engine:
     """One model ready to compute. Threads may call it at the same time: calls take turns.
 
-    backend "auto" | "numpy" | "numba"; threads None: as many as are worth it. report gets one-line messages.
+    backend "auto" | "numpy" | "numba"; threads None: as many as are worth it; kv_dtype "f32" | "f16" | "q8": how its
+    caches keep keys and values. report gets one-line messages.
     Raises UsageError for values that cannot be honoured, ModelError when memory does not suffice.
     """
 
@@ -70,12 +71,14 @@ class Engine:
         backend: str = "auto",
         threads: int | None = None,
         report: Callable[[str], None] = say_nothing,
+        kv_dtype: str = "f32",
     ) -> None:
         self.config = opened.config
+        self.kv_dtype = kv.checked_kv_dtype(kv_dtype)
         self._opened = opened
         self._weights: Weights | None = opened.weights
         self._report = report
-        self.backend = choose_backend(backend, opened, report)
+        self.backend = choose_backend(backend, opened, report, self.kv_dtype)
         self._lock = _COMPILED if self.backend == "numba" else threading.Lock()
         self.threads = _checked_threads(threads)
         self.import_s = self.compile_s = 0.0
@@ -138,8 +141,8 @@ class Engine:
         folder, why = machine.cache_directory()
         if folder is None:
             self._report(f"compiled code is not kept: {why}")
-        file = None if folder is None else folder / cache_name(self._opened)
-        if not compiled_exists(self._opened):
+        file = None if folder is None else folder / cache_name(self._opened, self.kv_dtype)
+        if not compiled_exists(self._opened, self.kv_dtype):
             self._report(f"compiling kernels for {formats(self._opened)} (once; 10 to 20 s) ...")
         arguments = self._arguments(self.new_cache(1, 1), *(np.zeros(1, np.int64) for _ in range(4)))
         compiled, _ = entry.compile_forward(arguments, file, self._report)
@@ -173,7 +176,7 @@ class Engine:
     def cache_bytes_per_position(self) -> int:
         """Bytes of keys and values that one position adds to the cache."""
         c = self.config
-        return kv.size_bytes(c.n_layers, 1, c.n_kv_heads, 1, c.head_dim)
+        return kv.size_bytes(c.n_layers, 1, c.n_kv_heads, 1, c.head_dim, self.kv_dtype)
 
     def reader(self) -> Callable[[np.ndarray], object]:
         """A function that reads (n,) int64 once through with this engine's threads: the yardstick of `bench`."""
@@ -209,14 +212,16 @@ class Engine:
     def new_cache(self, n_seqs: int, n_slots: int, window: int = 0, n_sink: int = 0) -> KVCache:
         """An empty KV cache for this model. Raises ModelError, with the arithmetic, when memory does not suffice."""
         c = self.config
-        needed, free = kv.size_bytes(c.n_layers, n_seqs, c.n_kv_heads, n_slots, c.head_dim), machine.free_memory()
+        needed = kv.size_bytes(c.n_layers, n_seqs, c.n_kv_heads, n_slots, c.head_dim, self.kv_dtype)
+        free = machine.free_memory()
         if needed > free:
+            narrower = "" if self.kv_dtype == "q8" else ", or for kv_dtype q8"
             raise ModelError(
                 f"a KV cache for {n_slots} positions needs {needed / 1e6:,.0f} MB ({c.n_layers} layers x {n_seqs} "
-                f"sequences x {c.n_kv_heads} heads x {n_slots} slots x {c.head_dim} numbers x 2 x 4 bytes), "
-                f"{free / 1e6:,.0f} MB are free; ask for a smaller context."
+                f"sequences x {n_slots} slots x {c.n_kv_heads} heads x 2 x {kv.row_bytes(c.head_dim, self.kv_dtype)} "
+                f"bytes in {self.kv_dtype}), {free / 1e6:,.0f} MB are free; ask for a smaller context{narrower}."
             )
-        return kv.allocate(c.n_layers, n_seqs, c.n_kv_heads, n_slots, c.head_dim, window, n_sink)
+        return kv.allocate(c.n_layers, n_seqs, c.n_kv_heads, n_slots, c.head_dim, window, n_sink, self.kv_dtype)
 
     def forward(
         self,
@@ -315,7 +320,7 @@ def _checked_threads(threads: int | None) -> int:
     return n_threads
 
 
-def choose_backend(asked: str, opened: OpenModel, report: Callable[[str], None]) -> str:
+def choose_backend(asked: str, opened: OpenModel, report: Callable[[str], None], kv_dtype: str = "f32") -> str:
     """The execution to use: "numpy" or "numba". An explicit backend wins; NPLLAMA_BACKEND decides what "auto" means.
 
     Left to itself, auto is compiled where numba is installed, but NumPy for a small model that nothing is compiled for.
@@ -332,7 +337,7 @@ def choose_backend(asked: str, opened: OpenModel, report: Callable[[str], None])
         return asked
     if not installed:
         return "numpy"
-    if opened.size_bytes < SMALL_MODEL_BYTES and not compiled_exists(opened):
+    if opened.size_bytes < SMALL_MODEL_BYTES and not compiled_exists(opened, kv_dtype):
         report("a small model that nothing is compiled for yet: using NumPy; --backend numba compiles it")
         return "numpy"
     return "numba"
@@ -363,16 +368,16 @@ def formats(opened: OpenModel) -> str:
     return "+".join(sorted(set(used), key=used.index))
 
 
-def cache_name(opened: OpenModel) -> str:
+def cache_name(opened: OpenModel, kv_dtype: str = "f32") -> str:
     """Name of the file of compiled code, without the CPU's part: formats and a hash of all that the code depends on."""
     layout = hashlib.sha256(repr([type(w).__name__ for w in opened.weights]).encode()).hexdigest()[:8]
-    return f"forward-{formats(opened)}.{layout}-{sources_hash()}"
+    return f"forward-{formats(opened)}.{layout}.kv_{kv_dtype}-{sources_hash()}"
 
 
-def compiled_exists(opened: OpenModel) -> bool:
+def compiled_exists(opened: OpenModel, kv_dtype: str = "f32") -> bool:
     """Whether compiled code for this model is kept, for this or another CPU. Writes nothing, does not import numba."""
     folder, _ = machine.cache_directory(make=False)
-    return folder is not None and any(folder.glob(cache_name(opened) + "-*"))
+    return folder is not None and any(folder.glob(cache_name(opened, kv_dtype) + "-*"))
 
 
 def sources_hash() -> str:

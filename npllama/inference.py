@@ -400,6 +400,7 @@ def load(
     backend: str = "auto",
     threads: int | None = None,
     context: int | None = None,
+    kv_dtype: str = "f32",
     *,
     n_ctx: int | None = None,
 ) -> Llama:
@@ -407,7 +408,8 @@ def load(
 
     backend "auto", "numpy" or "numba" (see NPLLAMA_BACKEND); threads None: physical cores, affinity or the
     container's quota, whichever is least; context: positions, None: the checkpoint's own, at most 4096 (n_ctx is
-    another name). Raises ModelError for a directory that is not a sound model, UsageError for values out of range.
+    another name); kv_dtype "f32", "f16" or "q8": how the cache keeps keys and values. Raises ModelError for a directory
+    that is not a sound model, UsageError for values out of range.
     """
     if model is not None and not isinstance(model, (str, os.PathLike)):
         raise UsageError(f"model={quote(model)}: needs the path of a model directory, or None for the demo model.")
@@ -428,7 +430,7 @@ def load(
                 f"the tokenizer begins a text with id {tokenizer.bos_id}, the model's config says "
                 f"{opened.config.bos_token_id}; using the tokenizer's"
             )
-        engine = Engine(opened, backend, threads, log.warning)
+        engine = Engine(opened, backend, threads, log.warning, kv_dtype)
         return Llama(opened, engine, tokenizer, _context(opened.config.max_seq_len, n_positions))
     except BaseException:
         opened.close()

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from npllama.cache import KVCache, run_stop, slot
+from npllama.cache import KVCache, read, run_stop, slot, write
 from npllama.quant import Q4, Q8, Grouped, Weight, round_rows, widen, widen_rows
 
 # Scores of one attention step: at most this many, so that memory does not grow with T x S.
@@ -146,17 +146,17 @@ def _store(cache: KVCache, l: int, n: int, pos: np.ndarray, k: np.ndarray, v: np
         at: slice | list[int] = slice(first, last + 1)
     else:
         at = [slot(cache, p) for p in pos.tolist()]
-    cache.k[l, n][:, at] = k.transpose(1, 0, 2)  # (T, G, E) -> (G, T, E)
-    cache.v[l, n][:, at] = v.transpose(1, 0, 2)
+    write(cache.k, l, n, at, k)
+    write(cache.v, l, n, at, v)
     cache.pos[l, n, at] = pos
 
 
 def _attend_run(q: np.ndarray, q_sink: np.ndarray, cache: KVCache, l: int, n: int, pos: np.ndarray) -> np.ndarray:
     """Attention of rows whose keys are all in the cache. q (T, H, E) -> (T, H*E)."""
     T, H, E = q.shape
-    G = cache.k.shape[2]
     used = min(int(pos[-1]) + 1, cache.pos.shape[2])  # slots beyond have never been written
-    K, V = cache.k[l, n, :, :used], cache.v[l, n, :, :used]  # (G, S, E) views, never a gather
+    K, V = read(cache.k, l, n, used), read(cache.v, l, n, used)  # (G, S, E), never a gather
+    G = len(K)
     slot_pos, n_sink = cache.pos[l, n, :used], cache.n_sink
 
     score = _by_group(q, G) @ K.transpose(0, 2, 1)  # (G, T*H/G, E) @ (G, E, S) -> (G, T*H/G, S)

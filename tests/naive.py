@@ -44,15 +44,17 @@ def swiglu(gate, up):
     return y
 
 
-def attention(q, k, v, pos, window, n_sink, theta):
+def attention(q, k, v, pos, window, n_sink, theta, keys=None):
     """One sequence, whole, with a plain mask. q (T, H, E), k, v (T, G, E) not rotated, rows at positions pos.
+
+    keys (T, G, E): what to use in place of the rotated k.
 
     A row sees the last `window` positions up to its own, and the first n_sink. Sinks are seen from position
     min(p, n_sink + window - 1), everything else from the row's own.
     """
     T, H, E = q.shape
     G = k.shape[1]
-    keys = rope(k, pos, theta)
+    keys = rope(k, pos, theta) if keys is None else keys
     near = rope(q, pos, theta)
     far = rope(q, [min(p, n_sink + window - 1) for p in pos], theta)
     y = np.zeros((T, H * E))

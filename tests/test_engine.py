@@ -214,6 +214,29 @@ def test_forward_compiles_once_and_agrees_with_numpy(dtype: str, tmp_path: Path)
 
 
 @needs_numba
+@pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
+def test_a_narrow_cache_gives_the_same_in_both_executions(kv_dtype: str, opened: OpenModel) -> None:
+    compiled, plain = (Engine(opened, backend, kv_dtype=kv_dtype) for backend in ("numba", "numpy"))
+    exact = feed(Engine(opened, "numpy"), IDS, 4)
+    for chunk in (1, 3, 99):
+        # A key that rounds the other way, because its last bit differs, is a step of the format off.
+        np.testing.assert_allclose(feed(compiled, IDS, chunk), feed(plain, IDS, chunk), atol=2e-3)
+    assert 1e-6 < np.abs(feed(compiled, IDS, 4) - exact).max() < 0.1
+
+
+def test_an_unknown_format_of_the_cache_is_refused(opened: OpenModel) -> None:
+    with pytest.raises(UsageError, match="kv_dtype='q5' is not known; it needs one of f32, f16, q8"):
+        Engine(opened, kv_dtype="q5")
+
+
+def test_a_narrow_cache_fits_where_a_wide_one_does_not(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_memory", lambda: 50_000)
+    with pytest.raises(ModelError, match="bytes in f32"):
+        Engine(opened).new_cache(1, 512)
+    assert Engine(opened, kv_dtype="q8").new_cache(1, 512).pos.shape[2] == 512
+
+
+@needs_numba
 @pytest.mark.parametrize("dtype", ["q8", "q4"])
 def test_quantized_logits_have_the_same_bits_however_the_prompt_is_cut(dtype: str, tmp_path: Path) -> None:
     helpers.write_any_model(tmp_path / "model", dtype)

@@ -44,6 +44,16 @@ def with_ends(folder: Path, tmp_path: Path, ids: tuple[int, ...], **changes: int
     return tmp_path
 
 
+def test_the_format_of_the_cache_reaches_the_cache(folder: Path) -> None:
+    with npllama.load(folder, kv_dtype="q8") as narrow:
+        cache = narrow.borrow_cache()
+        assert cache.k.codes.dtype == np.int8  # type: ignore[union-attr]
+        narrow.return_cache(cache)
+        assert greedy(narrow).usage.completion_tokens > 0
+    with pytest.raises(npllama.UsageError, match="kv_dtype"):
+        npllama.load(folder, kv_dtype="int8")
+
+
 # ---------------------------------------------------------------- prompts
 
 

@@ -183,6 +183,58 @@ def test_a_sequence_that_was_cleared_leaves_nothing_behind(step: Any) -> None:
     close(in_chunks(step, cache, q, k, v, 6), naive.attention(q, k, v, range(6), 16, 0, THETA))
 
 
+STEP_OF_FORMAT = {"f16": 2**-11, "q8": 1 / 254}
+"""Largest rounding error: of a number itself in f16, of the largest of its group in q8."""
+
+
+@both
+@pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
+@pytest.mark.parametrize(("H", "G", "E"), [*HEADS, (4, 1, 64), (2, 2, 100)])
+@pytest.mark.parametrize("chunk", [1, 7, 99])
+def test_a_query_sees_keys_and_values_as_a_narrow_cache_keeps_them(
+    step: Any, kv_dtype: str, H: int, G: int, E: int, chunk: int
+) -> None:
+    T = 33
+    q, k, v = random(1, T, H, E), random(2, T, G, E), random(3, T, G, E)
+    k[3] = 0
+    cache = kv.allocate(2, 2, G, T + 5, E, kv_dtype=kv_dtype)
+    found = in_chunks(step, cache, q, k, v, chunk, n=1)
+    keys, values = (kv.read(part, 1, 1, T).transpose(1, 0, 2) for part in (cache.k, cache.v))
+    for stored, exact in ((keys, naive.rope(k, range(T), THETA)), (values, v)):
+        size = np.abs(exact) if kv_dtype == "f16" else np.abs(exact).max(axis=-1, keepdims=True)
+        assert (np.abs(stored - exact) <= 1.001 * STEP_OF_FORMAT[kv_dtype] * size + 1e-6).all()
+        assert not np.allclose(stored, exact, atol=1e-5)
+    close(found, naive.attention(q, k, values, range(T), T, 0, THETA, keys))
+
+
+@both
+@pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
+def test_a_narrow_ring_gives_the_same_however_the_rows_are_cut(step: Any, kv_dtype: str) -> None:
+    T, H, G, E = 50, 4, 2, 8
+    q, k, v = random(1, T, H, E), random(2, T, G, E), random(3, T, G, E)
+    one, *others = (
+        in_chunks(step, kv.allocate(2, 1, G, 12, E, 8, 2, kv_dtype), q, k, v, chunk) for chunk in (1, 4, 7, 50)
+    )
+    for other in others:
+        close(other, one)
+
+
+@pytest.mark.parametrize(("kv_dtype", "share"), [("f16", 1 / 2), ("q8", 36 / 128)])
+def test_a_narrow_cache_takes_less_memory(kv_dtype: str, share: float) -> None:
+    cache = kv.allocate(1, 1, 2, 10, 64, kv_dtype=kv_dtype)
+    assert sum(part.nbytes for part in cache.k) == share * kv.allocate(1, 1, 2, 10, 64).k.nbytes
+    assert kv.size_bytes(1, 1, 2, 10, 64, kv_dtype) == 2 * sum(part.nbytes for part in cache.k) + cache.pos.nbytes
+
+
+@pytest.mark.parametrize("special", [65504.0, 65519.9, 1e5, 6e-8, 3e-8, 1e-5, 0.0, -0.0, np.inf, 1 + 2**-11, np.pi])
+def test_a_float16_cache_rounds_as_numpy_does(special: float) -> None:
+    for step in (case.values[0] for case in steps()):
+        cache = kv.allocate(1, 1, 1, 4, 16, kv_dtype="f16")
+        v, zero = np.full((1, 1, 16), special, np.float32), np.zeros((1, 1, 16), np.float32)
+        step.attend(zero, zero, zero, v, cache, 0, np.zeros(1, np.int64), np.zeros(1, np.int64))
+        np.testing.assert_array_equal(cache.v.bits[0, 0, 0, 0], f16_bits(v[0, 0]))
+
+
 def test_memory_of_attention_is_bounded_by_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = random(1, 20, 2, 4), random(2, 20, 1, 4), random(3, 20, 1, 4)
     whole = in_chunks(ops, kv.allocate(2, 1, 1, 20, 4), q, k, v, 20)

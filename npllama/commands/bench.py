@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npllama.commands.info import matrix_formats
-from npllama.commands.terminal import Notes, ProgressLine, add_model, model_of, put, say, whole
+from npllama.commands.terminal import Notes, ProgressLine, add_kv_dtype, add_model, model_of, put, say, whole
 from npllama.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-r", "--repetitions", metavar="N", type=whole(1, 10_000), default=5, help="repetitions (default 5)")
     add("-t", "--threads", metavar="N,...", type=numbers(1), help="threads (default: see npllama info)")
     add("-c", "--ctx-size", metavar="N", type=whole(1, 2**31), help="context in tokens (default: what the tests need)")
+    add_kv_dtype(parser)
     add("--backend", choices=("auto", "numpy", "numba"), default="auto", help="NumPy or compiled (default: auto)")
     add("--profile", action="store_true", help="also show the time of each step, one kernel at a time")
     add("--json", action="store_true", help="print a JSON list of measurements")
@@ -101,7 +102,8 @@ def _measure_with(
         raise UsageError("nothing to measure: -p and -n are both 0.")
     context = args.ctx_size or max(p + n + d for p, n, d in tests)
     started = time.perf_counter()
-    with npllama.load(model, backend=args.backend, threads=threads, context=context) as llama:
+    options = {"backend": args.backend, "threads": threads, "context": context, "kv_dtype": args.kv_dtype}
+    with npllama.load(model, **options) as llama:
         notes.show()
         load_s = time.perf_counter() - started - llama.engine.import_s - llama.engine.compile_s
         start = Start(
@@ -134,7 +136,7 @@ def _row(one: Measurement, heading: bool) -> str:
     name += f" @ d{one.n_depth}" if one.n_depth else ""
     text = ""
     if heading:
-        text += f"{one.shape}, {one.dtype}, {one.backend}, {one.n_threads} threads\n"
+        text += f"{one.shape}, {one.dtype}, {one.backend}, {one.n_threads} threads, cache {one.kv_dtype}\n"
         text += f"{'test':<14} {'tokens/s':>10} {'median':>10} {'spread':>8} {'GB/s':>7} {'of bandwidth':>13} "
         text += f"{'GFLOP/s':>9}\n"
     share = f"{100 * one.share_of_bandwidth:.0f} %" if one.n_gen else ""

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from npllama.commands.terminal import Notes, put, say, whole
+from npllama.commands.terminal import Notes, add_kv_dtype, put, say, whole
 from npllama.errors import NpllamaError, UsageError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1, 2**31),
         help="context in tokens (default: the model's own, at most 4096)",
     )
+    add_kv_dtype(parser)
     add("-t", "--threads", metavar="N", type=whole(1, 4096), help="threads (default: see npllama info)")
     add("--backend", choices=("auto", "numpy", "numba"), default="auto", help="NumPy or compiled (default: auto)")
     add("--echo", action="store_true", help="print the prompt too")
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     }
     SamplingOptions(**sampling)
     started = time.perf_counter()
-    with load(args.model, args.backend, args.threads, args.ctx_size) as llama:
+    with load(args.model, args.backend, args.threads, args.ctx_size, args.kv_dtype) as llama:
         load_s = time.perf_counter() - started
         stream = llama.stream(prompt, args.max_tokens, **sampling, seed=args.seed, stop=stops, echo=args.echo)
         complete = _follow(stream, notes, shown=not args.json)

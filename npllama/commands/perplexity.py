@@ -8,7 +8,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from npllama.commands.terminal import Notes, add_model, model_of, put, whole
+from npllama.commands.terminal import Notes, add_kv_dtype, add_model, model_of, put, whole
 from npllama.errors import NpllamaError
 
 NAME = "perplexity"
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-f", "--file", metavar="FILE", required=True, help="the text, in UTF-8")
     add("--reference", metavar="MODEL", help="the same model in another number format, to compare with")
     add("-c", "--ctx-size", metavar="N", type=whole(2, 2**31), default=256, help="ids in a window (default 256)")
+    add_kv_dtype(parser)
     add("-t", "--threads", metavar="N", type=whole(1, 4096), help="threads (default: see npllama info)")
     add("--backend", choices=("auto", "numpy", "numba"), default="auto", help="NumPy or compiled (default: auto)")
     add("--json", action="store_true", help="print one JSON object")
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
         ) from error
     options = {"backend": args.backend, "threads": args.threads, "context": args.ctx_size}
     with ExitStack() as stack:
-        llama = stack.enter_context(npllama.load(model_of(args), **options))
+        llama = stack.enter_context(npllama.load(model_of(args), kv_dtype=args.kv_dtype, **options))
         reference = stack.enter_context(npllama.load(args.reference, **options)) if args.reference else None
         notes.show()
         found = quality(llama, text, args.ctx_size, reference)

@@ -168,6 +168,13 @@ def add_model(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("-m", "--model", metavar="MODEL", help="the same")
 
 
+def add_kv_dtype(parser: argparse.ArgumentParser) -> None:
+    """The number format of the cache."""
+    parser.add_argument(
+        "--kv-dtype", choices=("f32", "f16", "q8"), default="f32", help="format of keys and values kept (default f32)"
+    )
+
+
 def model_of(args: argparse.Namespace) -> str | None:
     """The model that was asked for; None for none."""
     if args.model is not None and args.model_argument is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from npllama.commands.terminal import Notes, add_model, model_of, put
+from npllama.commands.terminal import Notes, add_kv_dtype, add_model, model_of, put
 from npllama.errors import ModelError
 
 NAME = "warmup"
@@ -14,6 +14,7 @@ SUMMARY = "compile for a model ahead of time"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama warmup`."""
     add_model(parser, "a model directory (default: the demo model)")
+    add_kv_dtype(parser)
 
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
@@ -23,11 +24,11 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     from npllama.weights import open_model
 
     model = model_of(args)
-    with npllama.load(model, backend="numba") as llama:
+    with npllama.load(model, backend="numba", kv_dtype=args.kv_dtype) as llama:
         notes.show()
         seconds = llama.engine.compile_s
     with open_model(npllama.inference.DEMO if model is None else model) as opened:
-        if not compiled_exists(opened):
+        if not compiled_exists(opened, args.kv_dtype):
             raise ModelError(
                 "compiled code could not be kept, see above; set NPLLAMA_CACHE_DIR to a directory of your own."
             )

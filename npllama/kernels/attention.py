@@ -23,6 +23,7 @@ from npllama import cache as kv
 from npllama import ops
 from npllama.kernels import vector
 from npllama.kernels.flags import INNER, INNER_PARALLEL, SERIAL
+from npllama.kernels.stored import block_rows, store_head
 from npllama.kernels.tile import ROWS, Rows, along, below, copy_row, multiply_floats
 from npllama.kernels.vector import (
     WIDTH,
@@ -34,7 +35,6 @@ from npllama.kernels.vector import (
     highest,
     i64,
     load,
-    load_last,
     maximum,
     mul,
     num_threads,
@@ -185,16 +185,6 @@ def hide(work, m, slot_pos, s, n_slots, p, window, n_sink):
 
 
 @njit(**INNER)
-def block_rows(stored, at, n_slots, E, buffer):
-    """The keys or values of a block as rows of float32: as they lie, or copied if they are shorter than a vector."""
-    if E >= WIDTH:
-        return Rows(pointer(stored, at), E)
-    for s in range(n_slots):
-        store(buffer, s * WIDTH, load_last(stored, at + (s + 1) * E - WIDTH, E))
-    return Rows(pointer(buffer, WIDTH - E), WIDTH)
-
-
-@njit(**INNER)
 def start_rows(q, q_sink, work, t, n_tokens, h, share, n_sink):
     """Lay out the query rows (token by token, head by head of the group), with nothing seen so far."""
     E, H = q.shape[2], q.shape[1]
@@ -234,13 +224,13 @@ def score_block(M, q, keys, first, stop, present, E, work):
 
 
 @njit(**INNER)
-def walk(q, q_sink, cache, l, n, p, t, n_tokens, g, work, y):
-    """Attention of the rows t .. t+n_tokens-1, at positions from p on, for the query heads of one key/value head."""
-    E, G, S = q.shape[2], cache.k.shape[2], cache.pos.shape[2]
+def walk(q, q_sink, cache, l, n, p, t, n_tokens, g, G, work, y):
+    """Attention of the rows t .. t+n_tokens-1, at positions from p on, for the query heads of head g of G."""
+    E, S = q.shape[2], cache.pos.shape[2]
     share, last, n_sink = q.shape[1] // G, p + n_tokens - 1, cache.n_sink
     M, scale, slot_pos = n_tokens * share, np.float32(1) / np.float32(math.sqrt(E)), cache.pos[l, n]
     start_rows(q, q_sink, work, t, n_tokens, g * share, share, n_sink)
-    used, base = min(last + 1, S), ((l * cache.k.shape[1] + n) * G + g) * S * E  # later slots were never written
+    used, first = min(last + 1, S), ((l * cache.pos.shape[1] + n) * G + g) * S  # later slots were never written
     for s in range(0, used, BLOCK):
         n_slots, present = min(BLOCK, used - s), min(BLOCK, S - s)
         oldest, newest = slot_pos[s], slot_pos[s]
@@ -248,7 +238,7 @@ def walk(q, q_sink, cache, l, n, p, t, n_tokens, g, work, y):
             oldest, newest = min(oldest, slot_pos[i]), max(newest, slot_pos[i])
         if newest <= p - cache.window and oldest >= n_sink:
             continue  # no row sees any of it
-        keys = block_rows(cache.k, base + s * E, n_slots, E, work.keys)
+        keys = block_rows(cache.k, first + s, n_slots, E, work.keys)
         from_sink = max(0, min(n_sink - s, n_slots))
         score_block(M, work.q, keys, from_sink, n_slots, present, E, work)
         score_block(M, work.q_sink, keys, 0, from_sink, from_sink, E, work)
@@ -256,29 +246,30 @@ def walk(q, q_sink, cache, l, n, p, t, n_tokens, g, work, y):
             if oldest < 0 or newest > p or oldest <= last - cache.window:
                 hide(work, m, slot_pos, s, n_slots, p + m // share, cache.window, n_sink)
             weigh(work, m, n_slots, scale)
-        gather_block(M, block_rows(cache.v, base + s * E, n_slots, E, work.values), n_slots, work, E)
+        gather_block(M, block_rows(cache.v, first + s, n_slots, E, work.values), n_slots, work, E)
     finish_rows(work, t, n_tokens, g * share, share, E, y)
 
 
 @njit(**INNER)
-def walks(q, q_sink, cache, l, pos, seq, tiles, part, parts, y):
+def walks(q, q_sink, cache, l, pos, seq, tiles, G, part, parts, y):
     """Every parts-th pair of a tile and a key/value head, from `part` on: so that long and short walks mix.
 
     tiles (n + 1,): tile i is the rows tiles[i] .. tiles[i+1]-1.
     """
-    share, n_tiles = q.shape[1] // cache.k.shape[2], tiles.shape[0] - 1
+    share, n_tiles = q.shape[1] // G, tiles.shape[0] - 1
     work = make_work(max(TOGETHER, share), q.shape[2])
-    for unit in range(part, n_tiles * cache.k.shape[2], parts):
+    for unit in range(part, n_tiles * G, parts):
         t, g = tiles[unit % n_tiles], unit // n_tiles
-        walk(q, q_sink, cache, l, seq[t], pos[t], t, tiles[unit % n_tiles + 1] - t, g, work, y)
+        walk(q, q_sink, cache, l, seq[t], pos[t], t, tiles[unit % n_tiles + 1] - t, g, G, work, y)
 
 
 @njit(**INNER_PARALLEL)
-def walks_in_threads(q, q_sink, cache, l, pos, seq, tiles, y):
-    """`walks`, each thread its part."""
+def walks_in_threads(q, q_sink, k, v, slot_pos, window, n_sink, l, pos, seq, tiles, G, y):
+    """`walks`, each thread its part. The parts of the cache one by one: a parallel loop takes no tuples in tuples."""
     parts = num_threads()
     for part in prange(parts):
-        walks(q, q_sink, cache, l, pos, seq, tiles, np.int64(part), parts, y)
+        cache = kv.KVCache(k, v, slot_pos, window, n_sink)
+        walks(q, q_sink, cache, l, pos, seq, tiles, G, np.int64(part), parts, y)
 
 
 @njit(**INNER)
@@ -289,9 +280,8 @@ def store_rows(k, v, cache, l, pos, seq, start, stop):
         n, s = seq[t], slot(cache, pos[t])
         cache.pos[l, n, s] = pos[t]
         for g in range(G):
-            for e in range(E):
-                cache.k[l, n, g, s, e] = k[t, g, e]
-                cache.v[l, n, g, s, e] = v[t, g, e]
+            store_head(cache.k, l, n, g, s, k, (t * G + g) * E)
+            store_head(cache.v, l, n, g, s, v, (t * G + g) * E)
 
 
 @njit(**INNER)
@@ -320,9 +310,11 @@ def attend(q, q_sink, k, v, cache, l, pos, seq):
         tiles = tile_rows(seq, start, stop, max(1, TOGETHER * k.shape[1] // H))
         products = (stop - start) * min(pos[stop - 1] + 1, cache.pos.shape[2]) * H * E
         if products < ALONE:
-            walks(q, q_sink, cache, l, pos, seq, tiles, np.int64(0), np.int64(1), y)
+            walks(q, q_sink, cache, l, pos, seq, tiles, k.shape[1], np.int64(0), np.int64(1), y)
         else:
-            walks_in_threads(q, q_sink, cache, l, pos, seq, tiles, y)
+            walks_in_threads(
+                q, q_sink, cache.k, cache.v, cache.pos, cache.window, cache.n_sink, l, pos, seq, tiles, k.shape[1], y
+            )
         start = stop
     return y
 

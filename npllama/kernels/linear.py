@@ -19,7 +19,7 @@ from npllama.kernels.embedding import embed_q4, embed_q8
 from npllama.kernels.flags import INNER, INNER_PARALLEL, SERIAL
 from npllama.kernels.quantized import linear_q4, linear_q8
 from npllama.kernels.steps import is_format
-from npllama.kernels.tile import ROWS, SIZES, Rows, copy_row, make_multiply, multiply_floats
+from npllama.kernels.tile import ROWS, SIZES, Rows, copy_row, make_dot, make_multiply, multiply_floats
 from npllama.kernels.vector import WIDTH, num_threads, pointer
 from npllama.quant import BF16, F16, Q4, Q8
 
@@ -31,6 +31,9 @@ BLOCK_ROWS = 128
 
 TILE = SIZES[0]
 """Tokens of the largest tile."""
+
+STREAMED = 2
+"""Up to so many tokens, rows of w are read one after the other: memory gives what lies in one line fastest."""
 
 FEW = 2 * TILE
 """Up to so many tokens, copying the weights costs more than it saves."""
@@ -44,6 +47,27 @@ def block_columns(K):
     """Columns of a block: nearly equal blocks of whole vectors, by K alone, so that sums are the same in every call."""
     blocks = (K + MOST_COLUMNS - 1) // MOST_COLUMNS
     return ((K + blocks - 1) // blocks + WIDTH - 1) // WIDTH * WIDTH
+
+
+def make_streamed(dot):
+    """A thread's part for a token or two, y's columns start .. stop-1: w is read once through. Needs K >= WIDTH."""
+
+    @njit(**INNER)
+    def streamed(x, w, y, start, stop, work):
+        vector.keep_apart()
+        T, K = x.shape
+        size, stride = block_columns(K), K + WIDTH
+        for t in range(T):
+            copy_row(x, t * K, K, work, t * stride)
+        for n in range(start, stop):
+            for t in range(T):
+                sum_of_blocks = np.float32(0)
+                for k in range(0, K, size):
+                    numbers, weights = Rows(pointer(work, t * stride + k), 0), Rows(pointer(w, n * K + k), 0)
+                    sum_of_blocks += dot(numbers, weights, min(size, K - k))
+                y[t, n] = sum_of_blocks
+
+    return streamed
 
 
 def make_few(multiply):
@@ -101,15 +125,19 @@ def make_many(multiply, load, load_last):
     return many
 
 
-def make_linear(multiply, load, load_last):
-    """ops.linear for one number format: how to multiply it as it lies, how to read a vector and a number of it."""
+def make_linear(read, load, load_last):
+    """ops.linear for one number format: how a tile reads it, how to read a vector and the last lanes of one."""
+    multiply = multiply_floats if read is tile.read_float else make_multiply(read)
+    streamed = make_streamed(make_dot(read))
     few, many = make_few(multiply), make_many(multiply_floats, load, load_last)
 
     @njit(**INNER)
     def part(x, w, y, start, stop):
         T, K = x.shape
         spare = np.empty(max(T, TILE) * ROWS, np.float32)
-        if T <= FEW and K >= WIDTH:
+        if T <= STREAMED and K >= WIDTH:
+            streamed(x, w, y, start, stop, np.empty(T * (K + WIDTH), np.float32))
+        elif T <= FEW and K >= WIDTH:
             few(x, w, y, start, stop, np.empty(T * (K + WIDTH), np.float32), spare)
         else:
             many(
@@ -158,9 +186,9 @@ def make_embed(load, load_last):
     return embed
 
 
-linear_f32 = make_linear(multiply_floats, vector.load, vector.load_last)
-linear_f16 = make_linear(make_multiply(tile.read_half), vector.load_half, vector.load_last_half)
-linear_bf16 = make_linear(make_multiply(tile.read_brain), vector.load_brain, vector.load_last_brain)
+linear_f32 = make_linear(tile.read_float, vector.load, vector.load_last)
+linear_f16 = make_linear(tile.read_half, vector.load_half, vector.load_last_half)
+linear_bf16 = make_linear(tile.read_brain, vector.load_brain, vector.load_last_brain)
 embed_f32 = make_embed(vector.load, vector.load_last)
 embed_f16 = make_embed(vector.load_half, vector.load_last_half)
 embed_bf16 = make_embed(vector.load_brain, vector.load_last_brain)

@@ -68,12 +68,18 @@ class Input(NamedTuple):
 
 
 @njit(**INNER)
+def group_scale(x, begin):
+    """The scale that quant.quantize_rows gives the group from x[begin] on, and what its numbers are multiplied by."""
+    magnitude = largest(x, begin)
+    if magnitude < np.float32(SMALLEST_MAGNITUDE):
+        return np.float32(0), np.float32(0)
+    return magnitude / np.float32(127), np.float32(127) / magnitude
+
+
+@njit(**INNER)
 def quantize_group(x, begin, shift, into, at):
     """One group of quant.quantize_rows: the numbers from x[begin] on become group `at`."""
-    magnitude = largest(x, begin)
-    scale, factor = np.float32(0), np.float32(0)
-    if not magnitude < np.float32(SMALLEST_MAGNITUDE):
-        scale, factor = magnitude / np.float32(127), np.float32(127) / magnitude
+    scale, factor = group_scale(x, begin)
     into.starts[at] = shift * round_group(x, begin, factor, into.codes, at * GROUP)
     into.scales[at] = scale
 

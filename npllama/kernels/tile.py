@@ -77,6 +77,22 @@ def make_tile(tokens, read):
     return tile
 
 
+def make_dot(read):
+    """The product of one row of x and one of w, which `read` reads: the same sum as in a tile."""
+
+    @intrinsic
+    def dot(typingctx, x, w, columns):
+        def generate(context, builder, signature, args):
+            x, w, columns = args
+            sums = _sums(builder, _rows(builder, x, 1), _rows(builder, w, 1), columns, read)
+            lanes = vector.fold(builder, builder.load(sums[0][0]), 1)
+            return builder.extract_element(lanes, ir.Constant(vector.i32, 0))
+
+        return types.float32(x, w, types.intp), generate
+
+    return dot
+
+
 def _rows(builder, rows, n):
     """Pointers to the first n of some Rows."""
     start, stride = builder.extract_value(rows, 0), builder.extract_value(rows, 1)

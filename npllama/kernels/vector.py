@@ -133,6 +133,29 @@ def half_to_float(builder, bits):
     return builder.bitcast(builder.or_(value, sign), numbers)
 
 
+def float_to_half(builder, number):
+    """The bits of the float16 nearest to a float32, half to even; beyond 65,504 infinity."""
+    if HALF:
+        return builder.bitcast(builder.fptrunc(number, f16), i16)
+
+    def c(bits):
+        return ir.Constant(i32, bits)
+
+    bits = builder.bitcast(number, i32)
+    magnitude = builder.and_(bits, c(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(magnitude, c(13)), c(1))
+    # The exponent less 112, and 13 bits rounded off: a carry goes into the exponent, from the largest to infinity.
+    normal = builder.lshr(builder.add(builder.sub(magnitude, c(112 << 23)), builder.add(odd, c(0xFFF))), c(13))
+    # Below 2^-14: the addition to 0.5, whose last bit is worth 2^-24, rounds.
+    half = ir.Constant(f32, 0.5)
+    small = builder.sub(builder.bitcast(builder.fadd(builder.bitcast(magnitude, f32), half), i32), c(0x3F000000))
+    special = builder.select(builder.icmp_unsigned(">", magnitude, c(0xFF << 23)), c(0x7E00), c(0x7C00))
+    value = builder.select(builder.icmp_unsigned("<", magnitude, c(113 << 23)), small, normal)
+    value = builder.select(builder.icmp_unsigned(">=", magnitude, c(143 << 23)), special, value)
+    sign = builder.and_(builder.lshr(bits, c(16)), c(0x8000))
+    return builder.trunc(builder.or_(value, sign), i16)
+
+
 def brain_to_float(builder, bits):
     """The float32 values of a vector of bfloat16 bits."""
     ints = ir.VectorType(i32, bits.type.count)
@@ -419,6 +442,27 @@ def half(typingctx, bits):
         return builder.extract_element(value, ir.Constant(i32, 0))
 
     return types.float32(types.uint16), generate
+
+
+@intrinsic
+def half_bits(typingctx, number):
+    """The bits of the float16 nearest to one float32."""
+
+    def generate(context, builder, signature, args):
+        return float_to_half(builder, args[0])
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def load_int8(typingctx, array, offset):
+    """WIDTH int8 from array[offset] on, as float32."""
+
+    def generate(context, builder, signature, args):
+        pointer = address(context, builder, signature.args[0], *args)
+        return builder.sitofp(read(builder, pointer, ir.VectorType(ir.IntType(8), WIDTH)), floats.llvm)
+
+    return floats(array, types.intp), generate
 
 
 @intrinsic

@@ -1,0 +1,125 @@
+"""Keys and values in the cache's number format: a head's row written, a block of rows read as float32.
+
+What is read is what the format keeps, in the order in which tiles want it: rows of E numbers, or of WIDTH numbers with
+zeros before them where E is less than a vector.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numba.extending import overload
+
+from npllama.cache import Rounded
+from npllama.kernels.codes import round_group
+from npllama.kernels.flags import INNER
+from npllama.kernels.quantized import group_scale
+from npllama.kernels.steps import is_format
+from npllama.kernels.tile import Rows
+from npllama.kernels.vector import (
+    WIDTH,
+    element,
+    half_bits,
+    load_half,
+    load_int8,
+    load_last,
+    load_last_half,
+    mul,
+    pointer,
+    splat,
+    store,
+)
+from npllama.quant import F16, GROUP
+
+
+def block_rows(stored, row, n_slots, E, buffer):
+    """Rows `row` .. row+n_slots-1 of all heads' slots as Rows of float32: where they lie, or copied to the buffer."""
+
+
+def store_head(stored, l, n, g, s, x, at):
+    """Keep the E numbers x[at ...] in slot s of head g of sequence n, layer l."""
+
+
+@njit(**INNER)
+def block_rows_f32(stored, row, n_slots, E, buffer):
+    at = row * E
+    if E >= WIDTH:
+        return Rows(pointer(stored, at), E)
+    for s in range(n_slots):
+        store(buffer, s * WIDTH, load_last(stored, at + (s + 1) * E - WIDTH, E))
+    return Rows(pointer(buffer, WIDTH - E), WIDTH)
+
+
+@njit(**INNER)
+def block_rows_f16(stored, row, n_slots, E, buffer):
+    stride = max(E, WIDTH)
+    for s in range(n_slots):
+        at, to = (row + s) * E, s * stride
+        if E >= WIDTH:
+            for e in range(0, E, WIDTH):
+                start = min(e, E - WIDTH)
+                store(buffer, to + start, load_half(stored.bits, at + start))
+        else:
+            store(buffer, to, load_last_half(stored.bits, at + E - WIDTH, E))
+    return Rows(pointer(buffer, stride - E), stride)
+
+
+@njit(**INNER)
+def block_rows_q8(stored, row, n_slots, E, buffer):
+    stride, n_groups, whole = max(E, WIDTH), (E + GROUP - 1) // GROUP, E // WIDTH * WIDTH
+    for s in range(n_slots):
+        at, to, group = (row + s) * E, s * stride + stride - E, (row + s) * n_groups
+        for e in range(0, whole, WIDTH):
+            scale = splat(element(stored.scales, group + e // GROUP))
+            store(buffer, to + e, mul(load_int8(stored.codes, at + e), scale))
+        for e in range(whole, E):
+            code = np.float32(element(stored.codes, at + e))
+            buffer[to + e] = code * element(stored.scales, group + e // GROUP)
+        for e in range(E, stride):
+            buffer[s * stride + e - E] = np.float32(0)
+    return Rows(pointer(buffer, stride - E), stride)
+
+
+@njit(**INNER)
+def store_head_f32(stored, l, n, g, s, x, at):
+    for e in range(stored.shape[4]):
+        stored[l, n, g, s, e] = element(x, at + e)
+
+
+@njit(**INNER)
+def store_head_f16(stored, l, n, g, s, x, at):
+    for e in range(stored.bits.shape[4]):
+        stored.bits[l, n, g, s, e] = half_bits(element(x, at + e))
+
+
+@njit(**INNER)
+def store_head_q8(stored, l, n, g, s, x, at):
+    E = stored.codes.shape[4]
+    numbers, codes = np.zeros(GROUP, np.float32), np.empty(GROUP, np.int8)
+    for i in range(stored.scales.shape[4]):
+        n_numbers = min(GROUP, E - i * GROUP)
+        for e in range(GROUP):
+            numbers[e] = element(x, at + i * GROUP + e) if e < n_numbers else np.float32(0)
+        scale, factor = group_scale(numbers, 0)
+        round_group(numbers, 0, factor, codes, 0)
+        stored.scales[l, n, g, s, i] = scale
+        for e in range(n_numbers):
+            stored.codes[l, n, g, s, i * GROUP + e] = codes[e]
+
+
+@overload(block_rows)
+def _block_rows(stored, row, n_slots, E, buffer):
+    if is_format(stored, F16):
+        return lambda stored, row, n_slots, E, buffer: block_rows_f16(stored, row, n_slots, E, buffer)
+    if is_format(stored, Rounded):
+        return lambda stored, row, n_slots, E, buffer: block_rows_q8(stored, row, n_slots, E, buffer)
+    return lambda stored, row, n_slots, E, buffer: block_rows_f32(stored, row, n_slots, E, buffer)
+
+
+@overload(store_head)
+def _store_head(stored, l, n, g, s, x, at):
+    if is_format(stored, F16):
+        return lambda stored, l, n, g, s, x, at: store_head_f16(stored, l, n, g, s, x, at)
+    if is_format(stored, Rounded):
+        return lambda stored, l, n, g, s, x, at: store_head_q8(stored, l, n, g, s, x, at)
+    return lambda stored, l, n, g, s, x, at: store_head_f32(stored, l, n, g, s, x, at)
