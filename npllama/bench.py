@@ -87,10 +87,10 @@ def operations(llama: Llama, n_out: int, n: int) -> float:
 
 def read_bandwidth(engine: Engine, repetitions: int = 7) -> float:
     """Bytes per second at which the engine's threads read a large array once through: the median of several passes."""
-    data = np.ones(BANDWIDTH_BYTES // 8, np.int64)
+    data = np.ones(BANDWIDTH_BYTES // 4, np.float32)
     read = engine.reader()
     read(data)
-    return len(data) * 8 / statistics.median(_seconds(lambda: read(data)) for _ in range(repetitions))
+    return data.nbytes / statistics.median(_seconds(lambda: read(data)) for _ in range(repetitions))
 
 
 def _seconds(work: Callable[[], object]) -> float:

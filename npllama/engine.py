@@ -179,9 +179,9 @@ class Engine:
         return kv.size_bytes(c.n_layers, 1, c.n_kv_heads, 1, c.head_dim, self.kv_dtype)
 
     def reader(self) -> Callable[[np.ndarray], object]:
-        """A function that reads (n,) int64 once through with this engine's threads: the yardstick of `bench`."""
+        """A function that reads (n,) float32 once through with this engine's threads: the yardstick of `bench`."""
         if self.backend == "numpy":
-            return lambda data: data.view(np.float32).reshape(-1, 4096) @ np.ones(4096, np.float32)
+            return lambda data: data.reshape(-1, 4096) @ np.ones(4096, np.float32)
         import numba
 
         from npllama.kernels.bandwidth import read

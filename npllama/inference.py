@@ -25,9 +25,9 @@ from npllama.weights import OpenModel, open_model
 
 DEMO = Path(__file__).parent / "demo"
 MOST_CONTEXT_UNASKED = 4096
-# A prompt is read in chunks of about a second, so that an interrupt is served. The length follows from the model's
+# A prompt is read in chunks of a second or two, so that an interrupt is served. The length follows from the model's
 # size alone and not from a clock, so that the same prompt is always cut the same way.
-CHUNK_OPERATIONS = 2.0e11
+CHUNK_OPERATIONS = 1.2e12
 MOST_CHUNK = 512
 
 log = logging.getLogger("npllama")

@@ -5,19 +5,31 @@ from __future__ import annotations
 import numpy as np
 from numba import get_num_threads, njit, prange
 
-from npllama.kernels.flags import PARALLEL
+from npllama.kernels.flags import INNER, PARALLEL
+from npllama.kernels.vector import WIDTH, add, load, splat, total
+
+STREAMS = 4
+"""Places that a thread reads from in turn. One alone gets four fifths of what four get; eight get half."""
+
+
+@njit(**INNER)
+def read_part(data, start, size):
+    """The sum of STREAMS pieces of `size` numbers, side by side from `start` on."""
+    one = two = three = four = splat(np.float32(0))
+    for i in range(start, start + size - WIDTH + 1, WIDTH):
+        one = add(one, load(data, i))
+        two = add(two, load(data, i + size))
+        three = add(three, load(data, i + 2 * size))
+        four = add(four, load(data, i + 3 * size))
+    return total(add(add(one, two), add(three, four)))
 
 
 @njit(**PARALLEL)
 def read(data):
-    """Sum (n,) int64 once through, each thread its own contiguous part. Integers, so that the sum is a vector's."""
+    """Read (n,) float32 once through, each thread its own contiguous part. Returns a sum per thread."""
     parts = get_num_threads()
-    sums = np.zeros(parts, np.int64)
-    size = (data.shape[0] + parts - 1) // parts
+    sums = np.zeros(parts, np.float32)
+    size = data.shape[0] // (parts * STREAMS)
     for part in prange(parts):
-        total = np.int64(0)
-        # Over a slice: an index that might be negative, counted from the end, would be a gather eight times slower.
-        for number in data[part * size : (part + 1) * size]:
-            total += number
-        sums[part] = total
+        sums[part] = read_part(data, np.int64(part) * STREAMS * size, size)
     return sums

@@ -28,17 +28,18 @@ from npllama.kernels.vector import (
     f32,
     half_to_float,
     has,
+    i8,
     i16,
     i32,
     i64,
     multiply_add,
+    prefetch_line,
     read,
     shuffle,
     write,
 )
 from npllama.quant import GROUP, Q4_LEVELS, ROWS
 
-i8 = ir.IntType(8)
 codes = VectorType(i8, 4 * ROWS)
 counts = VectorType(i32, ROWS)
 numbers = VectorType(f32, ROWS)
@@ -249,8 +250,7 @@ def prefetch(typingctx, array, offset, n_bytes):
     def generate(context, builder, signature, args):
         pointer = builder.bitcast(address(context, builder, signature.args[0], *args[:2]), i8.as_pointer())
         for line in range(0, n_bytes.literal_value, 64):
-            flags = (ir.Constant(i32, f) for f in (0, 3, 1))  # read, keep in all caches, data
-            call(builder, "llvm.prefetch.p0", ir.VoidType(), element(builder, pointer, line), *flags)
+            prefetch_line(builder, pointer, line)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, n_bytes), generate

@@ -54,6 +54,20 @@ def read_brain(builder, pointer):
     return vector.brain_to_float(builder, vector.read(builder, pointer, halves, 2))
 
 
+AHEAD = 4096
+"""Bytes from the numbers that are read to those that are asked for."""
+
+
+def ahead(read):
+    """The same reading, and memory asked for what comes AHEAD bytes later."""
+
+    def read_ahead(builder, pointer):
+        vector.prefetch_line(builder, builder.bitcast(pointer, vector.i8.as_pointer()), AHEAD)
+        return read(builder, pointer)
+
+    return read_ahead
+
+
 def make_tile(tokens, read):
     """The tile of `tokens` rows of x and ROWS rows of w, which `read` reads.
 
@@ -77,20 +91,22 @@ def make_tile(tokens, read):
     return tile
 
 
-def make_dot(read):
-    """The product of one row of x and one of w, which `read` reads: the same sum as in a tile."""
+def make_dots(rows, read):
+    """The products of one row of x and `rows` rows of w, which `read` reads: y[r, 0] = sum_k x[0, k] * w[r, k]."""
 
     @intrinsic
-    def dot(typingctx, x, w, columns):
+    def dots(typingctx, x, w, y, columns):
         def generate(context, builder, signature, args):
-            x, w, columns = args
-            sums = _sums(builder, _rows(builder, x, 1), _rows(builder, w, 1), columns, read)
-            lanes = vector.fold(builder, builder.load(sums[0][0]), 1)
-            return builder.extract_element(lanes, ir.Constant(vector.i32, 0))
+            x, w, y, columns = args
+            sums = _sums(builder, _rows(builder, x, 1), _rows(builder, w, rows), columns, read)
+            for one, place in zip(sums[0], _rows(builder, y, rows), strict=True):
+                lanes = vector.fold(builder, builder.load(one), 1)
+                builder.store(builder.extract_element(lanes, ir.Constant(vector.i32, 0)), place)
+            return context.get_dummy_value()
 
-        return types.float32(x, w, types.intp), generate
+        return types.void(x, w, y, types.intp), generate
 
-    return dot
+    return dots
 
 
 def _rows(builder, rows, n):

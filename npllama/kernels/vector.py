@@ -21,7 +21,7 @@ from numba.extending import intrinsic, models, register_model
 
 from npllama.kernels.flags import PLAIN
 
-i16, i32, i64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+i8, i16, i32, i64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 f16, f32 = ir.HalfType(), ir.FloatType()
 
 TRIPLE, CPU, FEATURES = cpu_target.target_context.codegen().magic_tuple()
@@ -106,6 +106,12 @@ def call(builder, name, result, *arguments):
         builder.module, ir.FunctionType(result, [a.type for a in arguments]), name
     )
     return builder.call(function, arguments)
+
+
+def prefetch_line(builder, pointer, offset):
+    """Ask for the line of memory so many bytes from a pointer to bytes; it may lie outside of what is mapped."""
+    flags = (ir.Constant(i32, f) for f in (0, 3, 1))  # read, keep in all caches, data
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), builder.gep(pointer, [ir.Constant(i64, offset)]), *flags)
 
 
 def multiply_add(builder, a, b, c):
@@ -460,7 +466,7 @@ def load_int8(typingctx, array, offset):
 
     def generate(context, builder, signature, args):
         pointer = address(context, builder, signature.args[0], *args)
-        return builder.sitofp(read(builder, pointer, ir.VectorType(ir.IntType(8), WIDTH)), floats.llvm)
+        return builder.sitofp(read(builder, pointer, ir.VectorType(i8, WIDTH)), floats.llvm)
 
     return floats(array, types.intp), generate
 
