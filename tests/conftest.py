@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -23,6 +24,20 @@ def pytest_configure(config: pytest.Config) -> None:
     if "NPLLAMA_CACHE_DIR" not in os.environ:
         os.environ["NPLLAMA_CACHE_DIR"] = tempfile.mkdtemp(prefix="npllama-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("NPLLAMA_CACHE_DIR")))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which kernels the run has compiled."""
+    if os.environ.get("NPLLAMA_BACKEND") == "numpy" or importlib.util.find_spec("numba") is None:
+        return
+    from npllama.engine import import_numba
+
+    import_numba()
+    from npllama.kernels import codes, vector
+
+    terminalreporter.write_line(
+        f"kernels: vectors of {vector.WIDTH}, products of codes {codes.DOT}, FMA {vector.FMA}, F16C {vector.HALF}"
+    )
 
 
 @pytest.fixture(scope="session")

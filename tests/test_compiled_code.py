@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,46 @@ def test_what_only_compiled_code_calls_becomes_machine_code_once(monkeypatch: py
         whole.compile((numba.float64,))
     assert whole(3.0) == 19.0
     assert [name.rsplit(".", 1)[-1] for name in assembled] == ["whole"]
+
+
+def test_the_kernels_compiled_are_those_asked_for() -> None:
+    """NPLLAMA_PLAIN_KERNELS=1 in the environment of the whole run: no instruction of one family of CPUs is used."""
+    pytest.importorskip("numba")
+    from npllama.kernels import codes, vector
+
+    if os.environ.get("NPLLAMA_PLAIN_KERNELS", "0") != "0":
+        assert (codes.DOT, vector.WIDTH, vector.FMA, vector.HALF) == ("plain", 8, False, False)
+        return
+    features = vector.FEATURES.split(",")
+    forms = {"vnni": "+avx512vnni", "avxvnni": "+avxvnni", "avx2": "+avx2"}
+    best = [dot for dot, needed in forms.items() if needed in features]
+    assert [*best, "plain"][0] == codes.DOT
+    assert ("+fma" in features or vector.ARM64) == vector.FMA
+    assert ("+f16c" in features or vector.ARM64) == vector.HALF
+
+
+def test_two_hundred_flipped_bits_and_cut_files_cost_a_compilation_each(tmp_path: Path) -> None:
+    numba = pytest.importorskip("numba")
+    from npllama.kernels.entry import DiskCache
+    from npllama.kernels.flags import SERIAL
+
+    file, said = tmp_path / "forward-f32-0-0", []
+
+    def answer() -> tuple[int, bool]:
+        kernel = numba.njit(**SERIAL)(lambda x: x * x + 1)
+        kernel._cache = DiskCache(file, said.append)
+        return kernel(5), kernel._cache.loaded
+
+    assert answer() == (26, False)
+    sound = file.read_bytes()
+    assert answer() == (26, True)
+    rng = random.Random(0)
+    damaged = [bytearray(sound) for _ in range(200)]
+    for content in damaged:
+        content[rng.randrange(len(sound))] ^= 1 << rng.randrange(8)
+    for content in [*map(bytes, damaged), b"", sound[:31], sound[:-1], sound[:40], sound + b"\0", bytes(len(sound))]:
+        file.write_bytes(content)
+        assert answer() == (26, False)
+        assert len(said) == 1, "one warning"
+        said.clear()
+        assert answer() == (26, True), "the file is replaced"

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ from npllama.random_model import RandomCheckpoint, shape_config, write_random_mo
 LLAMA_CPP = {"f32": "F32", "f16": "F16", "q8": "Q8_0", "q4": "Q4_0"}
 QUANTIZED = {"q8": 7, "q4": 2}  # llama.cpp's numbers of the formats
 TORCH = {"f32": "f32", "bf16": "bf16"}
+REST_S, LEAST_S = 0.1, 0.4
+"""Seconds of rest before a measurement, and how long it lasts at least: a short test is repeated."""
+
 MARKERS = ("<!-- speed: begin -->", "<!-- speed: end -->")
 Step = Callable[[int, int], None]
 """Feeds n tokens that begin at a position, and waits for the logits of the last."""
@@ -168,7 +171,10 @@ def gguf_file(shape: str, number_format: str, scratch: Path) -> Path:
     if path.exists():
         return path
     if number_format not in QUANTIZED:
-        write_gguf(path, shape_config(shape), number_format)
+        config = shape_config(shape)
+        drawn = RandomCheckpoint(config).tensors
+        tensors = ((name, tensor.rows(0, tensor.shape[0])) for name, tensor in drawn.items())
+        write_gguf(path, config, tensors, number_format)
         return path
     import llama_cpp
 
@@ -196,8 +202,8 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(path: Path, c: ModelConfig, number_format: str) -> None:
-    """The random weights of a config as GGUF; no vocabulary, because tests feed token ids."""
+def write_gguf(path: Path, c: ModelConfig, tensors: Iterable[tuple[str, np.ndarray]], number_format: str) -> None:
+    """Float32 tensors under Meta's names as GGUF, f32 or f16; no vocabulary, because tests feed token ids."""
     import gguf
 
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -211,10 +217,8 @@ def write_gguf(path: Path, c: ModelConfig, number_format: str) -> None:
     writer.add_rope_dimension_count(c.head_dim)
     writer.add_vocab_size(c.vocab_size)
     writer.add_tokenizer_model("no_vocab")
-    for name, tensor in RandomCheckpoint(c).tensors.items():
-        rows = tensor.rows(0, tensor.shape[0])
-        if len(tensor.shape) == 2 and number_format == "f16":
-            rows = rows.astype(np.float16)
+    for name, tensor in tensors:
+        rows = tensor.astype(np.float16) if tensor.ndim == 2 and number_format == "f16" else tensor
         layer, _, kind = name.removeprefix("layers.").partition(".") if name.startswith("layers.") else ("", "", name)
         prefix = f"blk.{layer}." if layer else ""
         writer.add_tensor(f"{prefix}{GGUF_NAMES[kind]}.weight", rows)
@@ -261,17 +265,23 @@ def serve(program: str, model: Path, threads: int, context: int) -> None:
     at_depth = -1
     for line in sys.stdin:
         n_prompt, n_gen, depth = map(int, line.split())
-        if depth != at_depth or program == "llama.cpp":
-            forget(depth if at_depth == depth else 0)
-            if depth and at_depth != depth:
+        if depth != at_depth:
+            forget(0)
+            if depth:
                 step(0, depth)
             at_depth = depth
-        started = time.perf_counter()
-        if n_prompt:
-            step(depth, n_prompt)
-        for position in range(depth + n_prompt, depth + n_prompt + n_gen):
-            step(position, 1)
-        print(time.perf_counter() - started, file=answers, flush=True)
+        time.sleep(REST_S)  # threads of the program before still spin for a while
+        spent, runs = 0.0, -1
+        while runs < 1 or spent < LEAST_S:
+            forget(depth)
+            started = time.perf_counter()
+            if n_prompt:
+                step(depth, n_prompt)
+            for position in range(depth + n_prompt, depth + n_prompt + n_gen):
+                step(position, 1)
+            spent += time.perf_counter() - started if runs >= 0 else 0.0  # the first one warms up
+            runs += 1
+        print(spent / runs, file=answers, flush=True)
 
 
 def random_ids(n: int) -> list[int]:

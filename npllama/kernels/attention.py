@@ -26,6 +26,7 @@ from npllama.kernels.flags import INNER, INNER_PARALLEL, SERIAL
 from npllama.kernels.stored import block_rows, store_head
 from npllama.kernels.tile import ROWS, Rows, along, below, copy_row, multiply_floats
 from npllama.kernels.vector import (
+    REGISTERS,
     WIDTH,
     add,
     div,
@@ -88,8 +89,8 @@ def make_work(M, E):
     return Work(wide[0], wide[1], score, wide[2], each[0], each[1], each[2], block[0], block[1], spare)
 
 
-def make_gather(rows):
-    """A tile of weighted sums: sum[m] = keep[m] * sum[m] + sum_s weight[m, s] * value[s], one vector of columns."""
+def make_gather(rows, vectors):
+    """A tile of weighted sums: sum[m] = keep[m] * sum[m] + sum_s weight[m, s] * value[s], some vectors of columns."""
 
     @intrinsic
     def gather(typingctx, weights, values, n_slots, sums, keep):
@@ -101,23 +102,29 @@ def make_gather(rows):
                 start, stride = builder.extract_value(matrix, 0), builder.extract_value(matrix, 1)
                 return builder.gep(start, [builder.mul(stride, m)])
 
+            def columns(row):
+                return [builder.gep(row, [ir.Constant(i64, v * WIDTH)]) for v in range(vectors)]
+
             def number(pointer, i):
                 return vector.broadcast(builder, builder.load(builder.gep(pointer, [i])), WIDTH)
 
-            places = [row(sums, ir.Constant(i64, m)) for m in range(rows)]
+            places = [columns(row(sums, ir.Constant(i64, m))) for m in range(rows)]
             total = []
             for m, place in enumerate(places):
-                old = vector.read(builder, place, floats.llvm, 4)
-                kept = builder.fmul(old, number(keep, ir.Constant(i64, m)))
-                total.append(cgutils.alloca_once_value(builder, kept))
+                kept = number(keep, ir.Constant(i64, m))
+                old = [vector.read(builder, one_place, floats.llvm, 4) for one_place in place]
+                total.append([cgutils.alloca_once_value(builder, builder.fmul(v, kept)) for v in old])
             weight_rows = [row(weights, ir.Constant(i64, m)) for m in range(rows)]
             with cgutils.for_range_slice(builder, zero, n_slots, one, inc=True) as (s, _):
-                value = vector.read(builder, row(values, s), floats.llvm, 4)
-                for m, weight in enumerate(weight_rows):
-                    new = vector.multiply_add(builder, number(weight, s), value, builder.load(total[m]))
-                    builder.store(new, total[m])
-            for place, one_total in zip(places, total, strict=True):
-                vector.write(builder, builder.load(one_total), place, 4)
+                value = [vector.read(builder, part, floats.llvm, 4) for part in columns(row(values, s))]
+                for m, weight_row in enumerate(weight_rows):
+                    weight = number(weight_row, s)
+                    for v in range(vectors):
+                        new = vector.multiply_add(builder, weight, value[v], builder.load(total[m][v]))
+                        builder.store(new, total[m][v])
+            for m, place in enumerate(places):
+                for v in range(vectors):
+                    vector.write(builder, builder.load(total[m][v]), place[v], 4)
             return context.get_dummy_value()
 
         return types.void(weights, values, types.intp, sums, keep), generate
@@ -125,28 +132,35 @@ def make_gather(rows):
     return gather
 
 
-gather_eight, gather_two, gather_one = make_gather(8), make_gather(2), make_gather(1)
+GATHERED = 8 if REGISTERS >= 32 else 4
+"""Rows of the large tile, which is two vectors wide: more operations for each number loaded."""
+
+gather_large, gather_rows, gather_one = make_gather(GATHERED, 2), make_gather(GATHERED, 1), make_gather(1, 1)
 
 
 @njit(**INNER)
 def gather_block(M, values, n_slots, work, E):
     """Add a block's values, each by its weight, to the sums of M query rows."""
     vector.keep_apart()
-    stride = E + WIDTH
-    for j in range(0, E, WIDTH):
-        column = along(values, min(j, E - WIDTH))
+    stride, j = E + WIDTH, 0
+    while j < E:
+        column, wide = along(values, min(j, E - WIDTH)), j + 2 * WIDTH <= E
         m = 0
-        while m + 8 <= M:
+        while m < M:
             weights, sums = Rows(pointer(work.score, m * BLOCK), BLOCK), Rows(pointer(work.sum, m * stride + j), stride)
-            gather_eight(weights, column, n_slots, sums, pointer(work.keep, m))
-            m += 8
-        while m + 2 <= M:
-            weights, sums = Rows(pointer(work.score, m * BLOCK), BLOCK), Rows(pointer(work.sum, m * stride + j), stride)
-            gather_two(weights, column, n_slots, sums, pointer(work.keep, m))
-            m += 2
-        if m < M:
-            weights, sums = Rows(pointer(work.score, m * BLOCK), BLOCK), Rows(pointer(work.sum, m * stride + j), stride)
-            gather_one(weights, column, n_slots, sums, pointer(work.keep, m))
+            keep = pointer(work.keep, m)
+            if m + GATHERED > M:
+                gather_one(weights, column, n_slots, sums, keep)
+                if wide:
+                    gather_one(weights, along(column, WIDTH), n_slots, along(sums, WIDTH), keep)
+                m += 1
+            elif wide:
+                gather_large(weights, column, n_slots, sums, keep)
+                m += GATHERED
+            else:
+                gather_rows(weights, column, n_slots, sums, keep)
+                m += GATHERED
+        j += 2 * WIDTH if wide else WIDTH
 
 
 @njit(**INNER)
@@ -178,10 +192,10 @@ def weigh(work, m, n_slots, scale):
 @njit(**INNER)
 def hide(work, m, slot_pos, s, n_slots, p, window, n_sink):
     """Give the slots that position p does not see the score -inf. slot_pos (S,) positions that the slots hold."""
-    for i in range(n_slots):
+    for i in range(n_slots):  # without branches, so that LLVM makes vectors of it
         at = slot_pos[s + i]
-        if at < 0 or at > p or (at <= p - window and at >= n_sink):
-            work.score[m * BLOCK + i] = np.float32(-np.inf)
+        hidden = (at < 0) | (at > p) | ((at <= p - window) & (at >= n_sink))
+        work.score[m * BLOCK + i] = np.float32(-np.inf) if hidden else work.score[m * BLOCK + i]
 
 
 @njit(**INNER)

@@ -132,15 +132,16 @@ def _sums(builder, x_rows, w_rows, columns, read):
 
 
 def totals_of_four(builder, a):
-    """The sums of four vectors' lanes, as one vector: each added as `total` adds, lanes transposed on the way."""
-    a = [vector.fold(builder, one, 4) for one in a]
-    pairs = []  # (a0+a2, b0+b2, a1+a3, b1+b3), and the same of c and d
-    for one, other in ((a[0], a[1]), (a[2], a[3])):
-        low = vector.shuffle(builder, one, other, (0, 4, 1, 5))
-        high = vector.shuffle(builder, one, other, (2, 6, 3, 7))
-        pairs.append(builder.fadd(low, high))
-    even = vector.shuffle(builder, *pairs, (0, 1, 4, 5))
-    return builder.fadd(even, vector.shuffle(builder, *pairs, (2, 3, 6, 7)))
+    """The sums of four vectors' lanes, as one vector: each added by halves as `total` does, but sharing vectors."""
+    left = WIDTH  # lanes that each sum still has
+    while left > 1:
+        pairs = list(zip(a[::2], a[1::2], strict=True)) if len(a) > 1 else [(a[0], a[0])]
+        lanes = range(2 * WIDTH if len(a) > 1 else 4 * left)
+        low = [lane for lane in lanes if lane % left < left // 2]
+        high = [lane + left // 2 for lane in low]
+        a = [builder.fadd(vector.shuffle(builder, *pair, low), vector.shuffle(builder, *pair, high)) for pair in pairs]
+        left //= 2
+    return a[0]
 
 
 def make_strip(read):
