@@ -6,6 +6,8 @@ in NumPy: it is the commands that are tested here, not the kernels.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import shlex
@@ -84,6 +86,23 @@ def test_the_programs_run_and_print(program: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr.decode()
     assert len(done.stdout.split()) > 5
+
+
+def test_the_table_of_speeds_is_what_was_measured() -> None:
+    spec = importlib.util.spec_from_file_location("bench_peers", ROOT / "tools" / "bench_peers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    begin, end = (re.escape(marker) for marker in tool.MARKERS)
+    (shown,) = re.findall(f"{begin}\n(.*?)\n{end}", README, re.DOTALL)
+    report = json.loads((ROOT / "tools" / "speed.json").read_text(encoding="utf-8"))
+    assert shown == tool.table(report)
+    assert len(report["results"]) >= 9
+    for one in report["results"]:
+        for peer, ratio in one["ratio"].items():
+            rates = one["tokens_per_second"]
+            assert ratio == pytest.approx(rates["npllama"] / rates[peer], rel=0.15), "of medians, and median of ratios"
 
 
 def test_files_that_the_readme_names_exist() -> None:

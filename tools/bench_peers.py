@@ -2,7 +2,8 @@
 
     pip install llama-cpp-python gguf torch
     python tools/bench_peers.py [--shapes 15m,110m,1b] [--formats q4,q8,f16,f32] [--prompts 128,512] [-n 32] [-r 5]
-                                [--json FILE] [--readme README.md] [--scratch FOLDER]
+                                [--kv-dtype f32|f16] [--json FILE] [--readme README.md]
+                                [--scratch FOLDER]
 
 Each program runs in a process of its own, because settings of OpenMP and of BLAS are per process, and all of them stay
 open while they are measured in turn: what else the machine does then hurts all of them. Random weights; q4 stands
@@ -42,6 +43,7 @@ TORCH = {"f32": "f32", "bf16": "bf16"}
 REST_S, LEAST_S = 0.1, 0.4
 """Seconds of rest before a measurement, and how long it lasts at least: a short test is repeated."""
 
+KV_TYPES = {"f32": 0, "f16": 1}  # llama.cpp's numbers of the cache's formats; its own default is f16, npllama's f32
 MARKERS = ("<!-- speed: begin -->", "<!-- speed: end -->")
 Step = Callable[[int, int], None]
 """Feeds n tokens that begin at a position, and waits for the logits of the last."""
@@ -56,15 +58,18 @@ def main() -> None:
     parser.add_argument("-n", "--n-gen", type=int, default=32)
     parser.add_argument("-d", "--depths", default="0", help="depths for the generation tests")
     parser.add_argument("-r", "--repetitions", type=int, default=5)
+    parser.add_argument("--kv-dtype", choices=KV_TYPES, help="of all programs' caches (default: each program's own)")
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("--peers", default="llama.cpp,torch")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--readme", type=Path)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "npllama-peers")
-    parser.add_argument("--serve", nargs=4, metavar=("PROGRAM", "MODEL", "THREADS", "CONTEXT"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--serve", nargs=5, metavar=("PROGRAM", "MODEL", "THREADS", "CONTEXT", "KV"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.serve:
-        serve(args.serve[0], Path(args.serve[1]), int(args.serve[2]), int(args.serve[3]))
+        serve(args.serve[0], Path(args.serve[1]), int(args.serve[2]), int(args.serve[3]), args.serve[4])
         return
     report = {"about": about(args), "results": list(results(args))}
     text = table(report)
@@ -88,6 +93,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         "cpu": cpu,
         "threads": args.threads,
         "repetitions": args.repetitions,
+        "kv_dtype": args.kv_dtype or "each program's own",
         "versions": {name: version(name) for name in packages},
     }
 
@@ -109,7 +115,7 @@ def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for shape in args.shapes.split(","):
         for number_format in args.formats.split(","):
             programs = {
-                name: Child(name, path, args.threads, context)
+                name: Child(name, path, args.threads, context, args.kv_dtype or "")
                 for name, path in models(shape, number_format, args.peers.split(","), args.scratch)
             }
             try:
@@ -234,8 +240,8 @@ def write_gguf(path: Path, c: ModelConfig, tensors: Iterable[tuple[str, np.ndarr
 class Child:
     """One program in a process of its own."""
 
-    def __init__(self, program: str, model: Path, threads: int, context: int) -> None:
-        command = [sys.executable, __file__, "--serve", program, str(model), str(threads), str(context)]
+    def __init__(self, program: str, model: Path, threads: int, context: int, kv_dtype: str) -> None:
+        command = [sys.executable, __file__, "--serve", program, str(model), str(threads), str(context), kv_dtype]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if self._answer() != "ready":
             sys.exit(f"{program} could not open {model}")
@@ -255,11 +261,11 @@ class Child:
         self._process.communicate(timeout=60)
 
 
-def serve(program: str, model: Path, threads: int, context: int) -> None:
+def serve(program: str, model: Path, threads: int, context: int, kv_dtype: str) -> None:
     """The child's side."""
     answers, sys.stdout = sys.stdout, sys.stderr
     step, forget = {"npllama": open_npllama, "llama.cpp": open_llama_cpp, "torch": open_torch}[program](
-        model, threads, context
+        model, threads, context, kv_dtype
     )
     print("ready", file=answers, flush=True)
     at_depth = -1
@@ -289,12 +295,12 @@ def random_ids(n: int) -> list[int]:
     return ids
 
 
-def open_npllama(model: Path, threads: int, context: int) -> tuple[Step, Callable[[int], None]]:
+def open_npllama(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
     """npllama as users open it; prompts in its own chunks."""
     import npllama
     from npllama.inference import chunk_tokens
 
-    llama = npllama.load(model, backend="numba", threads=threads, context=context)
+    llama = npllama.load(model, backend="numba", threads=threads, context=context, kv_dtype=kv_dtype or "f32")
     cache, ids, chunk = llama.borrow_cache(), random_ids(context), chunk_tokens(llama.config)
 
     def step(start: int, n: int) -> None:
@@ -305,7 +311,7 @@ def open_npllama(model: Path, threads: int, context: int) -> tuple[Step, Callabl
     return step, lambda kept: None
 
 
-def open_llama_cpp(model: Path, threads: int, context: int) -> tuple[Step, Callable[[int], None]]:
+def open_llama_cpp(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
     """llama.cpp through its C interface; prompts in its usual batches of 512."""
     import llama_cpp
 
@@ -316,6 +322,8 @@ def open_llama_cpp(model: Path, threads: int, context: int) -> tuple[Step, Calla
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = context, 512, 512
     params.n_threads = params.n_threads_batch = threads
+    if kv_dtype:
+        params.type_k = params.type_v = KV_TYPES[kv_dtype]
     state = llama_cpp.llama_init_from_model(opened, params)
     ids = random_ids(context)
 
@@ -334,8 +342,11 @@ def open_llama_cpp(model: Path, threads: int, context: int) -> tuple[Step, Calla
     return step, forget
 
 
-def open_torch(model: Path, threads: int, context: int) -> tuple[Step, Callable[[int], None]]:
-    """LLaMA 2 in torch as one would write it: matrix products, scaled_dot_product_attention, a static cache."""
+def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
+    """LLaMA 2 in torch as one would write it: matrix products, scaled_dot_product_attention, a static cache.
+
+    The cache has the number format of the weights: kv_dtype is npllama's and llama.cpp's.
+    """
     import torch
     from torch.nn import functional
 
@@ -393,29 +404,35 @@ def open_torch(model: Path, threads: int, context: int) -> tuple[Step, Callable[
 
 
 def table(report: dict[str, Any]) -> str:
-    """The results as a table of Markdown, with what they depend on."""
-    about = report["about"]
+    """The results as a table of Markdown, with what they depend on: a row for each shape, format and peer."""
+    about, results = report["about"], report["results"]
     versions = ", ".join(f"{name} {found}" for name, found in about["versions"].items())
-    lines = [
-        f"{about['date']}, {about['cpu']}, {about['threads']} threads, median of {about['repetitions']} alternating "
-        f"runs; {versions}.",
-        "",
-        "| shape | format | test | npllama tokens/s | llama.cpp | ratio (spread) | torch | ratio (spread) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for one in report["results"]:
-        test = f"prompt {one['n_prompt']}" if one["n_prompt"] else f"generate {one['n_gen']}"
-        test += f" at {one['n_depth']}" if one["n_depth"] else ""
-        cells = [one["shape"], one["format"], test, f"{one['tokens_per_second']['npllama']:,.1f}"]
-        for peer in ("llama.cpp", "torch"):
-            if peer in one["ratio"]:
-                low, high = one["ratio_spread"][peer]
-                cells.append(f"{one['tokens_per_second'][peer]:,.1f}")
-                cells.append(f"**{one['ratio'][peer]:.2f}** ({low:.2f}-{high:.2f})")
-            else:
-                cells += ["", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    tests = list(dict.fromkeys(name_of(one) for one in results))
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for one in results:
+        for peer, ratio in one["ratio"].items():
+            low, high = one["ratio_spread"][peer]
+            cell = f"{one['tokens_per_second']['npllama']:,.0f}, **{ratio:.2f}** ({low:.2f} to {high:.2f})"
+            rows.setdefault((one["shape"], one["format"], peer), {})[name_of(one)] = cell
+    return "\n".join(
+        [
+            f"{about['date']}, {about['cpu']}, {about['threads']} threads; "
+            f"medians of {about['repetitions']} runs in turn; {versions}.",
+            "",
+            "| shape | format | beside | " + " | ".join(tests) + " |",
+            "|---|---|---|" + "---|" * len(tests),
+            *(
+                "| " + " | ".join([*row, *(cells.get(test, "") for test in tests)]) + " |"
+                for row, cells in rows.items()
+            ),
+        ]
+    )
+
+
+def name_of(one: dict[str, Any]) -> str:
+    """What one entry of the results measured."""
+    name = f"prompt of {one['n_prompt']}" if one["n_prompt"] else f"generate {one['n_gen']}"
+    return name + (f" after {one['n_depth']}" if one["n_depth"] else "")
 
 
 def write_between_markers(path: Path, text: str) -> None:

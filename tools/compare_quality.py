@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    quiet = silence_llama_cpp()
+    silence_llama_cpp()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         options = {"threads": args.threads, "context": args.ctx_size}
         reference = stack.enter_context(npllama.load(args.model, **options))
@@ -104,7 +104,6 @@ def main() -> None:
         ]
         text = args.file.read_text(encoding="utf-8")
         report = compare(candidates, list(windows(reference, text, args.ctx_size)))
-    del quiet
     report["about"] |= {"model": args.model.name, "text": args.file.name, **about()}
     print(table(report))
     if args.json:
@@ -214,14 +213,14 @@ def llama_cpp_candidate(path: Path, options: dict[str, Any], stack: ExitStack) -
     return Candidate("llama.cpp", path.stem, bits, dict(matrices), opened.logits)
 
 
-def silence_llama_cpp() -> Any:
-    """Stop llama.cpp from writing to stderr; what is returned must live as long as it runs."""
+def silence_llama_cpp() -> None:
+    """Stop llama.cpp from writing to stderr."""
     import llama_cpp
 
     quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
-    return quiet
+    silence_llama_cpp.quiet = quiet  # type: ignore[attr-defined] # the callback must live as long as the program
 
 
 class LlamaCpp:

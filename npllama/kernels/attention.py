@@ -24,7 +24,7 @@ from npllama import ops
 from npllama.kernels import vector
 from npllama.kernels.flags import INNER, INNER_PARALLEL, SERIAL
 from npllama.kernels.stored import block_rows, store_head
-from npllama.kernels.tile import ROWS, Rows, along, below, copy_row, multiply_floats
+from npllama.kernels.tile import ROWS, Rows, along, below, copy_row, multiply
 from npllama.kernels.vector import (
     REGISTERS,
     WIDTH,
@@ -234,7 +234,7 @@ def score_block(M, q, keys, first, stop, present, E, work):
     """
     for i in range(first, stop, ROWS):
         out = Rows(pointer(work.score, i), BLOCK)
-        multiply_floats(M, Rows(pointer(q, 0), E + WIDTH), below(keys, i), present - i, out, E, True, work.spare)
+        multiply(M, Rows(pointer(q, 0), E + WIDTH), below(keys, i), present - i, out, E, work.spare)
 
 
 @njit(**INNER)

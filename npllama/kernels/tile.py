@@ -68,25 +68,23 @@ def ahead(read):
     return read_ahead
 
 
-def make_tile(tokens, read):
-    """The tile of `tokens` rows of x and ROWS rows of w, which `read` reads.
+def make_tile(tokens):
+    """The tile of `tokens` rows of x and ROWS rows of w.
 
-    y[m, r] = (first: 0, else y[m, r]) + sum_k x[m, k] * w[r, k]        k = 0 .. columns-1
+    y[m, r] = sum_k x[m, k] * w[r, k]        k = 0 .. columns-1
     """
 
     @intrinsic
-    def tile(typingctx, x, w, y, columns, first):
+    def tile(typingctx, x, w, y, columns):
         def generate(context, builder, signature, args):
-            x, w, y, columns, first = args
+            x, w, y, columns = args
             x_rows, w_rows, y_rows = _rows(builder, x, tokens), _rows(builder, w, ROWS), _rows(builder, y, tokens)
-            sums = _sums(builder, x_rows, w_rows, columns, read)
+            sums = _sums(builder, x_rows, w_rows, columns, read_float)
             for m, row in enumerate(y_rows):
-                new = totals_of_four(builder, [builder.load(one) for one in sums[m]])
-                old = vector.read(builder, row, new.type, 4)
-                vector.write(builder, builder.select(first, new, builder.fadd(old, new)), row, 4)
+                vector.write(builder, totals_of_four(builder, [builder.load(one) for one in sums[m]]), row, 4)
             return context.get_dummy_value()
 
-        return types.void(x, w, y, types.intp, types.boolean), generate
+        return types.void(x, w, y, types.intp), generate
 
     return tile
 
@@ -144,46 +142,6 @@ def totals_of_four(builder, a):
     return a[0]
 
 
-def make_strip(read):
-    """T rows of x times ROWS rows of w: y = (first: 0, else y) + x w^T, in tiles of SIZES."""
-    large, two, one = (make_tile(size, read) for size in SIZES)
-    most = SIZES[0]
-
-    @njit(**INNER)
-    def strip(T, x, w, y, columns, first):
-        vector.keep_apart()
-        t = 0
-        while t + most <= T:
-            large(below(x, t), w, below(y, t), columns, first)
-            t += most
-        while t + 2 <= T:
-            two(below(x, t), w, below(y, t), columns, first)
-            t += 2
-        if t < T:
-            one(below(x, t), w, below(y, t), columns, first)
-
-    return strip
-
-
-def make_multiply(read):
-    """A strip of up to ROWS rows of w times all T rows of x; with fewer, each for itself as a tile of equal rows."""
-    strip = make_strip(read)
-
-    @njit(**INNER)
-    def multiply(T, x, w, n_rows, y, columns, first, spare):
-        whole = n_rows >= ROWS
-        for n in range(1 if whole else n_rows):
-            weights = w if whole else Rows(below(w, n).start, 0)
-            out = y if whole else Rows(pointer(spare, 0), ROWS)
-            strip(T, x, weights, out, columns, first or not whole)
-            if not whole:
-                for t in range(T):
-                    i = t * y.stride + n
-                    y.start[i] = spare[t * ROWS] if first else y.start[i] + spare[t * ROWS]
-
-    return multiply
-
-
 @intrinsic
 def below(typingctx, rows, n):
     """The rows from the n-th on."""
@@ -207,6 +165,36 @@ def along(typingctx, rows, k):
     return rows(rows, types.intp), generate
 
 
+tile_most, tile_two, tile_one = (make_tile(size) for size in SIZES)
+
+
+@njit(**INNER)
+def strip(T, x, w, y, columns):
+    """T rows of x times ROWS rows of w, in tiles of SIZES."""
+    vector.keep_apart()
+    t = 0
+    while t + SIZES[0] <= T:
+        tile_most(below(x, t), w, below(y, t), columns)
+        t += SIZES[0]
+    while t + 2 <= T:
+        tile_two(below(x, t), w, below(y, t), columns)
+        t += 2
+    if t < T:
+        tile_one(below(x, t), w, below(y, t), columns)
+
+
+@njit(**INNER)
+def multiply(T, x, w, n_rows, y, columns, spare):
+    """Up to ROWS rows of w times all T rows of x; fewer than ROWS each for itself, as a tile of equal rows."""
+    if n_rows >= ROWS:
+        strip(T, x, w, y, columns)
+        return
+    for n in range(n_rows):
+        strip(T, x, Rows(below(w, n).start, 0), Rows(pointer(spare, 0), ROWS), columns)
+        for t in range(T):
+            y.start[t * y.stride + n] = spare[t * ROWS]
+
+
 @njit(**INNER)
 def copy_row(x, at, columns, out, out_at):
     """Copy a row for tiles: whole vectors, then the rest at the end of a vector of zeros."""
@@ -216,6 +204,3 @@ def copy_row(x, at, columns, out, out_at):
         store(out, out_at + k, load(x, at + k))
     if whole < columns:
         store(out, out_at + whole, load_last(x, at + columns - WIDTH, columns - whole))
-
-
-multiply_floats = make_multiply(read_float)
