@@ -32,8 +32,10 @@ MOST_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far b
 MOST_THREADS = 4096
 BACKENDS = ("auto", "numpy", "numba")
 # Rounds that an idle OpenMP thread spins before it sleeps. Never spinning is ten times slower on an idle machine,
-# spinning forever three hundred times slower on a busy one.
-SPIN_COUNT = "20000"
+# spinning forever three hundred times slower on a busy one. Beside one busy process per core the 15M and the 1.1B
+# shape in q4 keep 0.41 and 0.42 of their idle speed with 3,000 to 6,000 rounds, 0.44 and 0.12 with 20,000.
+# On an idle machine a 110M model loses a quarter of its speed with 1,000 rounds, three percent with 4,000.
+SPIN_COUNT = "4000"
 
 
 # One compiled call at a time in this process: each uses all its threads, and Numba's simplest threading layer ends the

@@ -12,7 +12,7 @@ import pytest
 
 from npllama import cache as kv
 from npllama import ops
-from npllama.quant import BF16, F16, bf16_bits, f16_bits, widen
+from npllama.quant import BF16, F16, bf16_bits, f16_bits, quantize, widen
 
 THETA = 10000.0
 # float32 sums of up to a few hundred products of ordinary numbers: relative to the largest value of the result.
@@ -63,6 +63,13 @@ def test_embedding_rows_are_the_tables(step: Any) -> None:
     np.testing.assert_array_equal(step.embed(table, tokens), table[tokens])
     for narrow in (F16(f16_bits(table)), BF16(bf16_bits(table))):
         np.testing.assert_array_equal(step.embed(narrow, tokens), widen(narrow)[tokens])
+
+
+@both
+@pytest.mark.parametrize("number_format", ["q8", "q4"])
+def test_embedding_rows_come_out_of_their_blocks(step: Any, number_format: str) -> None:
+    table, tokens = quantize(random(0, 37, 52), number_format), np.array([36, 0, 17, 17, 15, 16])
+    np.testing.assert_array_equal(step.embed(table, tokens), widen(table)[tokens])
 
 
 @both

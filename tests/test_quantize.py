@@ -31,10 +31,18 @@ def test_export_stores_what_quantizing_the_weights_gives(checkpoint: Path, tmp_p
             if kind in NORMS:
                 np.testing.assert_array_equal(stored, weights[kind])
                 continue
-            q8 = dtype == "q8" or kind in ("tok_embeddings", "output")
+            q8 = dtype == "q8" or kind == "output"
             assert isinstance(stored, Q8 if q8 else Q4), kind
             again = quantize(weights[kind].astype(np.float32), "q8" if q8 else "q4")
             np.testing.assert_array_equal(widen(stored), widen(again))
+
+
+def test_a_tied_embedding_is_stored_as_the_output_that_it_is(tmp_path: Path) -> None:
+    helpers.write_safetensors_checkpoint(tmp_path / "checkpoint", tied=True)
+    export(tmp_path / "checkpoint", tmp_path / "model", "q4")
+    with open_model(tmp_path / "model") as opened:
+        assert isinstance(opened.weights.tok_embeddings, Q8)
+        assert opened.weights.output is opened.weights.tok_embeddings
 
 
 @pytest.mark.parametrize("dtype", ["q8", "q4"])

@@ -22,7 +22,8 @@ def level_q8(codes, b, g, r, k):
 def level_q4(codes, b, g, r, k):
     """The integer that row r of block b has in column k of group g."""
     pair = codes[b, g, k // 8 * 4 * ROWS + r * 4 + k % 4]
-    return LEVELS[pair >> 4 if k % 8 >= 4 else pair & 15]
+    shift = 4 if k % 8 >= 4 else 0  # two expressions of unlike integers would be unified to a float
+    return LEVELS[(pair >> shift) & 15]
 
 
 def make_embed(level):
