@@ -32,10 +32,11 @@ MOST_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far b
 MOST_THREADS = 4096
 BACKENDS = ("auto", "numpy", "numba")
 # Rounds that an idle OpenMP thread spins before it sleeps. Never spinning is ten times slower on an idle machine,
-# spinning forever three hundred times slower on a busy one. Beside one busy process per core the 15M and the 1.1B
-# shape in q4 keep 0.41 and 0.42 of their idle speed with 3,000 to 6,000 rounds, 0.44 and 0.12 with 20,000.
-# On an idle machine a 110M model loses a quarter of its speed with 1,000 rounds, three percent with 4,000.
-SPIN_COUNT = "4000"
+# spinning forever three hundred times slower on a busy one. A small model's steps are so short that sleeping costs a
+# sixth of its speed; a large one's wait so long for a thread that others keep from running that spinning costs more.
+# Share of the idle speed that is left beside one busy process per core, with 4,000 and with 20,000 rounds: 15M shape in
+# q4 0.40 and 0.46, in f32 0.45 and 0.35; 1.1B shape in q4 0.42 and 0.12.
+SPIN_COUNT, SPIN_COUNT_SMALL, SMALL_SPIN_BYTES = "4000", "20000", 50_000_000
 
 
 # One compiled call at a time in this process: each uses all its threads, and Numba's simplest threading layer ends the
@@ -127,7 +128,7 @@ class Engine:
     def _prepare_numba(self) -> None:
         """Compile model.forward for this model's number formats, or take it from the disk cache."""
         started = time.perf_counter()
-        import_numba()
+        import_numba(self._opened.size_bytes)
         import numba
 
         from npllama.kernels import entry
@@ -345,10 +346,10 @@ def choose_backend(asked: str, opened: OpenModel, report: Callable[[str], None],
     return "numba"
 
 
-def import_numba() -> None:
+def import_numba(model_bytes: int = 0) -> None:
     """Import numba with OpenMP told how to wait, which is read when the library loads. A user's own setting wins."""
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
-        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT_SMALL if model_bytes < SMALL_SPIN_BYTES else SPIN_COUNT
     import numba  # noqa: F401
 
 

@@ -330,6 +330,16 @@ def test_a_forked_child_gets_an_error_and_not_a_hang(opened: OpenModel) -> None:
 
 
 @needs_numba
+@pytest.mark.parametrize(("n_bytes", "own", "rounds"), [(1e6, None, "20000"), (1e9, None, "4000"), (1e9, "7", "7")])
+def test_how_long_idle_threads_spin_follows_from_the_models_size(n_bytes: float, own: str | None, rounds: str) -> None:
+    program = f"import os; from npllama.engine import import_numba; import_numba({int(n_bytes)})"
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    env |= {"GOMP_SPINCOUNT": own} if own else {}
+    command = [sys.executable, "-c", f"{program}; print(os.environ['GOMP_SPINCOUNT'])"]
+    assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.strip() == rounds
+
+
+@needs_numba
 def test_python_threads_at_once_get_the_same_numbers_as_alone(opened: OpenModel) -> None:
     engines = [Engine(opened, "numba"), Engine(opened, "numba")]
     alone = feed(engines[0], IDS, 4)
