@@ -98,12 +98,12 @@ def write_model_directory(
     return weights
 
 
-def write_any_model(folder: Path, dtype: str) -> None:
+def write_any_model(folder: Path, dtype: str, config: ModelConfig = TINY) -> None:
     """A tiny random model directory in any number format; the quantized ones are made of float32 by the exporter."""
     if dtype not in GROUPED:
-        write_model_directory(folder, dtype=dtype)
+        write_model_directory(folder, config, dtype=dtype)
         return
-    write_model_directory(folder.with_name(f"{folder.name}-f32"))
+    write_model_directory(folder.with_name(f"{folder.name}-f32"), config)
     quantize_model(folder.with_name(f"{folder.name}-f32"), folder, dtype)
 
 

@@ -56,7 +56,7 @@ BLOCK = 64
 TOGETHER = 24
 """Query rows (tokens x heads of a group) that walk over the blocks together, as long as one token has not more."""
 
-ALONE = 1 << 16
+ALONE = 1 << 12
 """Products of queries and keys below which one thread is sooner done than two have met."""
 
 
