@@ -63,14 +63,14 @@ def make_tile(vectors):
 
 TILES = [make_tile(n) for n in range(1, VECTORS + 1)]
 narrow_tile, wide_tile = TILES[0], TILES[-1]
-middle_tile = TILES[len(TILES) // 2]
+middle_tile = TILES[1]
 
 
 @njit(**INNER)
 def tile(n_tokens, w, w_stride, x, sums, sums_stride, columns, first):
     """The tile for the first n_tokens of a panel: as many vectors as they need."""
     vector.keep_apart()
-    if n_tokens > 2 * WIDTH or n_tokens > (VECTORS - 1) * WIDTH:
+    if n_tokens > (VECTORS - 1) * WIDTH:
         wide_tile(w, w_stride, x, sums, sums_stride, columns, first)
     elif n_tokens > WIDTH:
         middle_tile(w, w_stride, x, sums, sums_stride, columns, first)
