@@ -31,12 +31,12 @@ TABULATED = 8192  # positions whose angles are kept; of later ones they are comp
 MOST_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
 MOST_THREADS = 4096
 BACKENDS = ("auto", "numpy", "numba")
-# Rounds that an idle OpenMP thread spins before it sleeps. Never spinning is ten times slower on an idle machine,
-# spinning forever three hundred times slower on a busy one. A small model's steps are so short that sleeping costs a
-# sixth of its speed; a large one's wait so long for a thread that others keep from running that spinning costs more.
-# Share of the idle speed that is left beside one busy process per core, with 4,000 and with 20,000 rounds: 15M shape in
-# q4 0.40 and 0.46, in f32 0.45 and 0.35; 1.1B shape in q4 0.42 and 0.12.
-SPIN_COUNT, SPIN_COUNT_SMALL, SMALL_SPIN_BYTES = "4000", "20000", 50_000_000
+# Rounds that an idle OpenMP thread spins before it sleeps, by the size of the model in bytes. Never spinning is ten times
+# slower on an idle machine, spinning forever three hundred times slower on a busy one. A small model's steps are so
+# short that sleeping costs a sixth of its speed; a large one's wait so long for a thread that others keep from running
+# that spinning costs more. Share of the idle speed that is left beside one busy process per core: 15M shape in q4 0.46
+# with 20,000 rounds, 0.40 with 4,000; 1.1B shape in q4 0.12 with 20,000, 0.30 with 4,000, 0.42 with 1,500.
+SPIN_COUNTS = ((50_000_000, "20000"), (400_000_000, "4000"), (math.inf, "1500"))
 
 
 # One compiled call at a time in this process: each uses all its threads, and Numba's simplest threading layer ends the
@@ -349,7 +349,7 @@ def choose_backend(asked: str, opened: OpenModel, report: Callable[[str], None],
 def import_numba(model_bytes: int = 0) -> None:
     """Import numba with OpenMP told how to wait, which is read when the library loads. A user's own setting wins."""
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
-        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT_SMALL if model_bytes < SMALL_SPIN_BYTES else SPIN_COUNT
+        os.environ["GOMP_SPINCOUNT"] = next(rounds for size, rounds in SPIN_COUNTS if model_bytes < size)
     import numba  # noqa: F401
 
 

@@ -90,12 +90,16 @@ def verify(engine: Engine, seed: int = 0) -> list[Row]:
 
 
 def whole_model_error(engine: Engine, seed: int = 1) -> Row:
-    """The logits of a prompt, whole model compiled against whole model in NumPy: errors of all steps together."""
+    """The logits of a prompt: the model compiled whole against the same model step by step in its kernels.
+
+    Not against NumPy: in q8 and q4 a last digit can tip the rounding of an activation, which then differs by a step of
+    its format. Each kernel by itself is compared with NumPy in `verify`.
+    """
     n = min(PROMPT, engine.config.max_seq_len)
     ids = np.random.default_rng(seed).integers(0, engine.config.vocab_size, n)
     pos = np.arange(n)
     found = engine.forward(engine.new_cache(1, n), ids, pos, np.zeros(n), [n - 1])
-    expected = engine.run_stepwise(stepwise({}), engine.new_cache(1, n), ids, pos)
+    expected = engine.run_stepwise(stepwise(engine.single_kernels()), engine.new_cache(1, n), ids, pos)
     return Row("whole model", "", largest_error(found, expected), calls=1)
 
 

@@ -330,7 +330,9 @@ def test_a_forked_child_gets_an_error_and_not_a_hang(opened: OpenModel) -> None:
 
 
 @needs_numba
-@pytest.mark.parametrize(("n_bytes", "own", "rounds"), [(1e6, None, "20000"), (1e9, None, "4000"), (1e9, "7", "7")])
+@pytest.mark.parametrize(
+    ("n_bytes", "own", "rounds"), [(1e6, None, "20000"), (1e8, None, "4000"), (1e9, None, "1500"), (1e9, "7", "7")]
+)
 def test_how_long_idle_threads_spin_follows_from_the_models_size(n_bytes: float, own: str | None, rounds: str) -> None:
     program = f"import os; from npllama.engine import import_numba; import_numba({int(n_bytes)})"
     env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}

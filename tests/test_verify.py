@@ -10,7 +10,7 @@ import pytest
 
 from npllama.engine import Engine
 from npllama.errors import UsageError
-from npllama.verify import largest_error, verify
+from npllama.verify import largest_error, verify, whole_model_error
 from npllama.weights import open_model
 
 pytest.importorskip("numba")
@@ -30,6 +30,10 @@ def test_sound_kernels_pass_in_every_step_and_kind_of_weight(engine: Engine) -> 
     assert {row.weight for row in rows if row.step == "linear"} == kinds
     assert {row.step for row in rows} >= {"embed", "rms_norm", "rope", "attend", "swiglu"}
     assert all(row.calls for row in rows)
+
+
+def test_the_model_compiled_whole_is_its_kernels_one_by_one(engine: Engine) -> None:
+    assert whole_model_error(engine).error == 0
 
 
 def test_a_kernel_with_one_wrong_scale_in_a_hundred_is_caught(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
