@@ -31,11 +31,11 @@ TABULATED = 8192  # positions whose angles are kept; of later ones they are comp
 MOST_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
 MOST_THREADS = 4096
 BACKENDS = ("auto", "numpy", "numba")
-# Rounds that an idle OpenMP thread spins before it sleeps, by the size of the model in bytes. Never spinning is ten times
-# slower on an idle machine, spinning forever three hundred times slower on a busy one. A small model's steps are so
-# short that sleeping costs a sixth of its speed; a large one's wait so long for a thread that others keep from running
-# that spinning costs more. Share of the idle speed that is left beside one busy process per core: 15M shape in q4 0.46
-# with 20,000 rounds, 0.40 with 4,000; 1.1B shape in q4 0.12 with 20,000, 0.30 with 4,000, 0.42 with 1,500.
+# Rounds that an idle OpenMP thread spins before it sleeps, by the size of the model in bytes. Never spinning is ten
+# times slower on an idle machine, spinning forever three hundred times slower on a busy one. A small model's steps are
+# so short that sleeping costs a sixth of its speed; a large one's wait so long for a thread that others keep from
+# running that spinning costs more. Share of the idle speed that is left beside one busy process per core: 15M shape in
+# q4 0.46 with 20,000 rounds, 0.40 with 4,000; 1.1B shape in q4 0.12 with 20,000, 0.30 with 4,000, 0.42 with 1,500.
 SPIN_COUNTS = ((50_000_000, "20000"), (400_000_000, "4000"), (math.inf, "1500"))
 
 
