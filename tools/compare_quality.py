@@ -295,4 +295,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except npllama.NpllamaError as error:
+        sys.exit(str(error))
