@@ -19,7 +19,8 @@ from npllama.engine import Engine, stepwise
 from npllama.weights import Weights
 
 # Largest error allowed, relative to the largest value of the step's result. A sum of K products in another order
-# differs by about sqrt(K) * 6e-8; the other steps are a few roundings deep; a table look-up is exact.
+# differs by about sqrt(K) * 6e-8; the other steps are a few roundings deep; a table look-up is exact. The whole model
+# is compared with its own kernels: equal to the bit where this was tried, a last digit is left to other compilers.
 TOLERANCE = {
     "embed": 0.0,
     "rms_norm": 2e-6,
@@ -28,7 +29,7 @@ TOLERANCE = {
     "rope_to_sinks": 1e-6,
     "attend": 1e-5,
     "swiglu": 2e-6,
-    "whole model": 1e-3,
+    "whole model": 1e-6,
 }
 PROMPT = 33  # tokens read at once: more than a tile, and no multiple of one
 DECODED = 2  # then token by token

@@ -182,14 +182,18 @@ def gguf_file(shape: str, number_format: str, scratch: Path) -> Path:
         tensors = ((name, tensor.rows(0, tensor.shape[0])) for name, tensor in drawn.items())
         write_gguf(path, config, tensors, number_format)
         return path
+    quantize_gguf(gguf_file(shape, "f32", scratch), path, QUANTIZED[number_format])
+    return path
+
+
+def quantize_gguf(source: Path, path: Path, ftype: int) -> None:
+    """A float32 file in another format, by llama.cpp's number of it."""
     import llama_cpp
 
-    source = gguf_file(shape, "f32", scratch)
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = QUANTIZED[number_format], 2
+    params.ftype, params.nthread = ftype, 2
     if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params):
         sys.exit(f"llama.cpp could not quantize {source}")
-    return path
 
 
 GGUF_NAMES = {
@@ -311,13 +315,21 @@ def open_npllama(model: Path, threads: int, context: int, kv_dtype: str) -> tupl
     return step, lambda kept: None
 
 
-def open_llama_cpp(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
-    """llama.cpp through its C interface; prompts in its usual batches of 512."""
+def silence_llama_cpp() -> None:
+    """Stop llama.cpp from writing to stderr."""
     import llama_cpp
 
     quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
+    silence_llama_cpp.quiet = quiet  # type: ignore[attr-defined] # the callback must live as long as the program
+
+
+def open_llama_cpp(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
+    """llama.cpp through its C interface; prompts in its usual batches of 512."""
+    import llama_cpp
+
+    silence_llama_cpp()
     opened = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = context, 512, 512
@@ -338,7 +350,6 @@ def open_llama_cpp(model: Path, threads: int, context: int, kv_dtype: str) -> tu
     def forget(kept: int) -> None:
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(state), 0, kept, -1)
 
-    forget.quiet = quiet  # type: ignore[attr-defined] # the callback must live as long as the program
     return step, forget
 
 

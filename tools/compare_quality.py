@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import ctypes
 import datetime
 import json
 import math
@@ -33,7 +32,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from bench_peers import version, write_gguf  # noqa: E402
+from bench_peers import quantize_gguf, silence_llama_cpp, version, write_gguf  # noqa: E402
 
 import npllama  # noqa: E402
 from npllama.export import IN_LAYERS, quantize_model  # noqa: E402
@@ -175,8 +174,10 @@ def llama_cpp_candidates(model: Path, options: dict[str, Any], scratch: Path, st
     with open_model(model) as opened:
         write_gguf(source, opened.config, float32_tensors(opened), "f32")
     yield llama_cpp_candidate(source, options, stack)
-    for name in LLAMA_CPP:
-        yield llama_cpp_candidate(quantized_gguf(source, name), options, stack)
+    for name, ftype in LLAMA_CPP.items():
+        path = scratch / f"{name}.gguf"
+        quantize_gguf(source, path, ftype)
+        yield llama_cpp_candidate(path, options, stack)
 
 
 def float32_tensors(opened: OpenModel) -> Iterator[tuple[str, np.ndarray]]:
@@ -190,18 +191,6 @@ def float32_tensors(opened: OpenModel) -> Iterator[tuple[str, np.ndarray]]:
             yield IN_LAYERS[kind].format(l), layer
 
 
-def quantized_gguf(source: Path, name: str) -> Path:
-    """The float32 file in one of llama.cpp's formats, beside it."""
-    import llama_cpp
-
-    path = source.with_name(f"{name}.gguf")
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = LLAMA_CPP[name], 2
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params):
-        sys.exit(f"llama.cpp could not quantize {source} to {name}")
-    return path
-
-
 def llama_cpp_candidate(path: Path, options: dict[str, Any], stack: ExitStack) -> Candidate:
     """A GGUF file, with what it says about sizes."""
     import gguf
@@ -211,16 +200,6 @@ def llama_cpp_candidate(path: Path, options: dict[str, Any], stack: ExitStack) -
     bits = 8 * sum(int(tensor.n_bytes) for tensor in tensors) / sum(int(tensor.n_elements) for tensor in tensors)
     opened = stack.enter_context(LlamaCpp(path, options["threads"], options["context"]))
     return Candidate("llama.cpp", path.stem, bits, dict(matrices), opened.logits)
-
-
-def silence_llama_cpp() -> None:
-    """Stop llama.cpp from writing to stderr."""
-    import llama_cpp
-
-    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-    silence_llama_cpp.quiet = quiet  # type: ignore[attr-defined] # the callback must live as long as the program
 
 
 class LlamaCpp:

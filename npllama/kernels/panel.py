@@ -61,9 +61,7 @@ def make_tile(vectors):
     return tile
 
 
-TILES = [make_tile(n) for n in range(1, VECTORS + 1)]
-narrow_tile, wide_tile = TILES[0], TILES[-1]
-middle_tile = TILES[1]
+narrow_tile, middle_tile, wide_tile = (make_tile(n) for n in (1, 2, VECTORS))
 
 
 @njit(**INNER)

@@ -472,17 +472,6 @@ def load_int8(typingctx, array, offset):
 
 
 @intrinsic
-def brain(typingctx, bits):
-    """The float32 value of one bfloat16's bits."""
-
-    def generate(context, builder, signature, args):
-        wide = builder.shl(builder.zext(args[0], i32), ir.Constant(i32, 16))
-        return builder.bitcast(wide, f32)
-
-    return types.float32(types.uint16), generate
-
-
-@intrinsic
 def num_threads(typingctx):
     """How many threads a prange of this Python thread uses.
 
