@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npllama.cache import KVCache
-from npllama.ops import attend, embed, layer, linear, rms_norm, rope, rope_to_sinks, swiglu
+from npllama.ops import attend, embed, layer, linear, linears, rms_norm, rope, rope_to_sinks, swiglu
 from npllama.weights import Weights
 
 
@@ -73,9 +73,10 @@ def attention(
     The cache keeps k and v of all earlier tokens, so that each is computed once: it is what makes decoding cheap.
     """
     T = x.shape[0]
-    q = linear(x, layer(weights.wq, l)).reshape(T, config.n_heads, config.head_dim)  # (T, D) -> (T, H, E)
-    k = linear(x, layer(weights.wk, l)).reshape(T, config.n_kv_heads, config.head_dim)  # (T, D) -> (T, G, E)
-    v = linear(x, layer(weights.wv, l)).reshape(T, config.n_kv_heads, config.head_dim)  # (T, D) -> (T, G, E)
+    q, k, v = linears(x, (layer(weights.wq, l), layer(weights.wk, l), layer(weights.wv, l)))
+    q = q.reshape(T, config.n_heads, config.head_dim)  # (T, H*E) -> (T, H, E)
+    k = k.reshape(T, config.n_kv_heads, config.head_dim)  # (T, G*E) -> (T, G, E)
+    v = v.reshape(T, config.n_kv_heads, config.head_dim)
 
     q_sink = rope_to_sinks(q, rotation.sink_cos, rotation.sink_sin, cache)
     q = rope(q, rotation.cos, rotation.sin)
@@ -91,8 +92,7 @@ def feed_forward(x: np.ndarray, l: int, weights: Weights) -> np.ndarray:
     w1 and w3 look for F patterns in the token; where the gate w1 fires, the pattern's content w3 passes, and w2
     writes what it stands for back into the residual stream.
     """
-    gate = linear(x, layer(weights.w1, l))  # (T, D) -> (T, F)
-    up = linear(x, layer(weights.w3, l))
+    gate, up = linears(x, (layer(weights.w1, l), layer(weights.w3, l)))  # (T, D) -> 2 x (T, F)
     return linear(swiglu(gate, up), layer(weights.w2, l))
 
 

@@ -63,6 +63,14 @@ def linear(x: np.ndarray, w: Weight) -> np.ndarray:
     return x @ widen(w).T
 
 
+def linears(x: np.ndarray, ws: tuple[Weight, ...]) -> tuple[np.ndarray, ...]:
+    """Multiply every row by several weight matrices: `linear` for each.
+
+    x (T, K) float32, every w (N_i, K). Returns a (T, N_i) for each. Together they need x once.
+    """
+    return tuple(linear(x, w) for w in ws)
+
+
 def rotation(pos: np.ndarray, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine of every angle by which positions turn the pairs of a head.
 

@@ -65,18 +65,24 @@ def verify(engine: Engine, seed: int = 0) -> list[Row]:
     n = min(PROMPT + DECODED, max(DECODED + 1, engine.config.max_seq_len))
     cache, twin = engine.new_cache(1, n), engine.new_cache(1, n)
 
-    def compared(step: str) -> Callable[..., np.ndarray]:
-        def run(*arguments: Any) -> np.ndarray:
-            expected: np.ndarray = getattr(ops, step)(*arguments)
+    def record(step: str, found: np.ndarray, expected: np.ndarray, weight: str, layer: int) -> None:
+        row = rows.setdefault((step, weight), Row(step, weight))
+        row.calls += 1
+        error = largest_error(found, expected)
+        if not error <= row.error:
+            row.error, row.layer = error, layer
+
+    def compared(step: str) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            expected = getattr(ops, step)(*arguments)
             found = kernels[step](*(twin if a is cache else a for a in arguments))
-            weight, layer = names.get(address(arguments[1]), ("", -1)) if step in ("linear", "rms_norm") else ("", -1)
-            if step == "attend":
-                layer = arguments[5]
-            row = rows.setdefault((step, weight), Row(step, weight))
-            row.calls += 1
-            error = largest_error(found, expected)
-            if not error <= row.error:
-                row.error, row.layer = error, layer
+            if step == "linears":  # the products of `linear`, several at once
+                for w, y, y_expected in zip(arguments[1], found, expected, strict=True):
+                    record("linear", y, y_expected, *names[address(w)])
+            elif step in ("linear", "rms_norm"):
+                record(step, found, expected, *names[address(arguments[1])])
+            else:
+                record(step, found, expected, "", arguments[5] if step == "attend" else -1)
             return expected
 
         return run

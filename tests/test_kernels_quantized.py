@@ -16,10 +16,10 @@ numba = pytest.importorskip("numba", reason="compiled kernels: numba is not inst
 
 from npllama import ops  # noqa: E402
 from npllama.kernels import quantized  # noqa: E402
+from npllama.kernels.single import linear_alone  # noqa: E402
 from npllama.kernels.vector import FEATURES, X86  # noqa: E402
 from npllama.quant import Q4, Q8, quantize, quantize_rows  # noqa: E402
 
-FORMATS = {"q8": quantized.linear_q8, "q4": quantized.linear_q4}
 SHAPES = [(1, 1), (7, 8), (16, 32), (17, 33), (512, 64), (64, 172), (172, 64), (48, 288)]
 TOLERANCE = 1e-5
 """Of a row's largest value: sums of float32 in another order."""
@@ -52,14 +52,14 @@ def assert_near(found: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_products_are_those_that_ops_linear_defines(rows, columns, number_format):
     x, w = problem(number_format, rows, columns, 13)
-    assert_near(FORMATS[number_format](x, w), ops.linear(x, w))
+    assert_near(linear_alone(x, w), ops.linear(x, w))
 
 
 @both
 @pytest.mark.parametrize("tokens", range(21))
 def test_any_number_of_tokens_is_multiplied(tokens, number_format):
     x, w = problem(number_format, 40, 72, tokens)
-    y = FORMATS[number_format](x, w)
+    y = linear_alone(x, w)
     assert y.shape == (tokens, 40)
     assert_near(y, ops.linear(x, w)) if tokens else None
 
@@ -72,7 +72,7 @@ def test_rows_of_very_different_size_are_each_as_exact(number_format):
     x[2] = 0
     x[3, 32:64] = 0
     x[4] = 1e-39
-    found, expected = FORMATS[number_format](x, w), ops.linear(x, w)
+    found, expected = linear_alone(x, w), ops.linear(x, w)
     assert_near(found[[0, 1, 3, 5]], expected[[0, 1, 3, 5]])
     assert not found[[2, 4]].any()
     assert not expected[[2, 4]].any()
@@ -82,7 +82,7 @@ def test_rows_of_very_different_size_are_each_as_exact(number_format):
 def test_zero_groups_of_weights_add_nothing(number_format):
     x, w = problem(number_format, 40, 72, 9)
     w.scales[:, 1] = 0
-    assert_near(FORMATS[number_format](x, w), ops.linear(x, w))
+    assert_near(linear_alone(x, w), ops.linear(x, w))
 
 
 def extreme_codes(number_format: str) -> tuple[np.ndarray, Q4 | Q8]:
@@ -103,16 +103,16 @@ def extreme_codes(number_format: str) -> tuple[np.ndarray, Q4 | Q8]:
 @both
 def test_the_largest_codes_do_not_overflow(number_format):
     x, w = extreme_codes(number_format)
-    assert_near(FORMATS[number_format](x, w), ops.linear(x, w))
+    assert_near(linear_alone(x, w), ops.linear(x, w))
 
 
 @both
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_row_that_is_not_finite_stays_alone_and_gives_nothing_finite(value, number_format):
     x, w = problem(number_format, 40, 72, 9)
-    expected = FORMATS[number_format](x, w)
+    expected = linear_alone(x, w)
     x[3, 50] = value
-    found = FORMATS[number_format](x, w)
+    found = linear_alone(x, w)
     assert not np.isfinite(found[3]).any()
     others = np.arange(9) != 3
     assert np.array_equal(found[others], expected[others])
@@ -121,10 +121,10 @@ def test_a_row_that_is_not_finite_stays_alone_and_gives_nothing_finite(value, nu
 @both
 def test_read_only_weights_and_input_are_multiplied(number_format):
     x, w = problem(number_format, 40, 72, 9)
-    expected = FORMATS[number_format](x, w)
+    expected = linear_alone(x, w)
     for array in (x, w.codes, w.scales):
         array.setflags(write=False)
-    assert np.array_equal(FORMATS[number_format](x, w), expected)
+    assert np.array_equal(linear_alone(x, w), expected)
 
 
 @both
@@ -132,7 +132,7 @@ def test_a_layer_of_stacked_weights_is_multiplied_where_it_lies(number_format):
     rng = np.random.default_rng(3)
     w = quantize(rng.standard_normal((3, 20, 40), dtype=np.float32), number_format)
     x = rng.standard_normal((2, 40), dtype=np.float32)
-    assert_near(FORMATS[number_format](x, ops.layer(w, 1)), ops.linear(x, ops.layer(w, 1)))
+    assert_near(linear_alone(x, ops.layer(w, 1)), ops.linear(x, ops.layer(w, 1)))
 
 
 @pytest.mark.parametrize("columns", [32, 40, 172])
@@ -157,8 +157,8 @@ def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
 @pytest.mark.parametrize("chunk", [1, 2, 5, 7, 64])
 def test_chunks_of_any_length_give_the_same_bits_as_all_at_once(chunk, number_format):
     x, w = problem(number_format, 300, 172, 131)
-    whole = FORMATS[number_format](x, w)
-    parts = [FORMATS[number_format](x[t : t + chunk], w) for t in range(0, len(x), chunk)]
+    whole = linear_alone(x, w)
+    parts = [linear_alone(x[t : t + chunk], w) for t in range(0, len(x), chunk)]
     assert np.array_equal(np.concatenate(parts), whole)
 
 
@@ -171,7 +171,7 @@ def test_one_thread_and_two_give_the_same_bits(number_format):
     found = []
     for n_threads in (1, 2):
         numba.set_num_threads(n_threads)
-        found.append(FORMATS[number_format](x, w))
+        found.append(linear_alone(x, w))
     assert np.array_equal(*found)
 
 

@@ -65,6 +65,29 @@ def test_embedding_rows_are_the_tables(step: Any) -> None:
         np.testing.assert_array_equal(step.embed(narrow, tokens), widen(narrow)[tokens])
 
 
+FORMATS: dict[str, Callable[[np.ndarray], Any]] = {
+    "f32": lambda w: w,
+    "f16": lambda w: F16(f16_bits(w)),
+    "bf16": lambda w: BF16(bf16_bits(w)),
+    "q8": lambda w: quantize(w, "q8"),
+    "q4": lambda w: quantize(w, "q4"),
+}
+
+
+@both
+@pytest.mark.parametrize("T", [1, 13])
+@pytest.mark.parametrize("formats", [["f32"], *([f] * n for f in FORMATS for n in (2, 3)), ["q4", "f16", "q4"]])
+def test_several_products_at_once_are_those_one_by_one(step: Any, formats: list[str], T: int) -> None:
+    x = random(1, T, 72)
+    ws = tuple(
+        FORMATS[f](random(n, rows, 72)) for n, (f, rows) in enumerate(zip(formats, (1200, 40, 300), strict=False))
+    )
+    found = step.linears(x, ws)
+    assert len(found) == len(ws)
+    for y, w in zip(found, ws, strict=True):
+        assert np.array_equal(y, step.linear(x, w))
+
+
 @both
 @pytest.mark.parametrize("number_format", ["q8", "q4"])
 def test_embedding_rows_come_out_of_their_blocks(step: Any, number_format: str) -> None:

@@ -18,7 +18,8 @@ from npllama.kernels import panel, tile, vector
 from npllama.kernels.embedding import embed_q4, embed_q8
 from npllama.kernels.flags import INNER, INNER_PARALLEL, SERIAL
 from npllama.kernels.panel import PANEL
-from npllama.kernels.quantized import linear_q4, linear_q8
+from npllama.kernels.quantized import linears_q4, linears_q8
+from npllama.kernels.several import filled, outputs, parts
 from npllama.kernels.steps import is_format
 from npllama.kernels.tile import Rows, copy_row, make_dots
 from npllama.kernels.vector import WIDTH, num_threads, pointer
@@ -138,42 +139,51 @@ def bounds(part, parts, N):
     return min(part * vectors // parts * WIDTH, N), min((part + 1) * vectors // parts * WIDTH, N)
 
 
-def make_linear(read, streams, load, load_last):
-    """ops.linear for one number format: how few tokens read it, how to read a vector and the last lanes of one."""
+def make_linears(read, streams, load, load_last):
+    """ops.linears for one number format: how few tokens read it, how to read a vector and the last lanes of one."""
     streamed, many = make_streamed(read, streams), make_many(load, load_last)
 
-    @njit(**INNER_PARALLEL)
-    def streamed_in_threads(x, w, y, parts):
-        for p in prange(parts):
-            start, stop = bounds(np.int64(p), parts, w.shape[0])
-            streamed(x, w, y, start, stop)
+    @njit(**INNER)
+    def streamed_share(x, ws, ys, part, parts):
+        """A thread's part of every matrix, one matrix after the other."""
+        for i in range(len(ws)):
+            start, stop = bounds(part, parts, ws[i].shape[0])
+            streamed(x, ws[i], ys[i], start, stop)
 
     @njit(**INNER_PARALLEL)
-    def many_in_threads(panels, first, T, w, y, parts):
+    def streamed_in_threads(x, ws, ys, parts):
+        for part in prange(parts):
+            streamed_share(x, ws, ys, np.int64(part), parts)
+
+    @njit(**INNER_PARALLEL)
+    def many_in_threads(panels, first, T, ws, ys, parts):
         for p in prange(parts):
-            start, stop = bounds(np.int64(p), parts, w.shape[0])
-            many(panels, first, T, w, y, start, stop)
+            for i in range(len(ws)):
+                start, stop = bounds(np.int64(p), parts, ws[i].shape[0])
+                many(panels, first, T, ws[i], ys[i], start, stop)
 
     @njit(**SERIAL)
-    def linear(x, w):
+    def linears(x, ws):
         T, K = x.shape
-        N, parts = w.shape[0], num_threads()
-        y = np.empty((T, N), np.float32)
+        rows, parts = 0, num_threads()
+        for w in ws:
+            rows += w.shape[0]
+        ys = outputs(T, ws)
         if T <= MOST_STREAMED and K >= WIDTH:
-            if N * K * T < ALONE:
-                streamed(x, w, y, np.int64(0), N)
+            if rows * K * T < ALONE:
+                streamed_share(x, ws, ys, np.int64(0), np.int64(1))
             else:
-                streamed_in_threads(x, w, y, parts)
-            return y
+                streamed_in_threads(x, ws, ys, parts)
+            return ys
         most = min(T, MOST_PANELS * PANEL)
         panels = np.empty((most + PANEL - 1) // PANEL * PANEL * K, np.float32)
         for first in range(0, T, most):
             n_tokens = min(most, T - first)
             pack_in_threads(x, first, n_tokens, panels, parts)
-            many_in_threads(panels, first, n_tokens, w, y, parts)
-        return y
+            many_in_threads(panels, first, n_tokens, ws, ys, parts)
+        return ys
 
-    return linear
+    return linears
 
 
 def make_embed(load, load_last):
@@ -197,26 +207,44 @@ def make_embed(load, load_last):
 
 
 # Measured with 1 to 6 streams, asked for 0 to 8 KB ahead: float32 is fastest when left alone, 16 bits gain a tenth.
-linear_f32 = make_linear(tile.read_float, 4, vector.load, vector.load_last)
-linear_f16 = make_linear(tile.ahead(tile.read_half), 2, vector.load_half, vector.load_last_half)
-linear_bf16 = make_linear(tile.ahead(tile.read_brain), 2, vector.load_brain, vector.load_last_brain)
+linears_f32 = make_linears(tile.read_float, 4, vector.load, vector.load_last)
+linears_f16 = make_linears(tile.ahead(tile.read_half), 2, vector.load_half, vector.load_last_half)
+linears_bf16 = make_linears(tile.ahead(tile.read_brain), 2, vector.load_brain, vector.load_last_brain)
 embed_f32 = make_embed(vector.load, vector.load_last)
 embed_f16 = make_embed(vector.load_half, vector.load_last_half)
 embed_bf16 = make_embed(vector.load_brain, vector.load_last_brain)
 
 
+@njit(**SERIAL)
+def linears_half(x, ws):
+    return linears_f16(x, parts(ws, 0))
+
+
+@njit(**SERIAL)
+def linears_brain(x, ws):
+    return linears_bf16(x, parts(ws, 0))
+
+
+KERNELS = {F16: linears_half, BF16: linears_brain, Q8: linears_q8, Q4: linears_q4}
+
+
 @overload(ops.linear)
 def _linear(x, w):
+    return lambda x, w: ops.linears(x, (w,))[0]
+
+
+@overload(ops.linears)
+def _linears(x, ws):
+    if not isinstance(ws, types.UniTuple):  # of several formats
+        if len(ws) == 2:
+            return lambda x, ws: (ops.linear(x, ws[0]), ops.linear(x, ws[1]))
+        return lambda x, ws: (ops.linear(x, ws[0]), ops.linear(x, ws[1]), ops.linear(x, ws[2]))
+    w = ws.dtype
     if isinstance(w, types.Array) and w.dtype == types.float32:
-        return lambda x, w: linear_f32(x, w)
-    if is_format(w, F16):
-        return lambda x, w: linear_f16(x, w.bits)
-    if is_format(w, BF16):
-        return lambda x, w: linear_bf16(x, w.bits)
-    if is_format(w, Q8):
-        return lambda x, w: linear_q8(x, w)
-    if is_format(w, Q4):
-        return lambda x, w: linear_q4(x, w)
+        return filled(linears_f32, ws)
+    for form, kernel in KERNELS.items():
+        if is_format(w, form):
+            return filled(kernel, ws)
     raise NumbaTypeError(f"linear: no kernel for weights of type {w}")
 
 

@@ -1,4 +1,4 @@
-"""ops.linear for q8 and q4: codes times codes in integers, scaled once per group.
+"""ops.linears for q8 and q4: codes times codes in integers, scaled once per group.
 
     y[t, n] = sum_g (sum_k w_code[n, g, k] * x_code[t, g, k]) * (w_scale[n, g] * x_scale[t, g])
 
@@ -34,7 +34,8 @@ from npllama.kernels.codes import (
     zeros,
 )
 from npllama.kernels.flags import INNER, INNER_PARALLEL, SERIAL
-from npllama.kernels.vector import num_threads
+from npllama.kernels.several import outputs, parts
+from npllama.kernels.vector import keep_apart, num_threads
 from npllama.quant import GROUP, Q4_LEVELS, ROWS, SMALLEST_MAGNITUDE
 
 TILE = 8
@@ -69,6 +70,13 @@ class Input(NamedTuple):
     codes: np.ndarray
     scales: np.ndarray
     starts: np.ndarray
+
+
+class Blocks(NamedTuple):
+    """What a tile needs of a matrix: codes (B, G, bytes), scales (B, G, ROWS)."""
+
+    codes: np.ndarray
+    scales: np.ndarray
 
 
 @njit(**INNER)
@@ -175,13 +183,14 @@ def make_tile(make_group, M):
     return tile
 
 
-def make_linear(make_group, shift):
-    """ops.linear for a format. shift: what is to be added to its codes, as the tiles see them."""
+def make_linears(make_group, shift):
+    """ops.linears for a format. shift: what is to be added to its codes, as the tiles see them."""
     wide_tile, single_tile = make_tile(make_group, TILE), make_tile(make_group, 1)
 
     @njit(**INNER)
     def blocks(x, w, y, begin, stop):
         """The rows of y of the blocks begin .. stop-1, strip by strip."""
+        keep_apart()
         T = y.shape[0]
         strip = max(1, STRIP_BYTES // (w.codes.shape[1] * w.codes.shape[2]))
         for low in range(begin, stop, strip):
@@ -193,33 +202,39 @@ def make_linear(make_group, shift):
                 for b in range(low, high):
                     single_tile(w, b, x, first, y)
 
+    @njit(**INNER)
+    def share(x, codes, scales, ys, part, parts):
+        """A thread's part: neighbouring blocks of every matrix, one matrix after the other."""
+        for i in range(len(codes)):
+            B = codes[i].shape[0]
+            blocks(x, Blocks(codes[i], scales[i]), ys[i], part * B // parts, (part + 1) * B // parts)
+
     @njit(**INNER_PARALLEL)
-    def blocks_parallel(x, w, y, n_threads):
-        """Each thread owns neighbouring blocks."""
-        B = w.codes.shape[0]
-        for p in prange(n_threads):
-            thread = np.int64(p)
-            blocks(x, w, y, thread * B // n_threads, (thread + 1) * B // n_threads)
+    def shares(x, codes, scales, ys, parts):
+        for part in prange(parts):
+            share(x, codes, scales, ys, np.int64(part), parts)
 
     @njit(**SERIAL)
-    def linear(x, w):
-        T, B, G = x.shape[0], w.scales.shape[0], w.scales.shape[1]
-        n = max(T, wide_tiles(T) * TILE) * G
+    def linears(x, ws):
+        T, G = x.shape[0], ws[0].scales.shape[1]
+        n, n_threads = max(T, wide_tiles(T) * TILE) * G, num_threads()
         into = Input(np.empty(n * GROUP, np.int8), np.empty(n, np.float32), np.empty(n, np.int32))
-        y = np.empty((T, w.rows), np.float32)
-        n_threads = num_threads()
         if n * GROUP < LEAST_PARALLEL_INPUT:
             quantize_tiles(x, np.int32(shift), into, np.int64(0), n_tiles(T))
         else:
             quantize_parallel(x, np.int32(shift), into, n_threads)
-        if n * GROUP * w.rows < LEAST_PARALLEL:
-            blocks(into, w, y, np.int64(0), B)
+        rows = 0
+        for w in ws:
+            rows += w.rows
+        ys = outputs(T, ws)
+        if n * GROUP * rows < LEAST_PARALLEL:
+            share(into, parts(ws, 0), parts(ws, 1), ys, np.int64(0), np.int64(1))
         else:
-            blocks_parallel(into, w, y, n_threads)
-        return y
+            shares(into, parts(ws, 0), parts(ws, 1), ys, n_threads)
+        return ys
 
-    return linear
+    return linears
 
 
-linear_q4 = make_linear(make_group_q4, Q4_LEVELS[0])
-linear_q8 = make_linear(make_group_q8, -SIGN_FLIP)
+linears_q4 = make_linears(make_group_q4, Q4_LEVELS[0])
+linears_q8 = make_linears(make_group_q8, -SIGN_FLIP)

@@ -33,6 +33,11 @@ def linear_alone(x, w):
 
 
 @njit(**SERIAL)
+def linears_alone(x, ws):
+    return ops.linears(x, ws)
+
+
+@njit(**SERIAL)
 def rope_alone(x, cos, sin):
     return ops.rope(x, cos, sin)
 
@@ -56,6 +61,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "embed": embed_alone,
     "rms_norm": rms_norm_alone,
     "linear": linear_alone,
+    "linears": linears_alone,
     "rope": rope_alone,
     "rope_to_sinks": rope_to_sinks_alone,
     "attend": attend_alone,
