@@ -22,7 +22,7 @@ from npllama import cache as kv
 from npllama import machine, model, ops
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
-from npllama.quant import Q4, Q8, Grouped, widen
+from npllama.quant import Coded, Grouped, widen
 from npllama.version import __version__
 from npllama.weights import OpenModel, Weights, kind_shapes
 
@@ -115,9 +115,7 @@ class Engine:
         if needed and needed <= machine.free_memory() // 2:
             if needed > SMALL_MODEL_BYTES:
                 self._report(f"widening the weights to float32 in memory ({needed / 1e6:,.0f} MB)")
-            widened: dict[int, Any] = {
-                id(w): Grouped(widen(w)) if isinstance(w, Q8 | Q4) else widen(w) for w in weights
-            }
+            widened: dict[int, Any] = {id(w): Grouped(widen(w)) if isinstance(w, Coded) else widen(w) for w in weights}
             self._weights = Weights(*(widened[id(w)] for w in weights))
         elif needed:
             self._report(

@@ -101,7 +101,7 @@ def export(
 ) -> dict[str, Any]:
     """Write the model directory `out` from a checkpoint; returns its manifest.
 
-    dtype "f32", "f16", "bf16", "q8" or "q4" of the matrices (the output of a q4 model is q8), None for the
+    dtype "f32", "f16", "bf16", "q8", "q6" or "q4" of the matrices (the output of a q4 model is q6), None for the
     checkpoint's own (float32 where its matrices differ or are float64); norms are always float32. tokenizer: a
     SentencePiece file, None to look in the checkpoint's folder and its parent. force: replace a model directory.
     progress gets (bytes done, bytes in all, tensor), note one-line remarks. The same checkpoint gives the same bytes.
@@ -129,7 +129,7 @@ def quantize_model(
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write the model directory `out` from another one, whose matrices are f32, f16 or bf16, in "q8" or "q4".
+    """Write the model directory `out` from another one, whose matrices are f32, f16 or bf16, in "q8", "q6" or "q4".
 
     The result is the same as an export of the checkpoint with this dtype, up to what the first export rounded.
     Raises ModelError for a model that cannot be read or is quantized already, UsageError for another dtype.
@@ -256,13 +256,13 @@ def _check_space(out: Path, needed: int) -> None:
 def format_of(kind: str, number_format: str, tied: bool) -> str:
     """The number format of one kind of weight in a model of a number format.
 
-    Norms are float32 in every model. The output of a q4 model, where an error reaches every token, is q8: it takes away
-    a third of the KL divergence. The embedding is q8 only where it is the output as well (tied): alone, a twentieth.
+    Norms are float32 in every model. The output of a q4 model, where an error reaches every token, is q6: it takes away
+    a third of the KL divergence. The embedding is q6 only where it is the output as well (tied): alone, a twentieth.
     """
     if kind in NORMS:
         return "f32"
     output = "tok_embeddings" if tied else "output"
-    return "q8" if number_format == "q4" and kind == output else number_format
+    return "q6" if number_format == "q4" and kind == output else number_format
 
 
 class _Meter:
@@ -332,7 +332,7 @@ def _float32(block: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _quantized(number_format: str, block: np.ndarray, dtype: str, name: str, first_row: int) -> dict[str, np.ndarray]:
-    """Rows of a tensor -> codes and scales; the rows begin at a whole block."""
+    """Rows of a tensor -> codes, scales and factors; the rows begin at a whole block."""
     wide = _float32(block, dtype)
     if not np.isfinite(wide).all():
         _refuse("f32", block, dtype, name, first_row, int(np.flatnonzero(~np.isfinite(wide))[0]))
@@ -340,7 +340,7 @@ def _quantized(number_format: str, block: np.ndarray, dtype: str, name: str, fir
         found = quantize(wide, number_format)
     except UsageError as error:
         raise CheckpointError(f"{name}, rows from {first_row}: {error}") from error
-    return {"codes": found.codes, "scales": found.scales}
+    return {"codes": found.codes, "scales": found.scales, "factors": found.factors}
 
 
 def _refuse(number_format: str, block: np.ndarray, dtype: str, name: str, first_row: int, at: int) -> None:

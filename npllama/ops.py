@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from npllama.cache import KVCache, read, run_stop, slot, write
-from npllama.quant import Q4, Q8, Grouped, Weight, round_rows, widen, widen_rows
+from npllama.quant import Coded, Grouped, Weight, round_rows, widen, widen_rows
 
 # Scores of one attention step: at most this many, so that memory does not grow with T x S.
 MOST_SCORES = 1 << 22
@@ -23,8 +23,8 @@ def layer(w: W, l: int) -> W:
     """Layer l of stacked weights: (L, rows, columns) -> (rows, columns), a view, in the same number format."""
     if isinstance(w, np.ndarray):
         return w[l]
-    if isinstance(w, Q8 | Q4):
-        return type(w)(w.codes[l], w.scales[l], w.rows, w.columns)
+    if isinstance(w, Coded):
+        return type(w)(w.codes[l], w.scales[l], w.factors[l], w.rows, w.columns)
     return type(w)(*(part[l] for part in w))
 
 
@@ -55,10 +55,10 @@ def linear(x: np.ndarray, w: Weight) -> np.ndarray:
 
         y[t, n] = sum_k x[t, k] * w[n, k]
 
-    x (T, K) float32, w (N, K) in any format. Returns (T, N) float32, new. With a grouped format (q8, q4) the x of the
-    equation is x rounded to 8 bits, see quant.quantize_rows: so the products are of integers.
+    x (T, K) float32, w (N, K) in any format. Returns (T, N) float32, new. With a grouped format (q8, q6, q4) the x of
+    the equation is x rounded to 8 bits, see quant.quantize_rows: so the products are of integers.
     """
-    if isinstance(w, Q8 | Q4 | Grouped):
+    if isinstance(w, Coded | Grouped):
         x = round_rows(x)
     return x @ widen(w).T
 

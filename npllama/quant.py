@@ -29,51 +29,91 @@ class BF16(NamedTuple):
     bits: np.ndarray
 
 
-# Grouped formats: GROUP neighbours of a row share a float16 scale, and ROWS rows stand interleaved in a block, so that
-# a vector holds the same columns of many rows and no sum runs across it. Blocks (B) and groups (G) are whole: what is
-# beyond the last row or column is zero. The bytes of a block's group are vectors of 64. Byte 4 r + j of vector v is of
-# row r and, in q8, of column 4 v + j; in q4 its lower half is of column 8 v + j, its upper half of column 8 v + 4 + j.
+# Grouped formats: GROUP neighbours of a row share a scale, and ROWS rows stand interleaved in a block, so that a vector
+# holds the same columns of many rows and no sum runs across it. Blocks (B) and groups (G) are whole: what is beyond the
+# last row or column is zero. The bytes of a block's group are vectors of 64. Byte 4 r + j of vector v is of row r and
+#
+#     in q8 of column 4 v + j;
+#     in q4 of the columns 8 v + j (lower four bits) and 8 v + 4 + j (upper four);
+#     in q6, vectors 0 to 3, the same as in q4: the lower four bits of the codes; vectors 4 and 5 are their upper two,
+#     bits 2 i and 2 i + 1 of vector 4 + v being of column 16 v + 4 i + j.
+#
+# Scales have 8 bits (see SCALES) and a factor for each row. Against float16 scales that saves a quarter of a bit per
+# weight, for 0.4 % (q4) to 6 % (q8) more squared error.
 
 GROUP = 32
 ROWS = 16
+Q4_BYTES = ROWS * GROUP // 2
 
 
 class Q8(NamedTuple):
-    """8.5 bits per weight: w = code * scale, codes from -127 to 127.
+    """8.25 bits per weight, and 16 per row: w = code * scale * factor, codes from -127 to 127.
 
-    codes (..., B, G, 512) int8, scales (..., B, G, 16) uint16 (float16 bits), of `rows` rows and `columns` columns.
+    codes (..., B, G, 512) int8, scales (..., B, G, 16) uint8, factors (..., B, 16) uint16 (bfloat16 bits), of
+    `rows` rows and `columns` columns.
     """
 
     codes: np.ndarray
     scales: np.ndarray
+    factors: np.ndarray
+    rows: int
+    columns: int
+
+
+class Q6(NamedTuple):
+    """6.25 bits per weight, and 16 per row: w = (code - 32) * scale * factor. The output of q4 models.
+
+    codes (..., B, G, 384) uint8, the rest as in Q8.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    factors: np.ndarray
     rows: int
     columns: int
 
 
 class Q4(NamedTuple):
-    """4.5 bits per weight: w = Q4_LEVELS[code] * scale, two codes to a byte.
+    """4.25 bits per weight, and 16 per row: w = Q4_LEVELS[code] * scale * factor, two codes to a byte.
 
-    codes (..., B, G, 256) uint8, scales (..., B, G, 16) uint16 (float16 bits), of `rows` rows and `columns` columns.
+    codes (..., B, G, 256) uint8, the rest as in Q8.
     """
 
     codes: np.ndarray
     scales: np.ndarray
+    factors: np.ndarray
     rows: int
     columns: int
 
+
+Q6_LOWEST = -32
+"""What the code 0 of q6 stands for. Its levels span 64 as those of q4 do, and are multiplied in the same way."""
 
 Q4_LEVELS = (-34, -26, -20, -16, -12, -8, -5, -2, 0, 3, 6, 9, 13, 17, 22, 28)
 """What the codes of q4 stand for.
 
 Levels are closer where weights are more frequent; scales have either sign. Against evenly spaced levels the squared
 error is 17 % smaller for normally distributed weights, 35 % for long tails. They span at most 64, so that four
-products with 8-bit numbers fit into 16 bits. Tried at the same 4.5 bits: a span of 32 (half of the gain), groups of 64
-with a scale and a minimum (none), groups of 16 with 8-bit scales (somewhat better, but products a fifth slower).
+products with 8-bit numbers fit into 16 bits. Tried at the same bits: a span of 32 (half of the gain), groups of 64 with
+a scale and a minimum (none), groups of 16 (somewhat better, but products a fifth slower).
+"""
+
+
+def scale_bits(codes: np.ndarray) -> np.ndarray:
+    """8-bit scales (uint8) -> the bits of the float16 that they stand for: a sign, 2 of exponent, 5 of mantissa."""
+    wide = codes.astype(np.uint16)
+    return (wide & np.uint16(0x80)) << np.uint16(8) | (wide & np.uint16(0x7F)) << np.uint16(5)
+
+
+SCALES = scale_bits(np.arange(256)).view(np.float16).astype(np.float32)
+"""What an 8-bit scale stands for: 0 to 4.8e-4 in 127 steps that grow from 1.9e-6 eightfold, then the negative ones.
+
+Steps are a thirtieth of the scale or less down to a sixteenth of the row's largest scale, then even.
 """
 
 
 class Grouped(NamedTuple):
-    """A q8 or q4 matrix widened to float32: its products still round their other side as those of q8 and q4 do.
+    """A q8, q6 or q4 matrix widened to float32: its products still round their other side as those of q8, q6, q4 do.
 
     values (..., rows, columns) float32.
     """
@@ -81,7 +121,10 @@ class Grouped(NamedTuple):
     values: np.ndarray
 
 
-Weight = np.ndarray | F16 | BF16 | Q8 | Q4 | Grouped
+Coded = Q8 | Q6 | Q4
+"""A matrix in a grouped format."""
+
+Weight = np.ndarray | F16 | BF16 | Q8 | Q6 | Q4 | Grouped
 """A matrix in any number format."""
 
 
@@ -107,9 +150,10 @@ def widen(w: Weight) -> np.ndarray:
         return (w.bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if isinstance(w, Grouped):
         return w.values
-    if isinstance(w, Q8 | Q4):
+    if isinstance(w, Coded):
         groups = _levels(w)  # (..., B, G, ROWS, GROUP)
-        groups *= w.scales.view(np.float16).astype(np.float32)[..., None]
+        groups *= SCALES[w.scales][..., None]  # exact: a level has 8 bits, a scale 6
+        groups *= widen(BF16(w.factors))[..., None, :, None]
         rows = np.swapaxes(groups, -3, -2)  # (..., B, ROWS, G, GROUP)
         whole = rows.reshape(*rows.shape[:-4], rows.shape[-4] * ROWS, rows.shape[-2] * GROUP)
         return np.ascontiguousarray(whole[..., : w.rows, : w.columns])
@@ -120,22 +164,33 @@ def widen_rows(w: Weight, rows: np.ndarray) -> np.ndarray:
     """Some rows of a matrix (N, K) in any number format: (T,) integers -> (T, K) float32, new."""
     if isinstance(w, np.ndarray):
         return w[rows]
-    if isinstance(w, Q8 | Q4):
-        blocks = w._replace(codes=w.codes[rows // ROWS], scales=w.scales[rows // ROWS], rows=ROWS * len(rows))
+    if isinstance(w, Coded):
+        codes, scales, factors = (part[rows // ROWS] for part in (w.codes, w.scales, w.factors))
+        blocks = type(w)(codes, scales, factors, ROWS * len(rows), w.columns)
         return widen(blocks)[np.arange(len(rows)) * ROWS + rows % ROWS]
     return widen(type(w)(*(part[rows] for part in w)))
 
 
-def _levels(w: Q8 | Q4) -> np.ndarray:
+def _levels(w: Coded) -> np.ndarray:
     """Codes -> the integers they stand for, in the order of rows and columns: (..., B, G, ROWS, GROUP) float32."""
     groups = w.codes.shape[:-1]
     if isinstance(w, Q8):
-        vectors = w.codes.astype(np.float32).reshape(*groups, GROUP // 4, ROWS, 4)
+        vectors = w.codes.astype(np.float32)
+    elif isinstance(w, Q4):
+        vectors = np.array(Q4_LEVELS, np.float32)[_nibbles(w.codes)]
     else:
-        packed = w.codes.reshape(*groups, GROUP // 8, 1, ROWS, 4)
-        halves = np.concatenate([packed & 15, packed >> 4], axis=-3)  # (..., 4, 2, ROWS, 4)
-        vectors = np.array(Q4_LEVELS, np.float32)[halves].reshape(*groups, GROUP // 4, ROWS, 4)
+        low, tops = _nibbles(w.codes[..., :Q4_BYTES]), w.codes[..., Q4_BYTES:].reshape(*groups, -1, 1, 4 * ROWS)
+        high = tops >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3  # (..., 2, 4, 64)
+        vectors = (low | high.reshape(low.shape) << 4).astype(np.float32) + np.float32(Q6_LOWEST)
+    vectors = vectors.reshape(*groups, GROUP // 4, ROWS, 4)
     return np.swapaxes(vectors, -3, -2).reshape(*groups, ROWS, GROUP)  # (..., 8, ROWS, 4) -> (..., ROWS, 8, 4)
+
+
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    """Two codes to a byte -> a byte each, lower ones of a vector before its upper ones: (..., 256) -> (..., 8, 64)."""
+    vectors = packed.reshape(*packed.shape[:-1], -1, 1, 4 * ROWS)
+    both = np.concatenate([vectors & 15, vectors >> 4], axis=-2)  # (..., 4, 2, 64)
+    return both.reshape(*packed.shape[:-1], -1, 4 * ROWS)
 
 
 # ---------------------------------------------------------------- activations
@@ -146,7 +201,7 @@ SMALLEST_MAGNITUDE = 1e-30
 
 
 def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Round the input of a product with a q8 or q4 matrix to 8 bits.
+    """Round the input of a product with a q8, q6 or q4 matrix to 8 bits.
 
         scale[t, g] = max_k |x[t, g, k]| / 127        code[t, g, k] = rint(x[t, g, k] * (127 / max_k |x[t, g, k]|))
 
@@ -171,11 +226,11 @@ def round_rows(x: np.ndarray) -> np.ndarray:
     return (codes * scales[..., None]).reshape(len(x), codes.shape[1] * GROUP)[:, : x.shape[1]]
 
 
-# ---------------------------------------------------------------- float32 -> q8, q4
+# ---------------------------------------------------------------- float32 -> q8, q6, q4
 
 
 CHUNK_NUMBERS = 1 << 17
-LARGEST_WEIGHT = 1e6  # its scale still is a finite float16
+LARGEST_WEIGHT = 1e6  # beyond, a model is broken; and the sums below stay far from the largest float32
 MOST_WORKERS = 8
 # Levels are integers, so borders between them are multiples of a half: floor(2 w / scale) tells the nearest level.
 _Q4_CELLS = (np.arange(2 * Q4_LEVELS[0], 2 * Q4_LEVELS[-1] + 1) + 0.5) / 2
@@ -191,46 +246,68 @@ def _nearest_q4(w: np.ndarray, inverse: np.ndarray) -> np.ndarray:
     return _Q4_NEAREST.take(cell.astype(np.uint8))
 
 
-def _nearest_q8(w: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-    """The integer from -127 to 127 nearest to w * inverse: (n, GROUP), (n,) -> (n, GROUP) float32."""
-    level = np.rint(w * inverse[:, None])
-    return np.clip(level, -127, 127, out=level)
+def _nearest_integer(low: int, high: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Makes a function like _nearest_q4 for levels that are all integers from low to high."""
+
+    def nearest(w: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+        level = np.rint(w * inverse[:, None])
+        return np.clip(level, low, high, out=level)
+
+    return nearest
 
 
-def _pack_q4(levels: np.ndarray) -> np.ndarray:
-    """Levels (b, ROWS, G, GROUP) -> codes of the blocks (b, G, 256) uint8."""
-    b, _, G, _ = levels.shape
-    code = _Q4_CODE[levels.astype(np.int8) - Q4_LEVELS[0]].reshape(b, ROWS, G, GROUP // 8, 2, 4)
-    packed: np.ndarray = code[..., 0, :] | code[..., 1, :] << 4  # (b, ROWS, G, 4, 4)
-    return packed.transpose(0, 2, 3, 1, 4).reshape(b, G, -1)
+def _vectors(codes: np.ndarray) -> np.ndarray:
+    """Codes in the order of rows and columns (b, ROWS, G, GROUP) -> vectors of four columns (b, G, 8, 64)."""
+    b, _, G, _ = codes.shape
+    return codes.reshape(b, ROWS, G, GROUP // 4, 4).transpose(0, 2, 3, 1, 4).reshape(b, G, GROUP // 4, 4 * ROWS)
 
 
 def _pack_q8(levels: np.ndarray) -> np.ndarray:
     """Levels (b, ROWS, G, GROUP) -> codes of the blocks (b, G, 512) int8."""
-    b, _, G, _ = levels.shape
-    return levels.astype(np.int8).reshape(b, ROWS, G, GROUP // 4, 4).transpose(0, 2, 3, 1, 4).reshape(b, G, -1)
+    vectors = _vectors(levels.astype(np.int8))
+    return vectors.reshape(*vectors.shape[:2], -1)
+
+
+def _pack_nibbles(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of codes below 16 (b, G, 8, 64) -> two codes to a byte (b, G, 256)."""
+    packed: np.ndarray = vectors[:, :, ::2] | vectors[:, :, 1::2] << 4
+    return packed.reshape(*vectors.shape[:2], -1)
+
+
+def _pack_q4(levels: np.ndarray) -> np.ndarray:
+    """Levels (b, ROWS, G, GROUP) -> codes of the blocks (b, G, 256) uint8."""
+    return _pack_nibbles(_vectors(_Q4_CODE[levels.astype(np.int8) - Q4_LEVELS[0]]))
+
+
+def _pack_q6(levels: np.ndarray) -> np.ndarray:
+    """Levels (b, ROWS, G, GROUP) -> codes of the blocks (b, G, 384) uint8."""
+    vectors = _vectors((levels - np.float32(Q6_LOWEST)).astype(np.uint8))
+    tops = (vectors >> 4).reshape(*vectors.shape[:2], 2, 4, -1) << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    tops = np.bitwise_or.reduce(tops, axis=3)  # (b, G, 2, 4, 64) -> (b, G, 2, 64)
+    return np.concatenate([_pack_nibbles(vectors & 15), tops.reshape(*vectors.shape[:2], -1)], axis=-1)
 
 
 class _Grid(NamedTuple):
     """How a format is quantized. targets: levels near the outermost ones, on which a group's largest number is laid."""
 
-    form: type[Q8] | type[Q4]
+    form: type[Q8] | type[Q6] | type[Q4]
     nearest: Callable[[np.ndarray, np.ndarray], np.ndarray]
     pack: Callable[[np.ndarray], np.ndarray]
     targets: tuple[float, ...]
 
 
 _GRIDS = {
-    "q8": _Grid(Q8, _nearest_q8, _pack_q8, (127.0,)),
+    "q8": _Grid(Q8, _nearest_integer(-127, 127), _pack_q8, (127.0,)),
+    "q6": _Grid(Q6, _nearest_integer(-32, 31), _pack_q6, (-32.4, -31.6, 31)),
     "q4": _Grid(Q4, _nearest_q4, _pack_q4, (-37, -35.2, -33.4, -31.6, -29.8, -28, 23, 24.6, 26.2, 27.8, 29.4, 31)),
 }
 
 
-def quantize(w: np.ndarray, number_format: str) -> Q8 | Q4:
-    """float32 (..., N, K) -> "q8" or "q4", with scales that make the squared error small.
+def quantize(w: np.ndarray, number_format: str) -> Coded:
+    """float32 (..., N, K) -> "q8", "q6" or "q4", with scales that make the squared error small.
 
     Blocks of rows are independent: a matrix may be quantized in pieces, cut at multiples of ROWS rows, and the parts
-    joined along the axis of blocks. Raises UsageError for a number that is not finite, or too large for a scale.
+    joined along the axis of blocks. Raises UsageError for a number that is not finite, or beyond LARGEST_WEIGHT.
     """
     grid = _GRIDS[number_format]
     N, K = w.shape[-2:]
@@ -240,21 +317,51 @@ def quantize(w: np.ndarray, number_format: str) -> Q8 | Q4:
     pieces = list(itertools.product(range(len(stacked)), range(0, B, step)))
     with ThreadPoolExecutor(min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
         done = list(pool.map(lambda p: _quantize_blocks(stacked[p[0]], p[1], p[1] + step, grid), pieces))
-    codes, scales = (np.concatenate(part).reshape(*w.shape[:-2], B, G, -1) for part in zip(*done, strict=True))
-    return grid.form(np.ascontiguousarray(codes), np.ascontiguousarray(scales), N, K)
+    codes, scales, factors = (np.concatenate(part) for part in zip(*done, strict=True))
+    blocks = (*w.shape[:-2], B)
+    return grid.form(
+        np.ascontiguousarray(codes.reshape(*blocks, G, -1)),
+        np.ascontiguousarray(scales.reshape(*blocks, G, ROWS)),
+        factors.reshape(*blocks, ROWS),
+        N,
+        K,
+    )
 
 
-def _quantize_blocks(w: np.ndarray, begin: int, stop: int, grid: _Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks begin .. stop-1 of a matrix (N, K): codes (b, G, bytes), scales (b, G, ROWS)."""
+def _quantize_blocks(w: np.ndarray, begin: int, stop: int, grid: _Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Blocks begin .. stop-1 of a matrix (N, K): codes (b, G, bytes), scales (b, G, ROWS) uint8, factors
+    (b, ROWS) uint16."""
     part = w[begin * ROWS : stop * ROWS]
     b, G = -(-len(part) // ROWS), -(-part.shape[1] // GROUP)
     whole = np.zeros((b * ROWS, G * GROUP), np.float32)
     whole[: len(part), : part.shape[1]] = part
     _check_range(whole, begin * ROWS)
     groups = whole.reshape(-1, GROUP)
-    scale = f16_bits(_best_scales(groups, grid))  # rounded before the codes are chosen
-    levels = grid.nearest(groups, _inverse(scale.view(np.float16).astype(np.float32)))
-    return grid.pack(levels.reshape(b, ROWS, G, GROUP)), scale.reshape(b, ROWS, G).transpose(0, 2, 1)
+    wanted = _best_scales(groups, grid)
+    factors = bf16_bits(np.abs(wanted).reshape(-1, G).max(axis=1) / SCALES[127])
+    scale, levels = _with_stored_scales(groups, wanted, widen(BF16(factors)).repeat(G), grid)
+    in_blocks = scale.reshape(b, ROWS, G).transpose(0, 2, 1)
+    return grid.pack(levels.reshape(b, ROWS, G, GROUP)), in_blocks, factors.reshape(b, ROWS)
+
+
+def _with_stored_scales(
+    w: np.ndarray, wanted: np.ndarray, factors: np.ndarray, grid: _Grid
+) -> tuple[np.ndarray, np.ndarray]:
+    """The 8-bit scale above or below the wanted one, whichever leaves the smaller error, and its levels.
+
+    w (n, GROUP), wanted and factors (n,) -> codes of scales (n,) uint8, levels (n, GROUP) float32.
+    """
+    above = np.searchsorted(SCALES[:127], np.abs(wanted) * _inverse(factors)).clip(1, 127).astype(np.uint8)
+    sign = np.where(wanted < 0, np.uint8(128), np.uint8(0))
+    codes, levels, errors = [], [], []
+    for code in (above, above - 1):
+        scale = SCALES[code | sign] * factors
+        level = grid.nearest(w, _inverse(scale))
+        codes.append(code | sign)
+        levels.append(level)
+        errors.append(np.square(level * scale[:, None] - w).sum(axis=1))
+    below = errors[1] < errors[0]
+    return np.where(below, codes[1], codes[0]), np.where(below[:, None], levels[1], levels[0])
 
 
 def _best_scales(w: np.ndarray, grid: _Grid) -> np.ndarray:

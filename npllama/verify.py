@@ -99,8 +99,8 @@ def verify(engine: Engine, seed: int = 0) -> list[Row]:
 def whole_model_error(engine: Engine, seed: int = 1) -> Row:
     """The logits of a prompt: the model compiled whole against the same model step by step in its kernels.
 
-    Not against NumPy: in q8 and q4 a last digit can tip the rounding of an activation, which then differs by a step of
-    its format. Each kernel by itself is compared with NumPy in `verify`.
+    Not against NumPy: in q8, q6 and q4 a last digit can tip the rounding of an activation, which then differs by a step
+    of its format. Each kernel by itself is compared with NumPy in `verify`.
     """
     n = min(PROMPT, engine.config.max_seq_len)
     ids = np.random.default_rng(seed).integers(0, engine.config.vocab_size, n)

@@ -30,7 +30,7 @@ import numpy as np
 from npllama import strict_json
 from npllama.config import ModelConfig
 from npllama.errors import ModelError, UsageError, quote
-from npllama.quant import BF16, F16, GROUP, Q4, Q8, ROWS, Weight
+from npllama.quant import BF16, F16, GROUP, Q4, Q6, Q8, ROWS, Coded, Weight
 
 FORMAT = "npllama"
 VERSION = 1
@@ -111,29 +111,35 @@ STORED = {
     "f32": {"values": "<f4"},
     "f16": {"bits": "<f2"},
     "bf16": {"bits": "<u2"},
-    "q8": {"codes": "|i1", "scales": "<f2"},
-    "q4": {"codes": "|u1", "scales": "<f2"},
+    "q8": {"codes": "|i1", "scales": "|u1", "factors": "<u2"},
+    "q6": {"codes": "|u1", "scales": "|u1", "factors": "<u2"},
+    "q4": {"codes": "|u1", "scales": "|u1", "factors": "<u2"},
 }
 """Number format -> its arrays and their dtype in the file."""
 
-GROUPED = ("q8", "q4")
+GROUPED: dict[str, type[Coded]] = {"q8": Q8, "q6": Q6, "q4": Q4}
 """The formats whose numbers stand in blocks of rows and groups of columns (see quant.py)."""
+
+CODE_BITS = {"q8": 8, "q6": 6, "q4": 4}
 
 
 def array_specs(number_format: str, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
     """The arrays that store a weight of this shape in a number format."""
     if number_format not in GROUPED:
         return {part: ArraySpec(dtype, shape) for part, dtype in STORED[number_format].items()}
-    blocks = (*shape[:-2], -(-shape[-2] // ROWS), -(-shape[-1] // GROUP))
-    lengths = {"codes": ROWS * GROUP // (2 if number_format == "q4" else 1), "scales": ROWS}
-    return {part: ArraySpec(dtype, (*blocks, lengths[part])) for part, dtype in STORED[number_format].items()}
+    blocks, groups = (*shape[:-2], -(-shape[-2] // ROWS)), -(-shape[-1] // GROUP)
+    shapes = {
+        "codes": (*blocks, groups, ROWS * GROUP * CODE_BITS[number_format] // 8),
+        "scales": (*blocks, groups, ROWS),
+        "factors": (*blocks, ROWS),
+    }
+    return {part: ArraySpec(dtype, shapes[part]) for part, dtype in STORED[number_format].items()}
 
 
 def assemble(number_format: str, arrays: dict[str, np.ndarray], shape: tuple[int, ...]) -> Weight:
     """Arrays as they are stored -> the weight as kernels take it (16-bit numbers as uint16); no copy."""
     if number_format in GROUPED:
-        form = Q8 if number_format == "q8" else Q4
-        return form(arrays["codes"], arrays["scales"].view(np.uint16), shape[-2], shape[-1])
+        return GROUPED[number_format](arrays["codes"], arrays["scales"], arrays["factors"], shape[-2], shape[-1])
     if number_format == "f16":
         return F16(arrays["bits"].view(np.uint16))
     if number_format == "bf16":

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def products() -> dict[str, np.ndarray]:
-    """Products of both formats, of awkward sizes, with a zero group."""
+    """Products of all formats, of awkward sizes, with a zero group."""
     from npllama.kernels.single import linear_alone
     from npllama.quant import quantize
 
@@ -17,7 +17,7 @@ def products() -> dict[str, np.ndarray]:
     for rows, columns in ((300, 172), (1030, 288)):
         w, x = rng.standard_normal((rows, columns)), rng.standard_normal((13, columns), dtype=np.float32)
         x[4, 32:64] = 0
-        for number_format in ("q4", "q8"):
+        for number_format in ("q4", "q6", "q8"):
             found[f"{number_format} {rows}"] = linear_alone(x, quantize(w.astype(np.float32), number_format))
     return found
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from command_line import environment
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("NPLLAMA_BACKEND") == "numpy", reason="compiled execution: not in the run of NumPy's"
@@ -38,6 +41,7 @@ def test_what_only_compiled_code_calls_becomes_machine_code_once(monkeypatch: py
     from npllama.kernels.deferred import compiled_as_one
     from npllama.kernels.flags import INNER, SERIAL
 
+    numba.njit(**SERIAL)(lambda x: x).compile((numba.float64,))  # and with it, once, Numba's own run-time library
     assembled: list[str] = []
     usual = codegen.JITCodeLibrary._finalize_specific
 
@@ -63,6 +67,50 @@ def test_what_only_compiled_code_calls_becomes_machine_code_once(monkeypatch: py
         whole.compile((numba.float64,))
     assert whole(3.0) == 19.0
     assert [name.rsplit(".", 1)[-1] for name in assembled] == ["whole"]
+    (compiled,) = whole.overloads.values()
+    defined = list(compiled.library.get_defined_functions())
+    assert [f.name for f in defined if f.linkage.name != "internal"] == [compiled.fndesc.llvm_cpython_wrapper_name]
+
+
+def test_code_from_a_file_runs_its_own_functions_and_not_others_of_the_same_name(tmp_path: Path) -> None:
+    """Numba numbers functions of one name anew in each process, and two kernels may differ in nothing else."""
+    pytest.importorskip("numba")
+    program = """
+import sys
+import numba
+from npllama.kernels.deferred import compiled_as_one
+from npllama.kernels.entry import DiskCache
+from npllama.kernels.flags import INNER, SERIAL
+from npllama.kernels.vector import keep_apart
+from pathlib import Path
+
+def make(number):
+    @numba.njit(**INNER)
+    def inner(x):
+        keep_apart()
+        return x + number
+
+    @numba.njit(**SERIAL)
+    def outer(x):
+        return inner(x)
+
+    return outer
+
+for number in map(int, sys.argv[2:]):
+    function = make(number)
+    function._cache = DiskCache(Path(sys.argv[1], f"forward-{number}-0-0"), print)
+    with compiled_as_one():
+        function.compile((numba.int64,))
+    print(function(0), function._cache.loaded)
+"""
+
+    def run(*numbers: int) -> list[str]:
+        command = [sys.executable, "-c", program, str(tmp_path), *map(str, numbers)]
+        return subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout.split()
+
+    assert run(1) == ["1", "False"]
+    assert run(2, 1) == ["2", "False", "1", "True"]
+    assert run(2, 1) == ["2", "True", "1", "True"]
 
 
 def test_the_kernels_compiled_are_those_asked_for() -> None:

@@ -173,7 +173,7 @@ def test_the_environment_decides_auto_and_an_explicit_backend_wins(
     assert choose_backend("numba", opened, print) == "numba"
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8", "q4"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8", "q6", "q4"])
 def test_every_step_gives_and_takes_float32(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Float64 or float16 between two steps would double the work, or lose digits, without a sign."""
     helpers.write_any_model(tmp_path / "model", dtype)
@@ -237,7 +237,7 @@ def test_a_narrow_cache_fits_where_a_wide_one_does_not(opened: OpenModel, monkey
 
 
 @needs_numba
-@pytest.mark.parametrize("dtype", ["q8", "q4"])
+@pytest.mark.parametrize("dtype", ["q8", "q6", "q4"])
 def test_quantized_logits_have_the_same_bits_however_the_prompt_is_cut(dtype: str, tmp_path: Path) -> None:
     helpers.write_any_model(tmp_path / "model", dtype)
     engine = Engine(open_model(tmp_path / "model"), "numba")

@@ -270,7 +270,7 @@ def test_a_file_that_is_no_tokenizer_is_refused_before_anything_is_written(tmp_p
 
 
 def test_an_unknown_dtype_is_wrong_usage(tmp_path: Path, checkpoint: Path):
-    assert "dtype 'int4' is not known; choose one of f32, f16, bf16, q8, q4." in refusal(
+    assert "dtype 'int4' is not known; choose one of f32, f16, bf16, q8, q6, q4." in refusal(
         UsageError, checkpoint, tmp_path / "m", dtype="int4"
     )
 

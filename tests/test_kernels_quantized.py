@@ -1,4 +1,4 @@
-"""The compiled products of q8 and q4: what ops.linear defines, the same to the bit whatever is computed beside it."""
+"""The compiled products of q8, q6, q4: what ops.linear defines, the same to the bit whatever is computed beside it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ numba = pytest.importorskip("numba", reason="compiled kernels: numba is not inst
 
 from npllama import ops  # noqa: E402
 from npllama.kernels import quantized  # noqa: E402
+from npllama.kernels.flags import SERIAL  # noqa: E402
 from npllama.kernels.single import linear_alone  # noqa: E402
 from npllama.kernels.vector import FEATURES, X86  # noqa: E402
-from npllama.quant import Q4, Q8, quantize, quantize_rows  # noqa: E402
+from npllama.quant import Q4, Q6, Q8, Coded, quantize, quantize_rows  # noqa: E402
 
 SHAPES = [(1, 1), (7, 8), (16, 32), (17, 33), (512, 64), (64, 172), (172, 64), (48, 288)]
 TOLERANCE = 1e-5
 """Of a row's largest value: sums of float32 in another order."""
 
-both = pytest.mark.parametrize("number_format", ["q8", "q4"])
+both = pytest.mark.parametrize("number_format", ["q8", "q6", "q4"])
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def _same_number_of_threads() -> Iterator[None]:
     numba.set_num_threads(before)
 
 
-def problem(number_format: str, rows: int, columns: int, tokens: int) -> tuple[np.ndarray, Q4 | Q8]:
+def problem(number_format: str, rows: int, columns: int, tokens: int) -> tuple[np.ndarray, Coded]:
     rng = np.random.default_rng(rows * 1000 + columns)
     w = rng.standard_normal((rows, columns), dtype=np.float32)
     return rng.standard_normal((tokens, columns), dtype=np.float32), quantize(w, number_format)
@@ -85,19 +86,21 @@ def test_zero_groups_of_weights_add_nothing(number_format):
     assert_near(linear_alone(x, w), ops.linear(x, w))
 
 
-def extreme_codes(number_format: str) -> tuple[np.ndarray, Q4 | Q8]:
+def extreme_codes(number_format: str) -> tuple[np.ndarray, Coded]:
     """The largest codes of either sign on both sides: where sums of 16 bits would overflow if any did."""
     x = np.where(np.random.default_rng(0).random((9, 64)) < 0.5, np.float32(-1), np.float32(1))
     x[:2] = [[1], [-1]]
-    scales = np.full((2, 2, 16), 0x3C00, np.uint16)  # 1
+    scales, factors = np.full((2, 2, 16), 0x60, np.uint8), np.full((2, 16), 0x4580, np.uint16)  # 2^-12 and 2^12
+    rng = np.random.default_rng(1)
     if number_format == "q8":
-        codes = np.where(np.random.default_rng(1).random((2, 2, 512)) < 0.5, -127, 127).astype(np.int8)
+        codes = np.where(rng.random((2, 2, 512)) < 0.5, -127, 127).astype(np.int8)
         codes[0, :, ::4], codes[0, :, 1::4], codes[0, :, 2::4], codes[0, :, 3::4] = -127, -127, 127, 127
         codes[0, 0], codes[0, 1] = -127, 127
-        return x, Q8(codes, scales, 32, 64)
-    packed = np.random.default_rng(1).choice(np.array([0x00, 0xFF, 0x0F, 0xF0], np.uint8), (2, 2, 256))
+        return x, Q8(codes, scales, factors, 32, 64)
+    form, n_bytes = (Q6, 384) if number_format == "q6" else (Q4, 256)
+    packed = rng.choice(np.array([0x00, 0xFF, 0x0F, 0xF0], np.uint8), (2, 2, n_bytes))
     packed[0, 0], packed[0, 1] = 0x00, 0xFF
-    return x, Q4(packed, scales, 32, 64)
+    return x, form(packed, scales, factors, 32, 64)
 
 
 @both
@@ -122,7 +125,7 @@ def test_a_row_that_is_not_finite_stays_alone_and_gives_nothing_finite(value, nu
 def test_read_only_weights_and_input_are_multiplied(number_format):
     x, w = problem(number_format, 40, 72, 9)
     expected = linear_alone(x, w)
-    for array in (x, w.codes, w.scales):
+    for array in (x, w.codes, w.scales, w.factors):
         array.setflags(write=False)
     assert np.array_equal(linear_alone(x, w), expected)
 
@@ -135,6 +138,11 @@ def test_a_layer_of_stacked_weights_is_multiplied_where_it_lies(number_format):
     assert_near(linear_alone(x, ops.layer(w, 1)), ops.linear(x, ops.layer(w, 1)))
 
 
+@numba.njit(**SERIAL)
+def quantize_all_tiles(x, shift, into):
+    quantized.quantize_tiles(x, shift, into, 0, quantized.n_tiles(len(x)))
+
+
 @pytest.mark.parametrize("columns", [32, 40, 172])
 def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
     x = np.random.default_rng(4).standard_normal((13, columns), dtype=np.float32)
@@ -142,7 +150,7 @@ def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
     x[2] = 0
     G = -(-columns // 32)
     into = quantized.Input(np.empty(16 * G * 32, np.int8), np.empty(16 * G, np.float32), np.empty(16 * G, np.int32))
-    quantized.quantize_tiles(x, np.int32(-3), into, 0, quantized.n_tiles(13))
+    quantize_all_tiles(x, np.int32(-3), into)
     wide = lambda a, *end: a.reshape(2, G, 8, *end).swapaxes(1, 2).reshape(16, G, *end)[:13]  # noqa: E731
     codes, scales = quantize_rows(x)
     assert np.array_equal(wide(into.codes, 32), codes)

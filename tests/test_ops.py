@@ -70,6 +70,7 @@ FORMATS: dict[str, Callable[[np.ndarray], Any]] = {
     "f16": lambda w: F16(f16_bits(w)),
     "bf16": lambda w: BF16(bf16_bits(w)),
     "q8": lambda w: quantize(w, "q8"),
+    "q6": lambda w: quantize(w, "q6"),
     "q4": lambda w: quantize(w, "q4"),
 }
 
@@ -89,7 +90,7 @@ def test_several_products_at_once_are_those_one_by_one(step: Any, formats: list[
 
 
 @both
-@pytest.mark.parametrize("number_format", ["q8", "q4"])
+@pytest.mark.parametrize("number_format", ["q8", "q6", "q4"])
 def test_embedding_rows_come_out_of_their_blocks(step: Any, number_format: str) -> None:
     table, tokens = quantize(random(0, 37, 52), number_format), np.array([36, 0, 17, 17, 15, 16])
     np.testing.assert_array_equal(step.embed(table, tokens), widen(table)[tokens])

@@ -1,4 +1,4 @@
-"""Export and quantize to q8 and q4: sizes, what is stored, what is refused."""
+"""Export and quantize to q8, q6 and q4: sizes, what is stored, what is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from npllama.cli import main
 from npllama.errors import CheckpointError, ModelError, UsageError
 from npllama.export import export, quantize_model
-from npllama.quant import Q4, Q8, quantize, widen
+from npllama.quant import Q4, Q6, Q8, quantize, widen
 from npllama.weights import NORMS, check_hashes, open_model
 
 
@@ -21,7 +21,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
-@pytest.mark.parametrize("dtype", ["q8", "q4"])
+@pytest.mark.parametrize("dtype", ["q8", "q6", "q4"])
 def test_export_stores_what_quantizing_the_weights_gives(checkpoint: Path, tmp_path: Path, dtype: str) -> None:
     weights = helpers.stacked(helpers.random_weights(helpers.TINY, 0), helpers.TINY.n_layers)
     export(checkpoint, tmp_path / "model", dtype)
@@ -31,9 +31,9 @@ def test_export_stores_what_quantizing_the_weights_gives(checkpoint: Path, tmp_p
             if kind in NORMS:
                 np.testing.assert_array_equal(stored, weights[kind])
                 continue
-            q8 = dtype == "q8" or kind == "output"
-            assert isinstance(stored, Q8 if q8 else Q4), kind
-            again = quantize(weights[kind].astype(np.float32), "q8" if q8 else "q4")
+            stored_as = "q6" if dtype == "q4" and kind == "output" else dtype
+            assert isinstance(stored, {"q8": Q8, "q6": Q6, "q4": Q4}[stored_as]), kind
+            again = quantize(weights[kind].astype(np.float32), stored_as)
             np.testing.assert_array_equal(widen(stored), widen(again))
 
 
@@ -41,11 +41,11 @@ def test_a_tied_embedding_is_stored_as_the_output_that_it_is(tmp_path: Path) -> 
     helpers.write_safetensors_checkpoint(tmp_path / "checkpoint", tied=True)
     export(tmp_path / "checkpoint", tmp_path / "model", "q4")
     with open_model(tmp_path / "model") as opened:
-        assert isinstance(opened.weights.tok_embeddings, Q8)
+        assert isinstance(opened.weights.tok_embeddings, Q6)
         assert opened.weights.output is opened.weights.tok_embeddings
 
 
-@pytest.mark.parametrize("dtype", ["q8", "q4"])
+@pytest.mark.parametrize("dtype", ["q8", "q6", "q4"])
 def test_quantizing_a_model_gives_the_files_of_exporting_its_checkpoint(
     checkpoint: Path, tmp_path: Path, dtype: str
 ) -> None:
@@ -76,7 +76,7 @@ def test_a_quantized_model_is_not_quantized_again(checkpoint: Path, tmp_path: Pa
 
 
 def test_only_quantized_formats_are_accepted(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="'f16' is not a quantized format; choose one of q8, q4"):
+    with pytest.raises(UsageError, match="'f16' is not a quantized format; choose one of q8, q6, q4"):
         quantize_model(tmp_path, tmp_path / "out", "f16")
 
 
@@ -93,6 +93,6 @@ def test_numbers_that_cannot_be_quantized_are_refused_by_name(tmp_path: Path, va
 def test_the_command_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     helpers.write_model_directory(tmp_path / "wide")
     assert main(["quantize", str(tmp_path / "wide"), str(tmp_path / "q4")]) == 0
-    assert "matrices in q4 and q8" in capsys.readouterr().err
+    assert "matrices in q4 and q6" in capsys.readouterr().err
     assert main(["quantize", str(tmp_path / "wide"), str(tmp_path / "q4")]) == 1
     assert main(["quantize", str(tmp_path / "wide"), str(tmp_path / "q4"), "--force", "--dtype", "q8"]) == 0

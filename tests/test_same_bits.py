@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 # Large enough that every step goes to several threads, and no width is a multiple of a vector, group or block.
 WIDE = dataclasses.replace(TINY, dim=180, n_heads=6, n_kv_heads=3, head_dim=30, hidden_dim=500, max_seq_len=512)
 
-OTHERS = {"f32": "q4", "f16": "f32", "bf16": "f32", "q8": "f32", "q4": "q8"}
+OTHERS = {"f32": "q4", "f16": "f32", "bf16": "f32", "q8": "f32", "q6": "q4", "q4": "q8"}
 
 PROGRAM = """
 import hashlib, sys

@@ -16,7 +16,7 @@ from npllama.weights import open_model
 pytest.importorskip("numba")
 
 
-@pytest.fixture(scope="module", params=["f32", "f16", "bf16", "q8", "q4"])
+@pytest.fixture(scope="module", params=["f32", "f16", "bf16", "q8", "q6", "q4"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tmp_path_factory.mktemp("verify") / "model"
     helpers.write_any_model(folder, request.param)

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "a model directory (default: the demo model)")
     add = parser.add_argument
     add("--shape", choices=("15m", "110m", "1b", "7b"), help="instead of a model: this shape with random weights")
-    add("--dtype", choices=("f32", "f16", "bf16", "q8", "q4"), help="number format for --shape (default f32)")
+    add("--dtype", choices=("f32", "f16", "bf16", "q8", "q6", "q4"), help="number format for --shape (default f32)")
     add(
         "-p", "--n-prompt", metavar="N,...", type=numbers(0), default=[512], help="prompt tokens (default 512; 0: none)"
     )

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama export`."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or file of the checkpoint")
     parser.add_argument("out", metavar="OUT", help="the model directory to make")
-    formats = ("f32", "f16", "bf16", "q8", "q4")
+    formats = ("f32", "f16", "bf16", "q8", "q6", "q4")
     parser.add_argument("--dtype", choices=formats, help="number format (default: the checkpoint's own)")
     parser.add_argument(
         "--tokenizer",

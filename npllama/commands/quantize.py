@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama quantize`."""
     parser.add_argument("model", metavar="MODEL", help="the model directory to read (f32, f16 or bf16)")
     parser.add_argument("out", metavar="OUT", help="the model directory to make")
-    parser.add_argument("--dtype", choices=("q8", "q4"), default="q4", help="number format (default q4)")
+    parser.add_argument("--dtype", choices=("q8", "q6", "q4"), default="q4", help="number format (default q4)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
 
 

@@ -22,7 +22,7 @@ from numba.extending import intrinsic, overload, register_jitable
 from npllama import cache as kv
 from npllama import ops
 from npllama.kernels import vector
-from npllama.kernels.flags import INNER, INNER_PARALLEL, SERIAL
+from npllama.kernels.flags import INNER, INNER_PARALLEL
 from npllama.kernels.stored import block_rows, store_head
 from npllama.kernels.tile import ROWS, Rows, along, below, copy_row, multiply
 from npllama.kernels.vector import (
@@ -310,7 +310,7 @@ def tile_rows(seq, start, stop, most):
     return tiles[: n + 1]
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def attend(q, q_sink, k, v, cache, l, pos, seq):
     """ops.attend: as many rows at once as can be written before any looks; then on."""
     T, H, E = q.shape

@@ -22,6 +22,7 @@ from npllama.kernels.vector import (
     PLAIN,
     VectorType,
     address,
+    brain_to_float,
     broadcast,
     call,
     constant,
@@ -233,6 +234,23 @@ def high_levels(typingctx, packed):
     return codes(codes), generate
 
 
+@intrinsic(prefer_literal=True)
+def six_bits(typingctx, packed, tops, i):
+    """Codes of six bits, 0 to 63: the lower (i even) or upper half of each byte, and above it bits 2 i and 2 i + 1."""
+    i = i.literal_value
+
+    def generate(context, builder, signature, args):
+        packed, tops = (as_element(builder, a, i16) for a in args[:2])  # x86 shifts no bytes
+        if i % 2:
+            packed = builder.lshr(packed, constant(packed.type, 4))
+        shift = builder.shl if i < 2 else builder.lshr
+        tops = shift(tops, constant(tops.type, abs(4 - 2 * i)))
+        low = builder.and_(as_element(builder, packed, i8), constant(codes.llvm, 15))
+        return builder.or_(low, builder.and_(as_element(builder, tops, i8), constant(codes.llvm, 0x30)))
+
+    return codes(codes, codes, types.literal(i)), generate
+
+
 @intrinsic
 def flip_sign(typingctx, signed):
     """Signed codes as `dot_signed_codes` wants them: plus SIGN_FLIP."""
@@ -258,11 +276,13 @@ def prefetch(typingctx, array, offset, n_bytes):
 
 @intrinsic
 def load_scales(typingctx, array, offset):
-    """The float16 scales of 16 rows from array[offset] on, widened."""
+    """The 8-bit scales of 16 rows from array[offset] on, widened: see quant.SCALES."""
 
     def generate(context, builder, signature, args):
         pointer = address(context, builder, signature.args[0], *args)
-        return half_to_float(builder, read(builder, pointer, ir.VectorType(i16, ROWS), 2))
+        signed = builder.sext(read(builder, pointer, ir.VectorType(i8, ROWS)), ir.VectorType(i16, ROWS))
+        bits = builder.and_(builder.shl(signed, constant(signed.type, 5)), constant(signed.type, 0x8FE0))
+        return half_to_float(builder, bits)
 
     return numbers(array, types.intp), generate
 
@@ -347,6 +367,19 @@ def add_scaled(typingctx, total, count, scale, array, offset):
         return each(builder, add, total)
 
     return total(total, count, numbers, array, types.intp), generate
+
+
+@intrinsic
+def times_rows(typingctx, total, array, offset):
+    """For each token: total times the bfloat16 of 16 rows from array[offset] on."""
+
+    def generate(context, builder, signature, args):
+        total, array, offset = args
+        bits = read(builder, address(context, builder, signature.args[1], array, offset), ir.VectorType(i16, ROWS), 2)
+        rows = brain_to_float(builder, bits)
+        return each(builder, lambda total_m, m: builder.fmul(total_m, rows), total)
+
+    return total(total, array, types.intp), generate
 
 
 @intrinsic

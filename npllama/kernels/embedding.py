@@ -1,21 +1,32 @@
-"""ops.embed for q8 and q4: one row out of the blocks that it stands in, interleaved with others (see quant.py)."""
+"""ops.embed for q8, q6 and q4: one row out of the blocks that it stands in, interleaved with others (see quant.py)."""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import njit
 
-from npllama.kernels.flags import INNER, SERIAL
-from npllama.kernels.vector import half
-from npllama.quant import GROUP, Q4_LEVELS, ROWS
+from npllama.kernels.flags import INNER
+from npllama.kernels.vector import brain
+from npllama.quant import GROUP, Q4_BYTES, Q4_LEVELS, Q6_LOWEST, ROWS, SCALES
 
-LEVELS = np.array(Q4_LEVELS, np.float32)
+LEVELS, VALUES = np.array(Q4_LEVELS, np.float32), SCALES
 
 
 @njit(**INNER)
 def level_q8(codes, b, g, r, k):
     """The integer that row r of block b has in column k of group g."""
     return np.float32(codes[b, g, k // 4 * 4 * ROWS + r * 4 + k % 4])
+
+
+@njit(**INNER)
+def level_q6(codes, b, g, r, k):
+    """The integer that row r of block b has in column k of group g."""
+    pair, tops = (
+        codes[b, g, k // 8 * 4 * ROWS + r * 4 + k % 4],
+        codes[b, g, Q4_BYTES + k // 16 * 4 * ROWS + r * 4 + k % 4],
+    )
+    low = (np.int64(pair) >> (k // 4 % 2 * 4)) & 15
+    return np.float32((low | ((np.int64(tops) >> (k // 4 % 4 * 2)) & 3) << 4) + Q6_LOWEST)
 
 
 @njit(**INNER)
@@ -29,7 +40,7 @@ def level_q4(codes, b, g, r, k):
 def make_embed(level):
     """ops.embed for a format whose levels `level` reads."""
 
-    @njit(**SERIAL)
+    @njit(**INNER)
     def embed(table, tokens):
         T, D = tokens.shape[0], table.columns
         x = np.empty((T, D), np.float32)
@@ -37,10 +48,11 @@ def make_embed(level):
             b, r = tokens[t] // ROWS, tokens[t] % ROWS
             for d in range(D):
                 g = d // GROUP
-                x[t, d] = level(table.codes, b, g, r, d % GROUP) * half(table.scales[b, g, r])
+                scale = VALUES[table.scales[b, g, r]]
+                x[t, d] = level(table.codes, b, g, r, d % GROUP) * scale * brain(table.factors[b, r])
         return x
 
     return embed
 
 
-embed_q8, embed_q4 = make_embed(level_q8), make_embed(level_q4)
+embed_q8, embed_q6, embed_q4 = make_embed(level_q8), make_embed(level_q6), make_embed(level_q4)

@@ -25,7 +25,7 @@ from numba.extending import register_jitable
 from npllama import model
 from npllama.errors import ModelError
 from npllama.kernels import attention, linear, steps  # noqa: F401 (importing registers the overloads)
-from npllama.kernels.deferred import compiled_as_one
+from npllama.kernels.deferred import POSSIBLE, compiled_as_one
 from npllama.kernels.flags import SERIAL
 
 register_jitable(model.attention)
@@ -107,6 +107,9 @@ def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callabl
 
     file: where compiled code is kept, without the CPU's part of the name; None: nowhere.
     """
+    if file is not None and not POSSIBLE:
+        warn(f"compiled code is not kept: numba {numba.__version__} cannot be told to hide what is inside it")
+        file = None
     function = njit(**SERIAL)(model.forward)
     if file is not None:
         cpu = hashlib.sha256(target().encode()).hexdigest()[:16]

@@ -15,15 +15,15 @@ from numba.extending import overload
 
 from npllama import ops
 from npllama.kernels import panel, tile, vector
-from npllama.kernels.embedding import embed_q4, embed_q8
-from npllama.kernels.flags import INNER, INNER_PARALLEL, SERIAL
+from npllama.kernels.embedding import embed_q4, embed_q6, embed_q8
+from npllama.kernels.flags import INNER, INNER_PARALLEL
 from npllama.kernels.panel import PANEL
-from npllama.kernels.quantized import linears_q4, linears_q8
+from npllama.kernels.quantized import linears_q4, linears_q6, linears_q8
 from npllama.kernels.several import filled, outputs, parts
 from npllama.kernels.steps import is_format
 from npllama.kernels.tile import Rows, copy_row, make_dots
 from npllama.kernels.vector import WIDTH, num_threads, pointer
-from npllama.quant import BF16, F16, Q4, Q8
+from npllama.quant import BF16, F16, Q4, Q6, Q8
 
 MOST_STREAMED = 8
 """Up to so many tokens, w is read where it lies; for more, copying it costs less than it saves."""
@@ -162,7 +162,7 @@ def make_linears(read, streams, load, load_last):
                 start, stop = bounds(np.int64(p), parts, ws[i].shape[0])
                 many(panels, first, T, ws[i], ys[i], start, stop)
 
-    @njit(**SERIAL)
+    @njit(**INNER)
     def linears(x, ws):
         T, K = x.shape
         rows, parts = 0, num_threads()
@@ -189,7 +189,7 @@ def make_linears(read, streams, load, load_last):
 def make_embed(load, load_last):
     """ops.embed for one number format."""
 
-    @njit(**SERIAL)
+    @njit(**INNER)
     def embed(table, tokens):
         T, D = tokens.shape[0], table.shape[1]
         x = np.empty((T, D), np.float32)
@@ -215,17 +215,17 @@ embed_f16 = make_embed(vector.load_half, vector.load_last_half)
 embed_bf16 = make_embed(vector.load_brain, vector.load_last_brain)
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def linears_half(x, ws):
     return linears_f16(x, parts(ws, 0))
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def linears_brain(x, ws):
     return linears_bf16(x, parts(ws, 0))
 
 
-KERNELS = {F16: linears_half, BF16: linears_brain, Q8: linears_q8, Q4: linears_q4}
+KERNELS = {F16: linears_half, BF16: linears_brain, Q8: linears_q8, Q6: linears_q6, Q4: linears_q4}
 
 
 @overload(ops.linear)
@@ -258,6 +258,8 @@ def _embed(table, tokens):
         return lambda table, tokens: embed_bf16(table.bits, tokens)
     if is_format(table, Q8):
         return lambda table, tokens: embed_q8(table, tokens)
+    if is_format(table, Q6):
+        return lambda table, tokens: embed_q6(table, tokens)
     if is_format(table, Q4):
         return lambda table, tokens: embed_q4(table, tokens)
     raise NumbaTypeError(f"embed: no kernel for a table of type {table}")

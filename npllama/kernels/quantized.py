@@ -1,6 +1,6 @@
-"""ops.linears for q8 and q4: codes times codes in integers, scaled once per group.
+"""ops.linears for q8, q6 and q4: codes times codes in integers, scaled once per group.
 
-    y[t, n] = sum_g (sum_k w_code[n, g, k] * x_code[t, g, k]) * (w_scale[n, g] * x_scale[t, g])
+    y[t, n] = w_factor[n] * sum_g (sum_k w_code[n, g, k] * x_code[t, g, k]) * (w_scale[n, g] * x_scale[t, g])
 
 The inner sum is exact. The outer one runs over g in ascending order, for each y on its own, whatever is computed
 beside it: a row of y has the same bits in every batch, in every chunk, on any number of threads.
@@ -29,14 +29,16 @@ from npllama.kernels.codes import (
     low_levels,
     prefetch,
     round_group,
+    six_bits,
     start_counts,
     store_rows,
+    times_rows,
     zeros,
 )
-from npllama.kernels.flags import INNER, INNER_PARALLEL, SERIAL
+from npllama.kernels.flags import INNER, INNER_PARALLEL
 from npllama.kernels.several import outputs, parts
 from npllama.kernels.vector import keep_apart, num_threads
-from npllama.quant import GROUP, Q4_LEVELS, ROWS, SMALLEST_MAGNITUDE
+from npllama.quant import GROUP, Q4_LEVELS, Q6_LOWEST, ROWS, SMALLEST_MAGNITUDE
 
 TILE = 8
 """Tokens of a wide tile: the more, the fewer times codes are unpacked; more do not fit into the registers."""
@@ -49,6 +51,7 @@ LEAST_PARALLEL_INPUT = 1 << 15
 """Products, and numbers to quantize, below which entering a parallel region costs more than it saves."""
 
 Q8_BLOCK = ROWS * GROUP
+Q6_BLOCK = Q8_BLOCK * 6 // 8
 Q4_BLOCK = Q8_BLOCK // 2
 
 AHEAD = 8192
@@ -73,10 +76,11 @@ class Input(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """What a tile needs of a matrix: codes (B, G, bytes), scales (B, G, ROWS)."""
+    """What a tile needs of a matrix: codes (B, G, bytes), scales (B, G, ROWS), factors (B, ROWS)."""
 
     codes: np.ndarray
     scales: np.ndarray
+    factors: np.ndarray
 
 
 @njit(**INNER)
@@ -96,19 +100,19 @@ def quantize_group(x, begin, shift, into, at):
     into.scales[at] = scale
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def wide_tiles(T):
     """How many tiles of T tokens are wide; more than half a tile of tokens is worth one, filled up with zeros."""
     return (T + (TILE - 1) // 2) // TILE
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def n_tiles(T):
     """The tiles of T tokens: wide ones, then single tokens."""
     return wide_tiles(T) + max(0, T - wide_tiles(T) * TILE)
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def quantize_tiles(x, shift, into, begin, stop):
     """quant.quantize_rows for the tiles begin .. stop-1."""
     T, K = x.shape
@@ -152,6 +156,26 @@ def make_group_q4(M):
     return add_group
 
 
+def make_group_q6(M):
+    """Adds the product of a group of a q6 block and M tokens to their totals."""
+
+    @njit(**INLINE)
+    def add_group(total, w, block, x, at):
+        count = start_counts(x.starts, at, M)
+        prefetch(w.codes, block * Q6_BLOCK + AHEAD, Q6_BLOCK)
+        for v in range(GROUP // 16):
+            tops = load_codes(w.codes, block * Q6_BLOCK + Q4_BLOCK + v * 64)
+            pairs = load_codes(w.codes, block * Q6_BLOCK + v * 128)
+            low, high = six_bits(pairs, tops, 0), six_bits(pairs, tops, 1)
+            count = dot_levels(count, low, high, x.codes, at * GROUP + v * 16)
+            pairs = load_codes(w.codes, block * Q6_BLOCK + v * 128 + 64)
+            low, high = six_bits(pairs, tops, 2), six_bits(pairs, tops, 3)
+            count = dot_levels(count, low, high, x.codes, at * GROUP + v * 16 + 8)
+        return add_scaled(total, count, load_scales(w.scales, block * ROWS), x.scales, at)
+
+    return add_group
+
+
 def make_group_q8(M):
     """Adds the product of a group of a q8 block and M tokens to their totals."""
 
@@ -178,6 +202,7 @@ def make_tile(make_group, M):
         for g in range(G):
             total = add_group(total, w, b * G + g, x, first * G + g * M)
         T, N = y.shape
+        total = times_rows(total, w.factors, b * ROWS)
         store_rows(y, first * N + b * ROWS, N, total, T - first, N - b * ROWS)
 
     return tile
@@ -203,18 +228,19 @@ def make_linears(make_group, shift):
                     single_tile(w, b, x, first, y)
 
     @njit(**INNER)
-    def share(x, codes, scales, ys, part, parts):
+    def share(x, codes, scales, factors, ys, part, parts):
         """A thread's part: neighbouring blocks of every matrix, one matrix after the other."""
         for i in range(len(codes)):
             B = codes[i].shape[0]
-            blocks(x, Blocks(codes[i], scales[i]), ys[i], part * B // parts, (part + 1) * B // parts)
+            w = Blocks(codes[i], scales[i], factors[i])
+            blocks(x, w, ys[i], part * B // parts, (part + 1) * B // parts)
 
     @njit(**INNER_PARALLEL)
-    def shares(x, codes, scales, ys, parts):
+    def shares(x, codes, scales, factors, ys, parts):
         for part in prange(parts):
-            share(x, codes, scales, ys, np.int64(part), parts)
+            share(x, codes, scales, factors, ys, np.int64(part), parts)
 
-    @njit(**SERIAL)
+    @njit(**INNER)
     def linears(x, ws):
         T, G = x.shape[0], ws[0].scales.shape[1]
         n, n_threads = max(T, wide_tiles(T) * TILE) * G, num_threads()
@@ -228,13 +254,14 @@ def make_linears(make_group, shift):
             rows += w.rows
         ys = outputs(T, ws)
         if n * GROUP * rows < LEAST_PARALLEL:
-            share(into, parts(ws, 0), parts(ws, 1), ys, np.int64(0), np.int64(1))
+            share(into, parts(ws, 0), parts(ws, 1), parts(ws, 2), ys, np.int64(0), np.int64(1))
         else:
-            shares(into, parts(ws, 0), parts(ws, 1), ys, n_threads)
+            shares(into, parts(ws, 0), parts(ws, 1), parts(ws, 2), ys, n_threads)
         return ys
 
     return linears
 
 
 linears_q4 = make_linears(make_group_q4, Q4_LEVELS[0])
+linears_q6 = make_linears(make_group_q6, Q6_LOWEST)
 linears_q8 = make_linears(make_group_q8, -SIGN_FLIP)

@@ -39,7 +39,7 @@ def _no_rows(w):
     form = w.instance_class
     if len(w.types) == 1:
         return lambda w: form(w[0][:0])
-    return lambda w: form(w[0][:0], w[1][:0], 0, w[3])
+    return lambda w: form(w[0][:0], w[1][:0], w[2][:0], 0, w[4])
 
 
 def n_rows(w):

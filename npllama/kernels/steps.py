@@ -13,7 +13,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from npllama import ops
-from npllama.kernels.flags import INNER, SERIAL
+from npllama.kernels.flags import INNER
 from npllama.kernels.vector import (
     WIDTH,
     add,
@@ -32,7 +32,7 @@ from npllama.kernels.vector import (
     swap_pairs,
     total,
 )
-from npllama.quant import BF16, F16, Q4, Q8
+from npllama.quant import BF16, F16, Q4, Q6, Q8
 
 
 def is_format(typ: types.Type, cls: type) -> bool:
@@ -49,14 +49,13 @@ def _layer(w, l):
         return lambda w, l: F16(w.bits[l])
     if is_format(w, BF16):
         return lambda w, l: BF16(w.bits[l])
-    if is_format(w, Q8):
-        return lambda w, l: Q8(w.codes[l], w.scales[l], w.rows, w.columns)
-    if is_format(w, Q4):
-        return lambda w, l: Q4(w.codes[l], w.scales[l], w.rows, w.columns)
+    for form in (Q8, Q6, Q4):
+        if is_format(w, form):
+            return lambda w, l: form(w.codes[l], w.scales[l], w.factors[l], w.rows, w.columns)
     return None
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def rms_norm(x, gain, eps):
     """ops.rms_norm: one pass for the sum, one for the scale; rows are too short to be worth threads."""
     T, D = x.shape
@@ -80,7 +79,7 @@ def rms_norm(x, gain, eps):
     return y
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def rope(x, cos, sin):
     """ops.rope: y = x * (c, c, ...) + (x with each pair swapped) * (-s, s, ...); what fills no vector one by one."""
     T, H, E = x.shape
@@ -108,7 +107,7 @@ def gated(gate, up):
     return mul(div(gate, add(one, exp(sub(splat(np.float32(0)), gate)))), up)
 
 
-@njit(**SERIAL)
+@njit(**INNER)
 def swiglu(gate, up):
     """ops.swiglu."""
     T, F = gate.shape

@@ -438,14 +438,11 @@ def exp_one(typingctx, a):
 
 
 @intrinsic
-def half(typingctx, bits):
-    """The float32 value of one float16's bits."""
+def brain(typingctx, bits):
+    """The float32 value of one bfloat16's bits."""
 
     def generate(context, builder, signature, args):
-        value = half_to_float(
-            builder, builder.insert_element(constant(ir.VectorType(i16, 8), 0), args[0], ir.Constant(i32, 0))
-        )
-        return builder.extract_element(value, ir.Constant(i32, 0))
+        return builder.bitcast(builder.shl(builder.zext(args[0], i32), ir.Constant(i32, 16)), f32)
 
     return types.float32(types.uint16), generate
 
