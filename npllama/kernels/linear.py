@@ -19,7 +19,7 @@ from npllama.kernels.embedding import embed_q4, embed_q6, embed_q8
 from npllama.kernels.flags import INNER, INNER_PARALLEL
 from npllama.kernels.panel import PANEL
 from npllama.kernels.quantized import linears_q4, linears_q6, linears_q8
-from npllama.kernels.several import filled, outputs, parts
+from npllama.kernels.several import filled, outputs, part_of_each
 from npllama.kernels.steps import is_format
 from npllama.kernels.tile import Rows, copy_row, make_dots
 from npllama.kernels.vector import WIDTH, num_threads, pointer
@@ -217,12 +217,12 @@ embed_bf16 = make_embed(vector.load_brain, vector.load_last_brain)
 
 @njit(**INNER)
 def linears_half(x, ws):
-    return linears_f16(x, parts(ws, 0))
+    return linears_f16(x, part_of_each(ws, 0))
 
 
 @njit(**INNER)
 def linears_brain(x, ws):
-    return linears_bf16(x, parts(ws, 0))
+    return linears_bf16(x, part_of_each(ws, 0))
 
 
 KERNELS = {F16: linears_half, BF16: linears_brain, Q8: linears_q8, Q6: linears_q6, Q4: linears_q4}

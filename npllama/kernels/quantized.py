@@ -36,7 +36,7 @@ from npllama.kernels.codes import (
     zeros,
 )
 from npllama.kernels.flags import INNER, INNER_PARALLEL
-from npllama.kernels.several import outputs, parts
+from npllama.kernels.several import outputs, part_of_each
 from npllama.kernels.vector import keep_apart, num_threads
 from npllama.quant import GROUP, Q4_LEVELS, Q6_LOWEST, ROWS, SMALLEST_MAGNITUDE
 
@@ -253,10 +253,11 @@ def make_linears(make_group, shift):
         for w in ws:
             rows += w.rows
         ys = outputs(T, ws)
+        codes, scales, factors = part_of_each(ws, 0), part_of_each(ws, 1), part_of_each(ws, 2)
         if n * GROUP * rows < LEAST_PARALLEL:
-            share(into, parts(ws, 0), parts(ws, 1), parts(ws, 2), ys, np.int64(0), np.int64(1))
+            share(into, codes, scales, factors, ys, np.int64(0), np.int64(1))
         else:
-            shares(into, parts(ws, 0), parts(ws, 1), parts(ws, 2), ys, n_threads)
+            shares(into, codes, scales, factors, ys, n_threads)
         return ys
 
     return linears

@@ -16,7 +16,7 @@ MOST = 3
 
 
 @intrinsic(prefer_literal=True)
-def parts(typingctx, weights, i):
+def part_of_each(typingctx, weights, i):
     """The i-th part of each of several weights (a tuple of NamedTuples of one type), as a tuple."""
     i = i.literal_value
     found = types.UniTuple(weights.dtype.types[i], weights.count)
