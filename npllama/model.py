@@ -76,7 +76,7 @@ def attention(
     q, k, v = linears(x, (layer(weights.wq, l), layer(weights.wk, l), layer(weights.wv, l)))
     q = q.reshape(T, config.n_heads, config.head_dim)  # (T, H*E) -> (T, H, E)
     k = k.reshape(T, config.n_kv_heads, config.head_dim)  # (T, G*E) -> (T, G, E)
-    v = v.reshape(T, config.n_kv_heads, config.head_dim)
+    v = v.reshape(T, config.n_kv_heads, config.head_dim)  # (T, G*E) -> (T, G, E)
 
     q_sink = rope_to_sinks(q, rotation.sink_cos, rotation.sink_sin, cache)
     q = rope(q, rotation.cos, rotation.sin)

@@ -9,7 +9,7 @@ from npllama.kernels.flags import INNER
 from npllama.kernels.vector import brain
 from npllama.quant import GROUP, Q4_BYTES, Q4_LEVELS, Q6_LOWEST, ROWS, SCALES
 
-LEVELS, VALUES = np.array(Q4_LEVELS, np.float32), SCALES
+LEVELS = np.array(Q4_LEVELS, np.float32)
 
 
 @njit(**INNER)
@@ -21,12 +21,10 @@ def level_q8(codes, b, g, r, k):
 @njit(**INNER)
 def level_q6(codes, b, g, r, k):
     """The integer that row r of block b has in column k of group g."""
-    pair, tops = (
-        codes[b, g, k // 8 * 4 * ROWS + r * 4 + k % 4],
-        codes[b, g, Q4_BYTES + k // 16 * 4 * ROWS + r * 4 + k % 4],
-    )
-    low = (np.int64(pair) >> (k // 4 % 2 * 4)) & 15
-    return np.float32((low | ((np.int64(tops) >> (k // 4 % 4 * 2)) & 3) << 4) + Q6_LOWEST)
+    pair = np.int64(codes[b, g, k // 8 * 4 * ROWS + r * 4 + k % 4])
+    tops = np.int64(codes[b, g, Q4_BYTES + k // 16 * 4 * ROWS + r * 4 + k % 4])
+    low, top = pair >> (k // 4 % 2 * 4) & 15, tops >> (k // 4 % 4 * 2) & 3
+    return np.float32((low | top << 4) + Q6_LOWEST)
 
 
 @njit(**INNER)
@@ -48,7 +46,7 @@ def make_embed(level):
             b, r = tokens[t] // ROWS, tokens[t] % ROWS
             for d in range(D):
                 g = d // GROUP
-                scale = VALUES[table.scales[b, g, r]]
+                scale = SCALES[table.scales[b, g, r]]
                 x[t, d] = level(table.codes, b, g, r, d % GROUP) * scale * brain(table.factors[b, r])
         return x
 

@@ -19,7 +19,7 @@ from npllama.kernels.embedding import embed_q4, embed_q6, embed_q8
 from npllama.kernels.flags import INNER, INNER_PARALLEL
 from npllama.kernels.panel import PANEL
 from npllama.kernels.quantized import linears_q4, linears_q6, linears_q8
-from npllama.kernels.several import filled, outputs, part_of_each
+from npllama.kernels.several import MOST, filled, outputs, part_of_each
 from npllama.kernels.steps import is_format
 from npllama.kernels.tile import Rows, copy_row, make_dots
 from npllama.kernels.vector import WIDTH, num_threads, pointer
@@ -186,6 +186,16 @@ def make_linears(read, streams, load, load_last):
     return linears
 
 
+def of_bits(linears):
+    """The same for weights whose one part is what `linears` takes: F16 and BF16."""
+
+    @njit(**INNER)
+    def linears_of_bits(x, ws):
+        return linears(x, part_of_each(ws, 0))
+
+    return linears_of_bits
+
+
 def make_embed(load, load_last):
     """ops.embed for one number format."""
 
@@ -208,24 +218,14 @@ def make_embed(load, load_last):
 
 # Measured with 1 to 6 streams, asked for 0 to 8 KB ahead: float32 is fastest when left alone, 16 bits gain a tenth.
 linears_f32 = make_linears(tile.read_float, 4, vector.load, vector.load_last)
-linears_f16 = make_linears(tile.ahead(tile.read_half), 2, vector.load_half, vector.load_last_half)
-linears_bf16 = make_linears(tile.ahead(tile.read_brain), 2, vector.load_brain, vector.load_last_brain)
+linears_f16 = of_bits(make_linears(tile.ahead(tile.read_half), 2, vector.load_half, vector.load_last_half))
+linears_bf16 = of_bits(make_linears(tile.ahead(tile.read_brain), 2, vector.load_brain, vector.load_last_brain))
 embed_f32 = make_embed(vector.load, vector.load_last)
 embed_f16 = make_embed(vector.load_half, vector.load_last_half)
 embed_bf16 = make_embed(vector.load_brain, vector.load_last_brain)
 
 
-@njit(**INNER)
-def linears_half(x, ws):
-    return linears_f16(x, part_of_each(ws, 0))
-
-
-@njit(**INNER)
-def linears_brain(x, ws):
-    return linears_bf16(x, part_of_each(ws, 0))
-
-
-KERNELS = {F16: linears_half, BF16: linears_brain, Q8: linears_q8, Q6: linears_q6, Q4: linears_q4}
+KERNELS = {F16: linears_f16, BF16: linears_bf16, Q8: linears_q8, Q6: linears_q6, Q4: linears_q4}
 
 
 @overload(ops.linear)
@@ -235,6 +235,8 @@ def _linear(x, w):
 
 @overload(ops.linears)
 def _linears(x, ws):
+    if len(ws) > MOST:
+        raise NumbaTypeError(f"linears: {len(ws)} matrices at once; the kernels take 1 to {MOST}")
     if not isinstance(ws, types.UniTuple):  # of several formats
         if len(ws) == 2:
             return lambda x, ws: (ops.linear(x, ws[0]), ops.linear(x, ws[1]))

@@ -38,7 +38,7 @@ from npllama.kernels.codes import (
 from npllama.kernels.flags import INNER, INNER_PARALLEL
 from npllama.kernels.several import outputs, part_of_each
 from npllama.kernels.vector import keep_apart, num_threads
-from npllama.quant import GROUP, Q4_LEVELS, Q6_LOWEST, ROWS, SMALLEST_MAGNITUDE
+from npllama.quant import GROUP, Q4_BYTES, Q4_LEVELS, Q6_LOWEST, ROWS, SMALLEST_MAGNITUDE
 
 TILE = 8
 """Tokens of a wide tile: the more, the fewer times codes are unpacked; more do not fit into the registers."""
@@ -49,10 +49,6 @@ STRIP_BYTES = 1 << 18
 LEAST_PARALLEL = 1 << 18
 LEAST_PARALLEL_INPUT = 1 << 15
 """Products, and numbers to quantize, below which entering a parallel region costs more than it saves."""
-
-Q8_BLOCK = ROWS * GROUP
-Q6_BLOCK = Q8_BLOCK * 6 // 8
-Q4_BLOCK = Q8_BLOCK // 2
 
 AHEAD = 8192
 """A tile asks the memory for codes so many bytes before it needs them: what it would otherwise wait for most.
@@ -141,66 +137,48 @@ def quantize_parallel(x, shift, into, n_threads):
         quantize_tiles(x, shift, into, thread * n // n_threads, (thread + 1) * n // n_threads)
 
 
-def make_group_q4(M):
-    """Adds the product of a group of a q4 block and M tokens to their totals."""
-
-    @njit(**INLINE)
-    def add_group(total, w, block, x, at):
-        count = start_counts(x.starts, at, M)
-        prefetch(w.codes, block * Q4_BLOCK + AHEAD, Q4_BLOCK)
-        for v in range(GROUP // 8):
-            pairs = load_codes(w.codes, block * Q4_BLOCK + v * 64)
-            count = dot_levels(count, low_levels(pairs), high_levels(pairs), x.codes, at * GROUP + v * 8)
-        return add_scaled(total, count, load_scales(w.scales, block * ROWS), x.scales, at)
-
-    return add_group
+# A group's codes, from codes[begin] on, times those of each token, from x[at] on, added to its counts.
 
 
-def make_group_q6(M):
-    """Adds the product of a group of a q6 block and M tokens to their totals."""
-
-    @njit(**INLINE)
-    def add_group(total, w, block, x, at):
-        count = start_counts(x.starts, at, M)
-        prefetch(w.codes, block * Q6_BLOCK + AHEAD, Q6_BLOCK)
-        for v in range(GROUP // 16):
-            tops = load_codes(w.codes, block * Q6_BLOCK + Q4_BLOCK + v * 64)
-            pairs = load_codes(w.codes, block * Q6_BLOCK + v * 128)
-            low, high = six_bits(pairs, tops, 0), six_bits(pairs, tops, 1)
-            count = dot_levels(count, low, high, x.codes, at * GROUP + v * 16)
-            pairs = load_codes(w.codes, block * Q6_BLOCK + v * 128 + 64)
-            low, high = six_bits(pairs, tops, 2), six_bits(pairs, tops, 3)
-            count = dot_levels(count, low, high, x.codes, at * GROUP + v * 16 + 8)
-        return add_scaled(total, count, load_scales(w.scales, block * ROWS), x.scales, at)
-
-    return add_group
+@njit(**INLINE)
+def dot_q4(count, codes, begin, x, at):
+    for v in range(GROUP // 8):
+        pairs = load_codes(codes, begin + v * 64)
+        count = dot_levels(count, low_levels(pairs), high_levels(pairs), x, at + v * 8)
+    return count
 
 
-def make_group_q8(M):
-    """Adds the product of a group of a q8 block and M tokens to their totals."""
-
-    @njit(**INLINE)
-    def add_group(total, w, block, x, at):
-        count = start_counts(x.starts, at, M)
-        prefetch(w.codes, block * Q8_BLOCK + AHEAD, Q8_BLOCK)
-        for v in range(GROUP // 4):
-            code = flip_sign(load_codes(w.codes, block * Q8_BLOCK + v * 64))
-            count = dot_signed_codes(count, code, x.codes, at * GROUP + v * 4)
-        return add_scaled(total, count, load_scales(w.scales, block * ROWS), x.scales, at)
-
-    return add_group
+@njit(**INLINE)
+def dot_q6(count, codes, begin, x, at):
+    for v in range(GROUP // 16):
+        tops = load_codes(codes, begin + Q4_BYTES + v * 64)
+        pairs = load_codes(codes, begin + v * 128)
+        count = dot_levels(count, six_bits(pairs, tops, 0), six_bits(pairs, tops, 1), x, at + v * 16)
+        pairs = load_codes(codes, begin + v * 128 + 64)
+        count = dot_levels(count, six_bits(pairs, tops, 2), six_bits(pairs, tops, 3), x, at + v * 16 + 8)
+    return count
 
 
-def make_tile(make_group, M):
+@njit(**INLINE)
+def dot_q8(count, codes, begin, x, at):
+    for v in range(GROUP // 4):
+        count = dot_signed_codes(count, flip_sign(load_codes(codes, begin + v * 64)), x, at + v * 4)
+    return count
+
+
+def make_tile(dot_group, code_bits, M):
     """The tile of block b and the M tokens from `first` on."""
-    add_group = make_group(M)
+    group_bytes = ROWS * GROUP * code_bits // 8
 
     @njit(**INLINE)
     def tile(w, b, x, first, y):
         G = w.scales.shape[1]
         total = zeros(M)
         for g in range(G):
-            total = add_group(total, w, b * G + g, x, first * G + g * M)
+            group, at = b * G + g, first * G + g * M
+            prefetch(w.codes, group * group_bytes + AHEAD, group_bytes)
+            count = dot_group(start_counts(x.starts, at, M), w.codes, group * group_bytes, x.codes, at * GROUP)
+            total = add_scaled(total, count, load_scales(w.scales, group * ROWS), x.scales, at)
         T, N = y.shape
         total = times_rows(total, w.factors, b * ROWS)
         store_rows(y, first * N + b * ROWS, N, total, T - first, N - b * ROWS)
@@ -208,9 +186,9 @@ def make_tile(make_group, M):
     return tile
 
 
-def make_linears(make_group, shift):
+def make_linears(dot_group, code_bits, shift):
     """ops.linears for a format. shift: what is to be added to its codes, as the tiles see them."""
-    wide_tile, single_tile = make_tile(make_group, TILE), make_tile(make_group, 1)
+    wide_tile, single_tile = make_tile(dot_group, code_bits, TILE), make_tile(dot_group, code_bits, 1)
 
     @njit(**INNER)
     def blocks(x, w, y, begin, stop):
@@ -263,6 +241,6 @@ def make_linears(make_group, shift):
     return linears
 
 
-linears_q4 = make_linears(make_group_q4, Q4_LEVELS[0])
-linears_q6 = make_linears(make_group_q6, Q6_LOWEST)
-linears_q8 = make_linears(make_group_q8, -SIGN_FLIP)
+linears_q4 = make_linears(dot_q4, 4, Q4_LEVELS[0])
+linears_q6 = make_linears(dot_q6, 6, Q6_LOWEST)
+linears_q8 = make_linears(dot_q8, 8, -SIGN_FLIP)

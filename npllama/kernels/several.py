@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 from numba.core import imputils
-from numba.core.errors import NumbaTypeError
 from numba.extending import intrinsic, overload, register_jitable
 
 MOST = 3
@@ -64,12 +63,10 @@ def outputs(T, weights):
 def filled(linears, weights):
     """A function (x, weights) that gives MOST weights to `linears`, a kernel, and returns the products asked for.
 
-    weights: the type of a tuple of 1 to MOST weights of one format. Raises NumbaTypeError for more.
+    weights: the type of a tuple of 1 to MOST weights of one format.
     """
     if len(weights) == 1:
         return lambda x, ws: linears(x, (ws[0], no_rows(ws[0]), no_rows(ws[0])))[:1]
     if len(weights) == 2:
         return lambda x, ws: linears(x, (ws[0], ws[1], no_rows(ws[0])))[:2]
-    if len(weights) == MOST:
-        return lambda x, ws: linears(x, ws)
-    raise NumbaTypeError(f"linears: {len(weights)} matrices at once; the kernels take 1 to {MOST}")
+    return lambda x, ws: linears(x, ws)
