@@ -22,6 +22,7 @@ from npllama import cache as kv
 from npllama import machine, model, ops
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
+from npllama.places import Places
 from npllama.quant import Coded, Grouped, widen
 from npllama.version import __version__
 from npllama.weights import OpenModel, Weights, kind_shapes
@@ -146,7 +147,11 @@ class Engine:
         if not compiled_exists(self._opened, self.kv_dtype):
             self._report(f"compiling kernels for {formats(self._opened)} (once; 10 to 20 s) ...")
         arguments = self._arguments(self.new_cache(1, 1), *(np.zeros(1, np.int64) for _ in range(4)))
-        compiled, _ = entry.compile_forward(arguments, file, self._report)
+        compiled, loaded = entry.compile_forward(arguments, file, self._report)
+        bind_file = None if folder is None else folder / f"bind-threads-{sources_hash()}"
+        places = Places(lambda: entry.compile_bind(bind_file, self._report), numba.threading_layer)
+        if not loaded:
+            places.prepare()  # seldom needed, but when it is the machine is busy
         self.compile_s = time.perf_counter() - started
 
         if opened_bytes_fit(self._opened):
@@ -160,8 +165,7 @@ class Engine:
                 )
             _threads_started.set()
             numba.set_num_threads(self.threads)  # per Python thread, so in every call
-            logits: np.ndarray = compiled(*arguments)
-            return logits
+            return places.run(self.threads, compiled, arguments)
 
         self._forward = forward
         self.compiled = compiled

@@ -420,7 +420,7 @@ def test_ctrl_c_with_json_still_prints_the_object(endless: Path, monkeypatch: py
         return following(stream)
 
     monkeypatch.setattr(inference.Stream, "__next__", interrupted)
-    done = call("generate", "-m", endless, "-n", -1, "-p", "the cat", "--json", "-c", 100)
+    done = call("generate", "-m", endless, "-n", -1, "-p", "the cat", "--json", "-c", 100, "--seed", 1)
     assert done.code == 130
     result = json.loads(done.text)
     jsonschema.validate(result, RESULT)

@@ -24,7 +24,7 @@ from numba.extending import register_jitable
 
 from npllama import model
 from npllama.errors import ModelError
-from npllama.kernels import attention, linear, steps  # noqa: F401 (importing registers the overloads)
+from npllama.kernels import attention, linear, places, steps  # noqa: F401 (importing registers the overloads)
 from npllama.kernels.deferred import POSSIBLE, compiled_as_one
 from npllama.kernels.flags import SERIAL
 
@@ -109,18 +109,28 @@ def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callabl
     """
     if file is not None and not POSSIBLE:
         warn(f"compiled code is not kept: numba {numba.__version__} cannot be told to hide what is inside it")
-        file = None
     function = njit(**SERIAL)(model.forward)
-    if file is not None:
-        cpu = hashlib.sha256(target().encode()).hexdigest()[:16]
-        function._cache = DiskCache(file.with_name(f"{file.name}-{cpu}"), warn)
     try:
-        with compiled_as_one():
-            function.compile(tuple(numba.typeof(a) for a in arguments))
+        return function, _compile(function, tuple(numba.typeof(a) for a in arguments), file, warn)
     except NumbaError as error:
         said = re.search(r"NumbaTypeError: (.*)", str(error))  # the sentence of an overload, out of forty lines
         reason = said.group(1) if said else str(error).splitlines()[0]
         raise ModelError(
             f"this model cannot be compiled: {reason}; use --backend numpy, or export it again."
         ) from error
-    return function, file is not None and function._cache.loaded
+
+
+def compile_bind(file: Path | None, warn: Callable[[str], None]) -> Any:
+    """places.bind, compiled or from the cache file (see compile_forward)."""
+    _compile(places.bind, (numba.types.Array(numba.types.uint64, 2, "C"),), file, warn)
+    return places.bind
+
+
+def _compile(function: Any, types: tuple[Any, ...], file: Path | None, warn: Callable[[str], None]) -> bool:
+    """Compile a function for arguments of these types; whether it came from the cache file."""
+    if file is not None and POSSIBLE:
+        cpu = hashlib.sha256(target().encode()).hexdigest()[:16]
+        function._cache = DiskCache(file.with_name(f"{file.name}-{cpu}"), warn)
+    with compiled_as_one():
+        function.compile(types)
+    return isinstance(function._cache, DiskCache) and function._cache.loaded

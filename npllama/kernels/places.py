@@ -1,0 +1,23 @@
+"""Tie each thread of compiled calls to CPUs."""
+
+from __future__ import annotations
+
+from numba import njit, prange, types
+
+from npllama.kernels.flags import INNER_PARALLEL, SERIAL
+
+_set_affinity = types.ExternalFunction(
+    "sched_setaffinity", types.int32(types.int32, types.uintp, types.CPointer(types.uint64))
+)
+
+
+@njit(**INNER_PARALLEL)
+def bind_each(masks):
+    for i in prange(masks.shape[0]):
+        _set_affinity(0, masks.shape[1] * 8, masks[i].ctypes)
+
+
+@njit(**SERIAL)
+def bind(masks):
+    """Let thread i of a compiled call run on the CPUs of masks[i] only. masks (n_threads, words) uint64."""
+    bind_each(masks)

@@ -1,0 +1,107 @@
+"""Keep the threads of a compiled call on CPUs of their own while other programs compete for them.
+
+Linux balances how many threads wait for each CPU. With two other programs on two CPUs it may put both threads of a call
+on the one and both programs on the other, and leaves it so: then every step of the model waits for the scheduler's next
+turn. Of the idle speed 0.02 to 0.5 was left, whatever came about (15M shape in q4, one busy process per core); with the
+threads kept apart always 0.48. Shorter time slices (sched_setattr) did not change it.
+
+Only where threads are as many as CPUs, so that no other place can be better, and only while they are taken off them.
+The caller's own thread is not tied, which would outlast the call in every process that it starts: it is moved.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+LOOK_S = 0.05  # how often a thread looks whether it was interrupted
+CROWDED_PER_S = 20.0  # interruptions; an idle machine has a few, other busy programs cause hundreds
+CROWDED_S = 0.5  # how long that is remembered
+
+NOWHERE: frozenset[int] = frozenset()
+
+
+class _Thread(threading.local):
+    """What is known of the calling Python thread; each has threads of its own for its calls."""
+
+    looked_s = 0.0  # when it was last looked at, on the clock of time.monotonic
+    interruptions = 0  # until then
+    crowded_until_s = 0.0
+    apart = NOWHERE  # the CPUs over which its threads are spread
+
+
+class Places:
+    """Runs compiled functions. make_bind: gives kernels.places.bind, compiled; layer: numba.threading_layer."""
+
+    def __init__(self, make_bind: Callable[[], Callable[[np.ndarray], None]], layer: Callable[[], str]) -> None:
+        self._make_bind = make_bind
+        self._layer = layer
+        self._bind: Callable[[np.ndarray], None] | None = None
+        self._thread = _Thread()
+        linux = hasattr(os, "sched_setaffinity")
+        self._cpu: Callable[[], int] | None = getattr(ctypes.CDLL(None), "sched_getcpu", None) if linux else None
+
+    def prepare(self) -> None:
+        """Compile what ties threads to CPUs, so that no call has to."""
+        if self._cpu is not None and self._bind is None:
+            self._bind = self._make_bind()
+
+    def run(self, n_threads: int, function: Callable[..., np.ndarray], arguments: tuple[Any, ...]) -> np.ndarray:
+        """function(*arguments), with its threads on CPUs of their own where others compete for them."""
+        if self._cpu is None or n_threads == 1:
+            return function(*arguments)
+        crowded = time.monotonic() < self._thread.crowded_until_s
+        if crowded or self._thread.apart:
+            self._spread(n_threads, crowded)
+        result = function(*arguments)
+        self._look()
+        return result
+
+    def _spread(self, n_threads: int, crowded: bool) -> None:
+        """Give each thread one of the CPUs or, where that is not worth it, all of them."""
+        thread, cpus = self._thread, frozenset(os.sched_getaffinity(0))
+        own, *others = sorted(cpus)
+        apart = cpus if crowded and len(cpus) == n_threads else NOWHERE
+        try:
+            if thread.apart != apart:
+                if self._layer() != "omp":  # others give no thread a fixed part of a loop
+                    self._cpu = None
+                    return
+                self.prepare()
+                assert self._bind is not None
+                self._bind(_masks([cpus, *([cpu] for cpu in others)] if apart else [cpus] * n_threads))
+                os.sched_setaffinity(0, cpus)  # whichever parts this thread has done
+                thread.apart = apart
+            if apart and self._cpu is not None and self._cpu() != own:
+                os.sched_setaffinity(0, [own])  # moves the caller, and lets it go again
+                os.sched_setaffinity(0, cpus)
+        except OSError:  # forbidden here
+            self._cpu = None
+
+    def _look(self) -> None:
+        """Find out whether this thread was interrupted more often than on an idle machine."""
+        import resource
+
+        thread, now = self._thread, time.monotonic()
+        passed = now - thread.looked_s
+        if passed < LOOK_S:
+            return
+        interruptions = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+        if thread.looked_s and interruptions - thread.interruptions > CROWDED_PER_S * passed:
+            thread.crowded_until_s = now + CROWDED_S
+        thread.looked_s, thread.interruptions = now, interruptions
+
+
+def _masks(places: Sequence[Collection[int]]) -> np.ndarray:
+    """The CPUs of each thread as kernels.places.bind takes them: (n_threads, words) uint64."""
+    masks = np.zeros((len(places), max(map(max, places)) // 64 + 1), np.uint64)
+    for mask, cpus in zip(masks, places, strict=True):
+        for cpu in cpus:
+            mask[cpu // 64] |= np.uint64(1 << cpu % 64)
+    return masks
