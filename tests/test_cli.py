@@ -403,7 +403,7 @@ def test_ctrl_c_ends_with_130_and_the_text_so_far(endless: Path) -> None:
     with npllama.load(endless) as llm:
         n = int(err.decode().split("generated ")[1].split()[0].replace(",", ""))
         text = llm.generate("the cat", max_tokens=min(n, 50), temperature=0).text  # type: ignore[union-attr]
-    assert (first + rest).decode()[: len(text) - 1] == text[:-1]
+    assert (first + rest).decode().startswith(text.rstrip("\ufffd"))  # the bytes of half a character were held back
     assert rest.endswith(b"\n")
     assert b"Traceback" not in err
 
