@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,9 +17,11 @@ import numpy as np
 from npllama.engine import Engine, stepwise
 from npllama.errors import ContextError
 from npllama.inference import Llama, chunk_tokens
+from npllama.machine import free_memory
 from npllama.weights import Weights
 
-BANDWIDTH_BYTES = 1 << 29
+BANDWIDTH_BYTES = 1 << 28  # several times a large cache; a quarter of the free memory where that is less
+BETWEEN_S = 0.1  # how long tests run before the bandwidth is measured again, which empties the caches
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Measurement:
     """One test: n_prompt tokens read, or n_gen generated, at a depth of n_depth tokens already in the cache.
 
     Rates in tokens per second: avg_ts, stddev_ts, samples_ts (one per repetition), median_ts. gb_per_s: weights and
-    cache read per second of generation, in 10^9 bytes; share_of_bandwidth: of what this machine can read.
+    cache read per second of generation, in 10^9 bytes; share_of_bandwidth: of what this machine could read just before
+    and after, the median over repetitions, because on a shared machine it changes from one second to the next.
     gflops: 10^9 operations of matrix products per second. ttft_s: seconds from the prompt to the first logits.
     """
 
@@ -85,12 +88,30 @@ def operations(llama: Llama, n_out: int, n: int) -> float:
     return 2.0 * (n * c.n_layers * layer + n_out * c.dim * c.vocab_size)
 
 
-def read_bandwidth(engine: Engine, repetitions: int = 7) -> float:
-    """Bytes per second at which the engine's threads read a large array once through: the median of several passes."""
-    data = np.ones(BANDWIDTH_BYTES // 4, np.float32)
-    read = engine.reader()
-    read(data)
-    return data.nbytes / statistics.median(_seconds(lambda: read(data)) for _ in range(repetitions))
+class Yardstick:
+    """How fast an engine's threads read memory: each call reads a large array once through. Bytes per second."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._data = np.ones(min(BANDWIDTH_BYTES, free_memory() // 4) // 4, np.float32)
+        self._read = engine.reader()
+        self()
+
+    def __call__(self) -> float:
+        return self._data.nbytes / _seconds(lambda: self._read(self._data))
+
+
+def beside(seconds: Iterable[float], bandwidth: Callable[[], float]) -> Iterator[tuple[float, float]]:
+    """Each of the seconds that tests take, with the bandwidth: the mean of before and after, BETWEEN_S apart."""
+    before, waiting = bandwidth(), []
+    for taken in seconds:
+        waiting.append(taken)
+        if sum(waiting) >= BETWEEN_S:
+            after = bandwidth()
+            yield from ((one, (before + after) / 2) for one in waiting)
+            before, waiting = after, []
+    if waiting:
+        after = bandwidth()
+        yield from ((one, (before + after) / 2) for one in waiting)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -148,7 +169,7 @@ class Bench:
             self._llama.engine.forward(cache, self._ids[first:stop], pos, [0] * len(pos), [len(pos) - 1])
 
     def seconds(self, n_prompt: int, n_gen: int, depth: int, repetitions: int) -> Iterator[float]:
-        """Seconds of each repetition, after one that is not counted."""
+        """Seconds of each repetition, after one that is not counted. Raises ContextError for what does not fit."""
         if depth + n_prompt + n_gen > self._llama.context:
             raise ContextError(
                 f"a test of {depth} + {n_prompt} + {n_gen} tokens does not fit into the context of "
@@ -157,11 +178,10 @@ class Bench:
         cache = self._llama.borrow_cache()
         try:
             self._read(cache, 0, depth)
-            for repetition in range(-1, repetitions):
+            self._once(cache, depth, n_prompt, n_gen)
+            for _ in range(repetitions):
                 # Writing the same positions again leaves the cache as it was: the depth is read once.
-                taken = _seconds(lambda: self._once(cache, depth, n_prompt, n_gen))
-                if repetition >= 0:
-                    yield taken
+                yield _seconds(lambda: self._once(cache, depth, n_prompt, n_gen))
         finally:
             self._llama.return_cache(cache)
 
@@ -174,21 +194,24 @@ class Bench:
 def measure(
     llama: Llama,
     start: Start,
-    tests: Iterable[tuple[int, int, int]],
+    tests: Sequence[tuple[int, int, int]],
     repetitions: int,
-    bandwidth: float,
     peak_rss_mb: Callable[[], float],
 ) -> Iterator[Measurement]:
-    """Run tests of (n_prompt, n_gen, depth); bandwidth in bytes per second."""
+    """Run tests of (n_prompt, n_gen, depth)."""
     bench = Bench(llama)
     for n_prompt, n_gen, depth in tests:
-        seconds = list(bench.seconds(n_prompt, n_gen, depth, repetitions))
+        list(bench.seconds(n_prompt, n_gen, depth, 0))
+    peak = peak_rss_mb()  # of all tests, without the yardstick's memory
+    bandwidth = Yardstick(llama.engine)
+    for n_prompt, n_gen, depth in tests:
+        found = list(beside(bench.seconds(n_prompt, n_gen, depth, repetitions), bandwidth))
         n = n_prompt + n_gen
-        rates = [n / s for s in seconds]
-        median = statistics.median(seconds)
+        rates = [n / taken for taken, _ in found]
+        median = statistics.median(taken for taken, _ in found)
         in_cache = depth + n_prompt + n_gen / 2
         per_token = weight_bytes(llama.engine.weights) + in_cache * llama.engine.cache_bytes_per_position
-        read = n_gen * per_token / median if n_prompt == 0 else 0.0
+        read = n_gen * per_token if n_prompt == 0 else 0.0
         outputs = n_gen + (1 if n_prompt else 0)
         yield Measurement(
             n_prompt=n_prompt,
@@ -203,13 +226,13 @@ def measure(
             dtype=start.dtype,
             kv_dtype=llama.engine.kv_dtype,
             shape=start.shape,
-            gb_per_s=read / 1e9,
-            bandwidth_gb_per_s=bandwidth / 1e9,
-            share_of_bandwidth=read / bandwidth,
+            gb_per_s=read / median / 1e9,
+            bandwidth_gb_per_s=statistics.median(b for _, b in found) / 1e9,
+            share_of_bandwidth=statistics.median(read / taken / b for taken, b in found),
             gflops=operations(llama, outputs, n) / median / 1e9,
             ttft_s=median if n_gen == 0 else statistics.median(bench.seconds(max(1, n_prompt), 0, depth, repetitions)),
             import_s=start.import_s,
             compile_s=start.compile_s,
             load_s=start.load_s,
-            peak_rss_mb=peak_rss_mb(),
+            peak_rss_mb=peak,
         )

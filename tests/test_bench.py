@@ -119,7 +119,15 @@ def test_bytes_read_for_a_token_are_those_of_all_matrices_but_the_table(folder: 
         w = opened.weights
         every = sum(a.nbytes for a in w)
         assert bench.weight_bytes(w) == every - w.tok_embeddings.nbytes
-        assert bench.read_bandwidth(Engine(opened, threads=1), repetitions=1) > 1e6
+        assert bench.Yardstick(Engine(opened, threads=1))() > 1e6
+
+
+def test_the_bandwidth_beside_a_test_is_that_of_before_and_after() -> None:
+    bandwidths = iter([10.0, 20.0, 40.0, 60.0])
+    long, short = bench.BETWEEN_S, bench.BETWEEN_S / 4
+    found = list(bench.beside([long, short, 3 * short, short], lambda: next(bandwidths)))
+    assert found == [(long, 15.0), (short, 30.0), (3 * short, 30.0), (short, 50.0)]
+    assert next(bandwidths, None) is None
 
 
 def test_operations_are_two_for_each_weight_and_token(folder: Path) -> None:

@@ -92,7 +92,7 @@ def _measure_with(
 ) -> list[Measurement]:
     started = time.perf_counter()
     import npllama
-    from npllama.bench import Start, measure, read_bandwidth
+    from npllama.bench import Start, measure
     from npllama.machine import peak_rss_mb
 
     import_s = time.perf_counter() - started
@@ -113,9 +113,8 @@ def _measure_with(
             shape=shape or _shape_of(llama),
             dtype="+".join(matrix_formats(llama.manifest)),
         )
-        bandwidth = read_bandwidth(llama.engine)
         found: list[Measurement] = []
-        for one in measure(llama, start, tests, args.repetitions, bandwidth, peak_rss_mb):
+        for one in measure(llama, start, tests, args.repetitions, peak_rss_mb):
             if not args.json:
                 put(_row(one, heading=not found))
             found.append(one)
