@@ -28,12 +28,15 @@ NOWHERE: frozenset[int] = frozenset()
 
 
 class _Thread(threading.local):
-    """What is known of the calling Python thread; each has threads of its own for its calls."""
+    """What is known of the calling Python thread; its calls have threads of their own, whichever model they run."""
 
     looked_s = 0.0  # when it was last looked at, on the clock of time.monotonic
     interruptions = 0  # until then
     crowded_until_s = 0.0
     apart = NOWHERE  # the CPUs over which its threads are spread
+
+
+_thread = _Thread()
 
 
 class Places:
@@ -43,7 +46,6 @@ class Places:
         self._make_bind = make_bind
         self._layer = layer
         self._bind: Callable[[np.ndarray], None] | None = None
-        self._thread = _Thread()
         linux = hasattr(os, "sched_setaffinity")
         self._cpu: Callable[[], int] | None = getattr(ctypes.CDLL(None), "sched_getcpu", None) if linux else None
 
@@ -56,8 +58,8 @@ class Places:
         """function(*arguments), with its threads on CPUs of their own where others compete for them."""
         if self._cpu is None or n_threads == 1:
             return function(*arguments)
-        crowded = time.monotonic() < self._thread.crowded_until_s
-        if crowded or self._thread.apart:
+        crowded = time.monotonic() < _thread.crowded_until_s
+        if crowded or _thread.apart:
             self._spread(n_threads, crowded)
         result = function(*arguments)
         self._look()
@@ -65,11 +67,11 @@ class Places:
 
     def _spread(self, n_threads: int, crowded: bool) -> None:
         """Give each thread one of the CPUs or, where that is not worth it, all of them."""
-        thread, cpus = self._thread, frozenset(os.sched_getaffinity(0))
+        cpus = frozenset(os.sched_getaffinity(0))
         own, *others = sorted(cpus)
         apart = cpus if crowded and len(cpus) == n_threads else NOWHERE
         try:
-            if thread.apart != apart:
+            if _thread.apart != apart:
                 if self._layer() != "omp":  # others give no thread a fixed part of a loop
                     self._cpu = None
                     return
@@ -77,7 +79,7 @@ class Places:
                 assert self._bind is not None
                 self._bind(_masks([cpus, *([cpu] for cpu in others)] if apart else [cpus] * n_threads))
                 os.sched_setaffinity(0, cpus)  # whichever parts this thread has done
-                thread.apart = apart
+                _thread.apart = apart
             if apart and self._cpu is not None and self._cpu() != own:
                 os.sched_setaffinity(0, [own])  # moves the caller, and lets it go again
                 os.sched_setaffinity(0, cpus)
@@ -88,14 +90,14 @@ class Places:
         """Find out whether this thread was interrupted more often than on an idle machine."""
         import resource
 
-        thread, now = self._thread, time.monotonic()
-        passed = now - thread.looked_s
+        now = time.monotonic()
+        passed = now - _thread.looked_s
         if passed < LOOK_S:
             return
         interruptions = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
-        if thread.looked_s and interruptions - thread.interruptions > CROWDED_PER_S * passed:
-            thread.crowded_until_s = now + CROWDED_S
-        thread.looked_s, thread.interruptions = now, interruptions
+        if _thread.looked_s and interruptions - _thread.interruptions > CROWDED_PER_S * passed:
+            _thread.crowded_until_s = now + CROWDED_S
+        _thread.looked_s, _thread.interruptions = now, interruptions
 
 
 def _masks(places: Sequence[Collection[int]]) -> np.ndarray:

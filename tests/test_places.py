@@ -54,6 +54,11 @@ def test_other_threads_are_tied_while_it_is_crowded_and_the_callers_never_is() -
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(autouse=True)
+def unknown_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_thread", places._Thread())
+
+
 def test_masks_name_each_threads_cpus() -> None:
     assert places._masks([[0, 1, 70], [1], [70]]).tolist() == [[3, 64], [2, 0], [0, 64]]
 
