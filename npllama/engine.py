@@ -148,7 +148,7 @@ class Engine:
             self._report(f"compiling kernels for {formats(self._opened)} (once; 10 to 20 s) ...")
         arguments = self._arguments(self.new_cache(1, 1), *(np.zeros(1, np.int64) for _ in range(4)))
         compiled, loaded = entry.compile_forward(arguments, file, self._report)
-        bind_file = None if folder is None else folder / f"bind-threads-{sources_hash()}"
+        bind_file = None if folder is None else folder / f"bind-threads{_plain()}-{sources_hash()}"
         places = Places(lambda: entry.compile_bind(bind_file, self._report), numba.threading_layer)
         if not loaded:
             places.prepare()  # seldom needed, but when it is the machine is busy
@@ -376,7 +376,12 @@ def formats(opened: OpenModel) -> str:
 def cache_name(opened: OpenModel, kv_dtype: str = "f32") -> str:
     """Name of the file of compiled code, without the CPU's part: formats and a hash of all that the code depends on."""
     layout = hashlib.sha256(repr([type(w).__name__ for w in opened.weights]).encode()).hexdigest()[:8]
-    return f"forward-{formats(opened)}.{layout}.kv_{kv_dtype}-{sources_hash()}"
+    return f"forward-{formats(opened)}.{layout}.kv_{kv_dtype}{_plain()}-{sources_hash()}"
+
+
+def _plain() -> str:
+    """Part of the name of a file of plain kernels: they replace older plain ones, and not those in daily use."""
+    return "" if os.environ.get("NPLLAMA_PLAIN_KERNELS", "0") in ("", "0") else ".plain"
 
 
 def compiled_exists(opened: OpenModel, kv_dtype: str = "f32") -> bool:
@@ -393,7 +398,7 @@ def sources_hash() -> str:
             digest.update(importlib.metadata.version(package).encode())
         except importlib.metadata.PackageNotFoundError:
             digest.update(b"none")
-    digest.update(os.environ.get("NPLLAMA_PLAIN_KERNELS", "0").encode())
+    digest.update(_plain().encode())
     folder = Path(__file__).parent
     # A build without sources (frozen, or .pyc alone) changes with the version only.
     names = ("model.py", "ops.py", "cache.py", "quant.py", "weights.py")

@@ -289,6 +289,10 @@ def test_compiled_code_is_kept_and_damage_costs_one_compilation(opened: OpenMode
     assert mended.stdout.splitlines()[0] == warm.stdout.splitlines()[0]
     assert run(opened.path, tmp_path / "cache").stdout == warm.stdout
 
+    other = "1" if os.environ.get("NPLLAMA_PLAIN_KERNELS", "0") == "0" else "0"
+    assert "compiling kernels" in run(opened.path, tmp_path / "cache", NPLLAMA_PLAIN_KERNELS=other).stdout
+    assert run(opened.path, tmp_path / "cache").stdout == warm.stdout, "plain kernels and others are kept side by side"
+
 
 @needs_numba
 def test_a_cache_directory_that_others_can_write_to_is_not_used(opened: OpenModel, tmp_path: Path) -> None:
