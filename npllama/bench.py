@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,6 +94,7 @@ class Yardstick:
     def __init__(self, engine: Engine) -> None:
         self._data = np.ones(min(BANDWIDTH_BYTES, free_memory() // 4) // 4, np.float32)
         self._read = engine.reader()
+        self.nbytes = self._data.nbytes
         self()
 
     def __call__(self) -> float:
@@ -102,16 +103,21 @@ class Yardstick:
 
 def beside(seconds: Iterable[float], bandwidth: Callable[[], float]) -> Iterator[tuple[float, float]]:
     """Each of the seconds that tests take, with the bandwidth: the mean of before and after, BETWEEN_S apart."""
-    before, waiting = bandwidth(), []
-    for taken in seconds:
-        waiting.append(taken)
-        if sum(waiting) >= BETWEEN_S:
-            after = bandwidth()
-            yield from ((one, (before + after) / 2) for one in waiting)
-            before, waiting = after, []
-    if waiting:
+    left, before = iter(seconds), bandwidth()
+    while waiting := list(_lasting(left, BETWEEN_S)):
         after = bandwidth()
-        yield from ((one, (before + after) / 2) for one in waiting)
+        yield from ((taken, (before + after) / 2) for taken in waiting)
+        before = after
+
+
+def _lasting(seconds: Iterator[float], least: float) -> Iterator[float]:
+    """The next ones, until they are at least so much together."""
+    total = 0.0
+    for taken in seconds:
+        yield taken
+        total += taken
+        if total >= least:
+            return
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -194,15 +200,13 @@ class Bench:
 def measure(
     llama: Llama,
     start: Start,
-    tests: Sequence[tuple[int, int, int]],
+    tests: Iterable[tuple[int, int, int]],
     repetitions: int,
     peak_rss_mb: Callable[[], float],
 ) -> Iterator[Measurement]:
     """Run tests of (n_prompt, n_gen, depth)."""
     bench = Bench(llama)
-    for n_prompt, n_gen, depth in tests:
-        list(bench.seconds(n_prompt, n_gen, depth, 0))
-    peak = peak_rss_mb()  # of all tests, without the yardstick's memory
+    peak_before = peak_rss_mb()
     bandwidth = Yardstick(llama.engine)
     for n_prompt, n_gen, depth in tests:
         found = list(beside(bench.seconds(n_prompt, n_gen, depth, repetitions), bandwidth))
@@ -234,5 +238,5 @@ def measure(
             import_s=start.import_s,
             compile_s=start.compile_s,
             load_s=start.load_s,
-            peak_rss_mb=peak,
+            peak_rss_mb=max(peak_before, peak_rss_mb() - bandwidth.nbytes / 1e6),  # the tests', not the yardstick's
         )

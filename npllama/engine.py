@@ -22,6 +22,7 @@ from npllama import cache as kv
 from npllama import machine, model, ops
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
+from npllama.kernels.flags import PLAIN
 from npllama.places import Places
 from npllama.quant import Coded, Grouped, widen
 from npllama.version import __version__
@@ -38,6 +39,9 @@ BACKENDS = ("auto", "numpy", "numba")
 # running that spinning costs more. Share of the idle speed that is left beside one busy process per core: 15M shape in
 # q4 0.46 with 20,000 rounds, 0.40 with 4,000; 1.1B shape in q4 0.12 with 20,000, 0.30 with 4,000, 0.42 with 1,500.
 SPIN_COUNTS = ((50_000_000, "20000"), (400_000_000, "4000"), (math.inf, "1500"))
+
+# Part of the name of a file of plain kernels: they replace older plain ones, and not those in daily use.
+TWINS = ".plain" if PLAIN else ""
 
 
 # One compiled call at a time in this process: each uses all its threads, and Numba's simplest threading layer ends the
@@ -148,8 +152,12 @@ class Engine:
             self._report(f"compiling kernels for {formats(self._opened)} (once; 10 to 20 s) ...")
         arguments = self._arguments(self.new_cache(1, 1), *(np.zeros(1, np.int64) for _ in range(4)))
         compiled, loaded = entry.compile_forward(arguments, file, self._report)
-        bind_file = None if folder is None else folder / f"bind-threads{_plain()}-{sources_hash()}"
-        places = Places(lambda: entry.compile_bind(bind_file, self._report), numba.threading_layer)
+
+        def make_bind() -> Callable[[np.ndarray], None]:
+            bind_file = None if folder is None else folder / f"bind-threads{TWINS}-{sources_hash()}"
+            return entry.compile_bind(bind_file, self._report)
+
+        places = Places(make_bind, numba.threading_layer)
         if not loaded:
             places.prepare()  # seldom needed, but when it is the machine is busy
         self.compile_s = time.perf_counter() - started
@@ -376,12 +384,7 @@ def formats(opened: OpenModel) -> str:
 def cache_name(opened: OpenModel, kv_dtype: str = "f32") -> str:
     """Name of the file of compiled code, without the CPU's part: formats and a hash of all that the code depends on."""
     layout = hashlib.sha256(repr([type(w).__name__ for w in opened.weights]).encode()).hexdigest()[:8]
-    return f"forward-{formats(opened)}.{layout}.kv_{kv_dtype}{_plain()}-{sources_hash()}"
-
-
-def _plain() -> str:
-    """Part of the name of a file of plain kernels: they replace older plain ones, and not those in daily use."""
-    return "" if os.environ.get("NPLLAMA_PLAIN_KERNELS", "0") in ("", "0") else ".plain"
+    return f"forward-{formats(opened)}.{layout}.kv_{kv_dtype}{TWINS}-{sources_hash()}"
 
 
 def compiled_exists(opened: OpenModel, kv_dtype: str = "f32") -> bool:
@@ -398,7 +401,7 @@ def sources_hash() -> str:
             digest.update(importlib.metadata.version(package).encode())
         except importlib.metadata.PackageNotFoundError:
             digest.update(b"none")
-    digest.update(_plain().encode())
+    digest.update(TWINS.encode())
     folder = Path(__file__).parent
     # A build without sources (frozen, or .pyc alone) changes with the version only.
     names = ("model.py", "ops.py", "cache.py", "quant.py", "weights.py")

@@ -3,7 +3,7 @@
 Linux balances how many threads wait for each CPU. With two other programs on two CPUs it may put both threads of a call
 on the one and both programs on the other, and leaves it so: then every step of the model waits for the scheduler's next
 turn. Of the idle speed 0.02 to 0.5 was left, whatever came about (15M shape in q4, one busy process per core); with the
-threads kept apart always 0.48. Shorter time slices (sched_setattr) did not change it.
+threads kept apart 0.42 to 0.51. Shorter time slices (sched_setattr) did not change it.
 
 Only where threads are as many as CPUs, so that no other place can be better, and only while they are taken off them.
 The caller's own thread is not tied, which would outlast the call in every process that it starts: it is moved.
@@ -12,6 +12,7 @@ The caller's own thread is not tied, which would outlast the call in every proce
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import threading
 import time
@@ -43,30 +44,30 @@ class Places:
     """Runs compiled functions. make_bind: gives kernels.places.bind, compiled; layer: numba.threading_layer."""
 
     def __init__(self, make_bind: Callable[[], Callable[[np.ndarray], None]], layer: Callable[[], str]) -> None:
-        self._make_bind = make_bind
+        self._bind = functools.cache(make_bind)
         self._layer = layer
-        self._bind: Callable[[np.ndarray], None] | None = None
         linux = hasattr(os, "sched_setaffinity")
         self._cpu: Callable[[], int] | None = getattr(ctypes.CDLL(None), "sched_getcpu", None) if linux else None
 
     def prepare(self) -> None:
         """Compile what ties threads to CPUs, so that no call has to."""
-        if self._cpu is not None and self._bind is None:
-            self._bind = self._make_bind()
+        if self._cpu is not None:
+            self._bind()
 
     def run(self, n_threads: int, function: Callable[..., np.ndarray], arguments: tuple[Any, ...]) -> np.ndarray:
         """function(*arguments), with its threads on CPUs of their own where others compete for them."""
-        if self._cpu is None or n_threads == 1:
+        cpu = self._cpu
+        if cpu is None or n_threads == 1:
             return function(*arguments)
         crowded = time.monotonic() < _thread.crowded_until_s
         if crowded or _thread.apart:
-            self._spread(n_threads, crowded)
+            self._spread(n_threads, crowded, cpu)
         result = function(*arguments)
         self._look()
         return result
 
-    def _spread(self, n_threads: int, crowded: bool) -> None:
-        """Give each thread one of the CPUs or, where that is not worth it, all of them."""
+    def _spread(self, n_threads: int, crowded: bool, cpu: Callable[[], int]) -> None:
+        """Give each thread one of the CPUs or, where that is not worth it, all of them. cpu: which the caller is on."""
         cpus = frozenset(os.sched_getaffinity(0))
         own, *others = sorted(cpus)
         apart = cpus if crowded and len(cpus) == n_threads else NOWHERE
@@ -75,12 +76,10 @@ class Places:
                 if self._layer() != "omp":  # others give no thread a fixed part of a loop
                     self._cpu = None
                     return
-                self.prepare()
-                assert self._bind is not None
-                self._bind(_masks([cpus, *([cpu] for cpu in others)] if apart else [cpus] * n_threads))
+                self._bind()(_masks([cpus, *([other] for other in others)] if apart else [cpus] * n_threads))
                 os.sched_setaffinity(0, cpus)  # whichever parts this thread has done
                 _thread.apart = apart
-            if apart and self._cpu is not None and self._cpu() != own:
+            if apart and cpu() != own:
                 os.sched_setaffinity(0, [own])  # moves the caller, and lets it go again
                 os.sched_setaffinity(0, cpus)
         except OSError:  # forbidden here
