@@ -135,7 +135,7 @@ def test_operations_are_two_for_each_weight_and_token(folder: Path) -> None:
         w, c = opened.weights, opened.config
         in_layers = sum(getattr(w, kind).size for kind in ("wq", "wk", "wv", "wo", "w1", "w2", "w3"))
         llama = SimpleNamespace(config=c)
-        assert bench.operations(llama, 1, 5) == 2 * (5 * in_layers + w.output.size)  # type: ignore[arg-type]
+        assert bench.operations(llama, 1, 5) == 2 * (5 * in_layers + w.output.size)
 
 
 @needs_numba

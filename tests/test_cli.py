@@ -75,7 +75,7 @@ def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
             stream = None
         else:
             stream = io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else b"not to be read"))
-            stream.isatty = lambda: stdin == "terminal"  # type: ignore[method-assign]
+            stream.isatty = lambda: stdin == "terminal"
         monkeypatch.setattr(sys, "stdin", stream)
         code = cli.main([str(a) for a in arguments])
         out, err = capfd.readouterr()
@@ -86,7 +86,7 @@ def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
 
 def continuation(model: Path, prompt: str, **options: object) -> str:
     with npllama.load(model) as llm:
-        return llm.generate(prompt, max_tokens=12, temperature=0, **options).text  # type: ignore[arg-type, union-attr]
+        return llm.generate(prompt, max_tokens=12, temperature=0, **options).text
 
 
 def only_line(err: str) -> str:
@@ -396,13 +396,13 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_ends_with_130_and_the_text_so_far(endless: Path) -> None:
     with start("generate", "-m", endless, "-n", -1, "-c", 1 << 20, "--temp", 0, "-p", "the cat") as process:
-        first = process.stdout.read(1)  # type: ignore[union-attr]
+        first = process.stdout.read(1)
         process.send_signal(signal.SIGINT)
         rest, err = process.communicate()
     assert process.returncode == 130
     with npllama.load(endless) as llm:
         n = int(err.decode().split("generated ")[1].split()[0].replace(",", ""))
-        text = llm.generate("the cat", max_tokens=min(n, 50), temperature=0).text  # type: ignore[union-attr]
+        text = llm.generate("the cat", max_tokens=min(n, 50), temperature=0).text
     assert (first + rest).decode().startswith(text.rstrip("\ufffd"))  # the bytes of half a character were held back
     assert rest.endswith(b"\n")
     assert b"Traceback" not in err
@@ -440,9 +440,9 @@ def test_ctrl_c_while_loading_ends_with_130_and_silence(call, model: Path, monke
 @pytest.mark.skipif(os.name == "nt", reason="pipes")
 def test_a_reader_that_leaves_is_no_error(endless: Path) -> None:
     with start("generate", "-m", endless, "-n", -1, "-c", 1 << 20, "--temp", 0, "-p", "the cat") as process:
-        process.stdout.read(1)  # type: ignore[union-attr]
-        process.stdout.close()  # type: ignore[union-attr]
-        err = process.stderr.read()  # type: ignore[union-attr]
+        process.stdout.read(1)
+        process.stdout.close()
+        err = process.stderr.read()
     assert process.returncode == 0
     assert b"Traceback" not in err
     assert b"Exception ignored" not in err

@@ -123,7 +123,7 @@ def test_a_closed_engine_says_so(opened: OpenModel) -> None:
 @pytest.mark.parametrize("threads", [0, -1, True, 1.5, "2"])
 def test_threads_that_are_no_number_of_threads_are_refused(opened: OpenModel, threads: object) -> None:
     with pytest.raises(UsageError, match="is not a number of threads"):
-        Engine(opened, threads=threads)  # type: ignore[arg-type]
+        Engine(opened, threads=threads)
 
 
 def test_an_unknown_backend_is_refused(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:

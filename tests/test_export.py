@@ -34,7 +34,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def refusal(kind: type[NpllamaError], *args: object, **options: object) -> str:
     """The one-line message with which an export is refused."""
     with pytest.raises(kind) as caught:
-        export(*args, **options)  # type: ignore[arg-type]
+        export(*args, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -30,7 +30,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def refusal(*args: object, **options: object) -> str:
     with pytest.raises(ModelError) as caught:
-        export(*args, **options)  # type: ignore[arg-type]
+        export(*args, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -150,7 +150,7 @@ def test_a_write_that_fails_is_said_and_nothing_is_left(
     def full(*args: object) -> None:
         if next(count) == write:
             raise error
-        write_all(*args)  # type: ignore[arg-type]
+        write_all(*args)
 
     monkeypatch.setattr(module, "_write_all", full)
     expected = f"{tmp_path / 'm'}: cannot be written ({reason}), and nothing was left behind; make room"

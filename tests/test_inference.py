@@ -31,7 +31,7 @@ def llm(folder: Path) -> Llama:
 
 
 def greedy(llm: Llama, n: int = 20, **options: object) -> Result:
-    return llm.generate(PROMPT, max_tokens=n, temperature=0, **options)  # type: ignore[arg-type, return-value]
+    return llm.generate(PROMPT, max_tokens=n, temperature=0, **options)
 
 
 def with_ends(folder: Path, tmp_path: Path, ids: tuple[int, ...], **changes: int) -> Path:
@@ -47,7 +47,7 @@ def with_ends(folder: Path, tmp_path: Path, ids: tuple[int, ...], **changes: int
 def test_the_format_of_the_cache_reaches_the_cache(folder: Path) -> None:
     with npllama.load(folder, kv_dtype="q8") as narrow:
         cache = narrow.borrow_cache()
-        assert cache.k.codes.dtype == np.int8  # type: ignore[union-attr]
+        assert cache.k.codes.dtype == np.int8
         narrow.return_cache(cache)
         assert greedy(narrow).usage.completion_tokens > 0
     with pytest.raises(npllama.UsageError, match="kv_dtype"):
@@ -115,27 +115,27 @@ def test_prompts_of_one_list_draw_independently(llm: Llama) -> None:
 )
 def test_a_prompt_that_is_none_is_refused(llm: Llama, prompt: object, message: str) -> None:
     with pytest.raises(npllama.UsageError, match=message):
-        llm.generate(prompt, max_tokens=1)  # type: ignore[arg-type]
+        llm.generate(prompt, max_tokens=1)
 
 
 @pytest.mark.parametrize("ids", [None, 5, b"ab", {1, 2}, {1: 2}, iter([1]), "a", ["a"], [True], [[1]], np.array([1.0])])
 def test_logits_are_of_a_list_of_ids(llm: Llama, ids: object) -> None:
     with pytest.raises(npllama.UsageError, match="a list of token ids"):
-        llm.logits(ids)  # type: ignore[arg-type]
+        llm.logits(ids)
 
 
 def test_ids_may_be_numbers_and_arrays_of_numpy(llm: Llama) -> None:
     options = {"max_tokens": 5, "temperature": 0}
-    expected = llm.generate([1, 70, 80], **options).tokens  # type: ignore[arg-type, union-attr]
-    assert llm.generate(np.array([1, 70, 80], np.uint64), **options).tokens == expected  # type: ignore[arg-type, union-attr]
-    two = llm.generate(np.array([[1, 70, 80], [1, 70, 80]]), **options)  # type: ignore[arg-type]
-    assert [r.tokens for r in two] == [expected, expected]  # type: ignore[union-attr]
-    assert [r.usage.prompt_tokens for r in llm.generate(np.array([[1], [70]]), **options)] == [1, 1]  # type: ignore[arg-type, union-attr]
+    expected = llm.generate([1, 70, 80], **options).tokens
+    assert llm.generate(np.array([1, 70, 80], np.uint64), **options).tokens == expected
+    two = llm.generate(np.array([[1, 70, 80], [1, 70, 80]]), **options)
+    assert [r.tokens for r in two] == [expected, expected]
+    assert [r.usage.prompt_tokens for r in llm.generate(np.array([[1], [70]]), **options)] == [1, 1]
 
 
 def test_stream_takes_one_prompt(llm: Llama) -> None:
     with pytest.raises(npllama.UsageError, match="stream takes one prompt"):
-        llm.stream(["a", "b"])  # type: ignore[list-item]
+        llm.stream(["a", "b"])
 
 
 # ---------------------------------------------------------------- results
@@ -199,7 +199,7 @@ def test_max_tokens_0_reads_the_prompt_only(llm: Llama) -> None:
 
 @pytest.mark.parametrize("all_of_them", [-1, None])
 def test_without_a_maximum_a_text_goes_on_to_the_end_of_the_context(llm: Llama, all_of_them: int | None) -> None:
-    r = greedy(llm, all_of_them)  # type: ignore[arg-type]
+    r = greedy(llm, all_of_them)
     assert r.usage.total_tokens == llm.context == TINY.max_seq_len
     assert r.finish_reason == "length"
 
@@ -321,9 +321,9 @@ def test_an_option_out_of_range_is_refused_by_name(llm: Llama, call: str, option
 
 def test_whole_numbers_may_be_numpys(llm: Llama, folder: Path) -> None:
     options = {"max_tokens": np.int32(4), "seed": np.uint64(7), "top_k": np.int64(9), "temperature": np.float32(1)}
-    r = llm.generate(PROMPT, **options)  # type: ignore[arg-type]
+    r = llm.generate(PROMPT, **options)
     assert (len(r.tokens), r.seed) == (4, 7)
-    with npllama.load(folder, backend="numpy", threads=np.int64(1), context=np.int16(9)) as short:  # type: ignore[arg-type]
+    with npllama.load(folder, backend="numpy", threads=np.int64(1), context=np.int16(9)) as short:
         assert (short.context, short.engine.threads) == (9, 1)
 
 
@@ -333,8 +333,8 @@ def test_whole_numbers_may_be_numpys(llm: Llama, folder: Path) -> None:
 )
 def test_a_parameter_given_under_two_names_is_refused(llm: Llama, option: str, alias: str, value: float) -> None:
     with pytest.raises(npllama.UsageError, match=f"{option}='2' and {alias}='{value}' mean the same; give one"):
-        llm.generate(PROMPT, **{option: 2, alias: value})  # type: ignore[arg-type]
-    llm.generate(PROMPT, **{option: value, alias: value})  # type: ignore[arg-type]
+        llm.generate(PROMPT, **{option: 2, alias: value})
+    llm.generate(PROMPT, **{option: value, alias: value})
 
 
 def test_a_context_given_under_two_names_is_refused(folder: Path) -> None:
@@ -345,11 +345,11 @@ def test_a_context_given_under_two_names_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("model", [5, b"model", []])
 def test_a_model_that_is_no_path_is_refused(model: object) -> None:
     with pytest.raises(npllama.UsageError, match="needs the path of a model directory"):
-        npllama.load(model)  # type: ignore[arg-type]
+        npllama.load(model)
 
 
 def test_other_libraries_names_mean_the_same(llm: Llama, folder: Path) -> None:
-    assert llm.generate(PROMPT, temperature=0, max_new_tokens=4).tokens == greedy(llm, 4).tokens  # type: ignore[union-attr]
+    assert llm.generate(PROMPT, temperature=0, max_new_tokens=4).tokens == greedy(llm, 4).tokens
     assert greedy(llm, repetition_penalty=1.7).tokens == greedy(llm, repeat_penalty=1.7).tokens
     with npllama.load(folder, n_ctx=9) as short:
         assert short.context == 9
@@ -361,7 +361,7 @@ def test_a_repetition_penalty_changes_the_text(llm: Llama) -> None:
 
 def test_generate_and_stream_take_the_same_options() -> None:
     def options(function: object) -> list[tuple[str, object]]:
-        return [(p.name, p.default) for p in inspect.signature(function).parameters.values()][2:]  # type: ignore[arg-type]
+        return [(p.name, p.default) for p in inspect.signature(function).parameters.values()][2:]
 
     assert options(Llama.generate) == options(Llama.stream)
 
@@ -369,7 +369,7 @@ def test_generate_and_stream_take_the_same_options() -> None:
 @pytest.mark.parametrize("context", [0, -1, 2.0, True])
 def test_a_context_that_is_no_number_of_positions_is_refused(folder: Path, context: object) -> None:
     with pytest.raises(npllama.UsageError, match="context="):
-        npllama.load(folder, context=context)  # type: ignore[arg-type]
+        npllama.load(folder, context=context)
 
 
 def test_a_model_that_claims_a_long_context_gets_4096_and_a_line(

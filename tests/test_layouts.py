@@ -213,7 +213,7 @@ def test_the_last_shards_missing_show_in_the_shapes(tmp_path: Path, n_there: int
 def test_params_that_contradict_the_weights_are_refused(
     tmp_path: Path, changes: dict[str, object], reason: str
 ) -> None:
-    write_meta(tmp_path, **changes)  # type: ignore[arg-type]
+    write_meta(tmp_path, **changes)
     refused(tmp_path, reason)
 
 
@@ -397,7 +397,7 @@ def test_end_of_text_ids_come_from_the_generation_config(tmp_path: Path) -> None
 def test_what_the_config_asks_for_and_is_not_built_is_refused(
     tmp_path: Path, changes: dict[str, object], reason: str
 ) -> None:
-    write_hugging_face(tmp_path, **changes)  # type: ignore[arg-type]
+    write_hugging_face(tmp_path, **changes)
     refused(tmp_path, rf"^config\.json: {reason}|^config\.json: .*{reason}")
 
 
@@ -427,7 +427,7 @@ def reindex(folder: Path, edit: Callable[[dict[str, str]], object]) -> None:
 )
 def test_the_index_names_files_without_folders(tmp_path: Path, place: object) -> None:
     write_hugging_face(tmp_path, files=2)
-    reindex(tmp_path, lambda places: places.update({"model.norm.weight": place}))  # type: ignore[dict-item]
+    reindex(tmp_path, lambda places: places.update({"model.norm.weight": place}))
     refused(tmp_path, rf"^{INDEX}: weight_map must give each tensor a file name without a folder")
 
 
@@ -514,7 +514,7 @@ def test_files_that_a_trainer_leaves_beside_the_weights_are_ignored(tmp_path: Pa
 
 def test_wrapped_state_dicts_are_unwrapped(tmp_path: Path) -> None:
     for key in ("model", "state_dict", "module"):
-        weights = write_meta(tmp_path, save=lambda tree, key=key: torch_zip({key: tree, "epoch": 3}))  # type: ignore[misc]
+        weights = write_meta(tmp_path, save=lambda tree, key=key: torch_zip({key: tree, "epoch": 3}))
         check(tmp_path, weights)
 
 

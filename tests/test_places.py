@@ -87,4 +87,4 @@ def test_threads_that_share_a_loop_otherwise_are_left_alone(monkeypatch: pytest.
     monkeypatch.setattr(places, "CROWDED_PER_S", -1.0)
     here = places.Places(lambda: pytest.fail("nothing is to be tied"), lambda: "workqueue")
     for _ in range(3):
-        here.run(2, lambda: time.sleep(places.LOOK_S), ())  # type: ignore[arg-type,return-value]
+        here.run(2, lambda: time.sleep(places.LOOK_S), ())

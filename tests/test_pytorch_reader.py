@@ -68,7 +68,7 @@ def test_views_share_a_storage_and_keep_their_strides(tree: object) -> None:
         view = item(tree, "nested", "deeper", name)
         assert isinstance(view, View)
         np.testing.assert_array_equal(values(view), wanted, err_msg=name)
-        assert view.storage is item(tree, "f32").storage  # type: ignore[attr-defined]
+        assert view.storage is item(tree, "f32").storage
 
 
 @pytest.mark.parametrize(("name", "row"), [("parameter", 1), ("tagged", 0), ("marked", 2)])
@@ -148,7 +148,7 @@ def test_blocks_of_rows_are_those_of_the_whole_for_every_stride(tmp_path: Path, 
             2 * np.arange(50)[:, None] + np.arange(20)]),
     }  # fmt: skip
     assert n == base.size
-    tree = read(put(tmp_path, save({name: view for name, (view, _) in views.items()})))  # type: ignore[operator]
+    tree = read(put(tmp_path, save({name: view for name, (view, _) in views.items()})))
     for name, (_, wanted) in views.items():
         view = item(tree, name)
         assert isinstance(view, View)

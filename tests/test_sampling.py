@@ -214,9 +214,9 @@ def test_a_draw_does_not_depend_on_the_draws_before_it() -> None:
 
 
 def test_the_global_generator_of_numpy_is_not_touched() -> None:
-    before = np.random.get_state()[1].copy()  # type: ignore[index]  # noqa: NPY002
+    before = np.random.get_state()[1].copy()  # noqa: NPY002 (the global one is meant)
     sample(some_logits(300, 5, 1.0, False), [], SamplingOptions(), 1, 2, 3)
-    assert (np.random.get_state()[1] == before).all()  # type: ignore[index]  # noqa: NPY002
+    assert (np.random.get_state()[1] == before).all()  # noqa: NPY002 (the global one is meant)
 
 
 def test_the_highest_number_draws_the_last_candidate_that_can_come(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +263,7 @@ def test_logits_that_are_not_finite_are_refused(value: float, options: SamplingO
 def test_an_option_out_of_range_is_refused_by_name(name: str, values: list[object], needed: str) -> None:
     for value in values:
         with pytest.raises(UsageError, match=f"^{name}='.*': needs {needed}"):
-            SamplingOptions(**{name: value})  # type: ignore[arg-type]
+            SamplingOptions(**{name: value})
 
 
 def test_options_may_be_numbers_of_numpy() -> None:
@@ -272,5 +272,5 @@ def test_options_may_be_numbers_of_numpy() -> None:
 
 
 def test_options_may_be_fractions() -> None:
-    assert SamplingOptions(Fraction(1, 2), 3, Fraction(1, 2)) == SamplingOptions(0.5, 3, 0.5)  # type: ignore[arg-type]
-    probabilities(some_logits(100, 7, 1.0, False), [], SamplingOptions(Fraction(1, 2)))  # type: ignore[arg-type]
+    assert SamplingOptions(Fraction(1, 2), 3, Fraction(1, 2)) == SamplingOptions(0.5, 3, 0.5)
+    probabilities(some_logits(100, 7, 1.0, False), [], SamplingOptions(Fraction(1, 2)))
