@@ -24,7 +24,7 @@ from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
 from npllama.kernels.flags import PLAIN
 from npllama.places import Places
-from npllama.quant import Coded, Grouped, widen
+from npllama.quant import Coded, grouped, widen
 from npllama.version import __version__
 from npllama.weights import OpenModel, Weights, kind_shapes
 
@@ -112,16 +112,17 @@ class Engine:
             )
 
     def _prepare_numpy(self) -> None:
-        """Widen narrow weights once where memory allows."""
-        weights = self._opened.weights
-        shapes = kind_shapes(self.config)
-        distinct = {id(w): shapes[kind] for kind, w in weights._asdict().items() if not isinstance(w, np.ndarray)}
-        needed = sum(4 * math.prod(shape) for shape in distinct.values())
+        """Widen narrow weights once where memory allows; but for the embedding, of which a call needs few rows."""
+        weights, shapes = self._opened.weights, kind_shapes(self.config)
+        factors = {kind: w for kind, w in weights._asdict().items() if kind != "tok_embeddings"}
+        needed = sum(4 * math.prod(shapes[kind]) for kind, w in factors.items() if not isinstance(w, np.ndarray))
         if needed and needed <= machine.free_memory() // 2:
             if needed > SMALL_MODEL_BYTES:
                 self._report(f"widening the weights to float32 in memory ({needed / 1e6:,.0f} MB)")
-            widened: dict[int, Any] = {id(w): Grouped(widen(w)) if isinstance(w, Coded) else widen(w) for w in weights}
-            self._weights = Weights(*(widened[id(w)] for w in weights))
+            wide: dict[str, Any] = {
+                kind: grouped(w) if isinstance(w, Coded) else widen(w) for kind, w in factors.items()
+            }
+            self._weights = weights._replace(**wide)
         elif needed:
             self._report(
                 "weights stay narrow, each layer is widened in each call: float32 would take half of the free memory"

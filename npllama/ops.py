@@ -2,6 +2,9 @@
 
 Axes: T tokens in this call, D model width, H query heads, G key/value heads, E head size, F feed-forward width,
 V vocabulary, L layers, N sequences, S cache slots. Activations are float32 between any two steps.
+
+Within rms_norm, attend and swiglu they are float64, so that the float32 that a step hands on is, but for one in many
+millions, the one nearest to its equation: the same in NumPy and in a kernel that adds in another order.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ from typing import TypeVar
 import numpy as np
 
 from npllama.cache import KVCache, read, run_stop, slot, write
-from npllama.quant import Coded, Grouped, Weight, round_rows, widen, widen_rows
+from npllama.quant import Coded, Grouped, Weight, grouped, quantize_rows, widen, widen_rows
 
 # Scores of one attention step: at most this many, so that memory does not grow with T x S.
-MOST_SCORES = 1 << 22
+MOST_SCORES = 1 << 21
+# Sums of groups that one step of a product holds: they stay in the second-level cache.
+MOST_COUNTS = 1 << 17
 
 W = TypeVar("W", bound=Weight)
 
@@ -46,8 +51,9 @@ def rms_norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
     x (T, D) float32, gain (D,) float32, eps > 0 inside the root (LLaMA 2: 1e-5). Returns (T, D) float32, new.
     Source: Zhang & Sennrich 2019, arXiv:1910.07467, section 4. Differs: eps, placed as in Meta's model.py.
     """
-    mean_square = np.mean(x * x, axis=-1, keepdims=True)  # (T, D) -> (T, 1)
-    return gain * (x / np.sqrt(mean_square + np.float32(eps)))
+    mean_square = np.mean(np.square(x, dtype=np.float64), axis=-1, keepdims=True)  # (T, D) -> (T, 1)
+    scale = 1 / np.sqrt(mean_square + eps)
+    return gain * (x * scale.astype(np.float32))
 
 
 def linear(x: np.ndarray, w: Weight) -> np.ndarray:
@@ -56,11 +62,36 @@ def linear(x: np.ndarray, w: Weight) -> np.ndarray:
         y[t, n] = sum_k x[t, k] * w[n, k]
 
     x (T, K) float32, w (N, K) in any format. Returns (T, N) float32, new. With a grouped format (q8, q6, q4) the x of
-    the equation is x rounded to 8 bits, see quant.quantize_rows: so the products are of integers.
+    the equation is x rounded to 8 bits, and the products are of integers: see `_grouped_linear`.
     """
-    if isinstance(w, Coded | Grouped):
-        x = round_rows(x)
+    if isinstance(w, Coded):
+        return _grouped_linear(x, grouped(w))
+    if isinstance(w, Grouped):
+        return _grouped_linear(x, w)
     return x @ widen(w).T
+
+
+def _grouped_linear(x: np.ndarray, w: Grouped) -> np.ndarray:
+    """Multiply rows, rounded by quant.quantize_rows, by a matrix in a grouped format.
+
+        y[t, n] = factor[n] * sum_g (sum_k level[n, g, k] * code[t, g, k]) * (scale[n, g] * x_scale[t, g])
+
+    The inner sum is of integers below 2^24: exact in float32, in whatever order it is added. The outer one runs over g
+    in ascending order, each operation rounded to float32: so a kernel that does the same gives the same bits.
+    """
+    codes, x_scales = (np.moveaxis(a, 1, 0) for a in quantize_rows(x))  # (T, G, GROUP) -> (G, T, GROUP), (G, T)
+    (G, T), N = x_scales.shape, len(w.factors)
+    y = np.zeros((T, N), np.float32)
+    step = max(1, MOST_COUNTS // max(1, T * N))
+    for g in range(0, G, step):
+        some = slice(g, g + step)
+        counts = codes[some].astype(np.float32) @ w.levels[some]  # (g, T, GROUP) @ (g, GROUP, N) -> (g, T, N)
+        with np.errstate(invalid="ignore"):  # infinity times 0: of a row that is not finite nothing is
+            counts *= w.scales[some, None, :] * x_scales[some, :, None]
+        for product in counts:
+            y += product
+    y *= w.factors
+    return y
 
 
 def linears(x: np.ndarray, ws: tuple[Weight, ...]) -> tuple[np.ndarray, ...]:
@@ -163,32 +194,32 @@ def _attend_run(q: np.ndarray, q_sink: np.ndarray, cache: KVCache, l: int, n: in
     """Attention of rows whose keys are all in the cache. q (T, H, E) -> (T, H*E)."""
     T, H, E = q.shape
     used = min(int(pos[-1]) + 1, cache.pos.shape[2])  # slots beyond have never been written
-    K, V = read(cache.k, l, n, used), read(cache.v, l, n, used)  # (G, S, E), never a gather
+    K, V = (read(stored, l, n, used).astype(np.float64) for stored in (cache.k, cache.v))  # (G, S, E), never a gather
     G = len(K)
     slot_pos, n_sink = cache.pos[l, n, :used], cache.n_sink
 
     score = _by_group(q, G) @ K.transpose(0, 2, 1)  # (G, T*H/G, E) @ (G, E, S) -> (G, T*H/G, S)
     if n_sink:
         score[:, :, :n_sink] = _by_group(q_sink, G) @ K[:, :n_sink].transpose(0, 2, 1)
-    score /= np.float32(np.sqrt(E))  # in place here and below: a new array of this size costs more than the step
+    score /= np.sqrt(E)  # in place here and below: a new array of this size costs more than the step
 
     recent = (slot_pos > pos[:, None] - cache.window) | (slot_pos < n_sink)
     visible = (slot_pos >= 0) & (slot_pos <= pos[:, None]) & recent  # (T, S)
     if not visible.all():
-        hidden = np.where(visible, np.float32(0), np.float32(-np.inf))
+        hidden = np.where(visible, 0.0, -np.inf)
         score.reshape(G, T, H // G, used)[:] += hidden[None, :, None, :]
 
     score -= score.max(axis=-1, keepdims=True)
     weight = np.exp(score, out=score)
     y = weight @ V  # (G, T*H/G, S) @ (G, S, E) -> (G, T*H/G, E)
     y /= weight.sum(axis=-1, keepdims=True)  # the softmax's sum, divided by after the product: E numbers and not S
-    return y.reshape(G, T, H // G, E).transpose(1, 0, 2, 3).reshape(T, H * E)
+    return y.reshape(G, T, H // G, E).transpose(1, 0, 2, 3).reshape(T, H * E).astype(np.float32)
 
 
 def _by_group(q: np.ndarray, G: int) -> np.ndarray:
-    """Bring together the query heads that share a key/value head: (T, H, E) -> (G, T*H/G, E)."""
+    """Bring together the query heads that share a key/value head: (T, H, E) -> (G, T*H/G, E) float64."""
     T, H, E = q.shape
-    return q.reshape(T, G, H // G, E).transpose(1, 0, 2, 3).reshape(G, T * (H // G), E)
+    return q.astype(np.float64).reshape(T, G, H // G, E).transpose(1, 0, 2, 3).reshape(G, T * (H // G), E)
 
 
 def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -199,10 +230,10 @@ def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     gate, up (T, F) float32. Returns (T, F) float32, new.
     Source: Shazeer 2020, arXiv:2002.05202, equation 6; SiLU is Swish with beta = 1.
     """
-    y = np.negative(gate)
+    y = np.negative(gate, dtype=np.float64)
     with np.errstate(over="ignore"):  # exp(-gate) = inf is the right limit: sigmoid = 0
         np.exp(y, out=y)
-    y += np.float32(1)
-    np.divide(gate, y, out=y)  # gate / (1 + exp(-gate)), in place: new arrays cost more than the arithmetic
-    y *= up
-    return y
+        y += 1
+        np.divide(gate, y, out=y)  # gate / (1 + exp(-gate)), in place: new arrays cost more than the arithmetic
+        y *= up
+        return y.astype(np.float32)

@@ -110,12 +110,14 @@ A step is at most 1/32 of the scale down to an eighth of the largest scale of a 
 
 
 class Grouped(NamedTuple):
-    """A q8, q6 or q4 matrix widened to float32: its products still round their other side as those of q8, q6, q4 do.
+    """A q8, q6 or q4 matrix unpacked for products in NumPy: w[n, g, k] = levels[g, k, n] * scales[g, n] * factors[n].
 
-    values (..., rows, columns) float32.
+    levels (..., G, GROUP, rows) integers as float32, scales (..., G, rows) float32, factors (..., rows) float32.
     """
 
-    values: np.ndarray
+    levels: np.ndarray
+    scales: np.ndarray
+    factors: np.ndarray
 
 
 Coded = Q8 | Q6 | Q4
@@ -139,14 +141,22 @@ def bf16_bits(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), quiet, rounded).astype(np.uint16)
 
 
-def widen(w: Weight) -> np.ndarray:
+def grouped(w: Coded) -> Grouped:
+    """Unpack a matrix for products in NumPy."""
+    in_blocks = np.moveaxis(_levels(w), -4, -2)  # (..., B, G, ROWS, GROUP) -> (..., G, ROWS, B, GROUP)
+    levels = np.moveaxis(in_blocks, (-1, -2), (-3, -2))  # -> (..., G, GROUP, B, ROWS)
+    scales = np.swapaxes(SCALES[w.scales], -3, -2)  # (..., B, G, ROWS) -> (..., G, B, ROWS)
+    factors = widen(BF16(w.factors))  # (..., B, ROWS)
+    parts = (part.reshape(*part.shape[:-2], -1)[..., : w.rows] for part in (levels, scales, factors))
+    return Grouped(*(np.ascontiguousarray(part) for part in parts))
+
+
+def widen(w: np.ndarray | F16 | BF16 | Coded) -> np.ndarray:
     """A matrix in any number format -> the numbers it stands for in float32 (float32 itself is not copied)."""
     if isinstance(w, F16):
         return w.bits.view(np.float16).astype(np.float32)
     if isinstance(w, BF16):
         return (w.bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if isinstance(w, Grouped):
-        return w.values
     if isinstance(w, Coded):
         groups = _levels(w)  # (..., B, G, ROWS, GROUP)
         groups *= SCALES[w.scales][..., None]  # exact: a level has 8 bits, a scale 6
@@ -161,6 +171,7 @@ def widen_rows(w: Weight, rows: np.ndarray) -> np.ndarray:
     """Some rows of a matrix (N, K) in any number format: (T,) integers -> (T, K) float32, new."""
     if isinstance(w, np.ndarray):
         return w[rows]
+    assert not isinstance(w, Grouped)  # made for products only
     if isinstance(w, Coded):
         codes, scales, factors = (part[rows // ROWS] for part in (w.codes, w.scales, w.factors))
         blocks = type(w)(codes, scales, factors, ROWS * len(rows), w.columns)
@@ -206,21 +217,16 @@ def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     not finite. Returns codes (T, G, GROUP) int8, zero beyond column K, and scales (T, G) float32.
     """
     T, K = x.shape
-    groups = np.zeros((T, -(-K // GROUP) * GROUP), np.float32)
+    G = -(-K // GROUP)
+    groups = np.zeros((T, G * GROUP), np.float32)
     groups[:, :K] = x
-    groups = groups.reshape(T, -1, GROUP)  # (T, K) -> (T, G, GROUP)
+    groups = groups.reshape(T, G, GROUP)  # (T, K) -> (T, G, GROUP)
     magnitude = np.abs(groups).max(axis=-1)
     zero = magnitude < np.float32(SMALLEST_MAGNITUDE)
     scale = np.where(zero, np.float32(0), magnitude / np.float32(127))
     with np.errstate(invalid="ignore"):  # infinity times 0, and NaN as an integer: their scale is not finite either
         factor = np.where(zero, np.float32(0), np.float32(127) / np.where(zero, np.float32(1), magnitude))
         return np.rint(groups * factor[..., None]).astype(np.int8), scale
-
-
-def round_rows(x: np.ndarray) -> np.ndarray:
-    """What quantize_rows keeps of x: (T, K) float32 -> (T, K) float32, new."""
-    codes, scales = quantize_rows(x)
-    return (codes * scales[..., None]).reshape(len(x), codes.shape[1] * GROUP)[:, : x.shape[1]]
 
 
 # ---------------------------------------------------------------- float32 -> q8, q6, q4

@@ -19,16 +19,17 @@ from npllama.engine import Engine, stepwise
 from npllama.weights import Weights
 
 # Largest error allowed, relative to the largest value of the step's result. A sum of K products in another order
-# differs by about sqrt(K) * 6e-8; the other steps are a few roundings deep; a table look-up is exact. The whole model
-# is compared with its own kernels: equal to the bit where this was tried, a last digit is left to other compilers.
+# differs by about sqrt(K) * 6e-8; norm, attention and SwiGLU are float64 rounded to float32, where a last digit may
+# differ; rotations round after each operation, and a table look-up is exact. The whole model is compared with its own
+# kernels: equal to the bit where this was tried, a last digit is left to other compilers.
 TOLERANCE = {
     "embed": 0.0,
-    "rms_norm": 2e-6,
+    "rms_norm": 5e-7,
     "linear": 1e-5,
-    "rope": 1e-6,
-    "rope_to_sinks": 1e-6,
-    "attend": 1e-5,
-    "swiglu": 2e-6,
+    "rope": 0.0,
+    "rope_to_sinks": 0.0,
+    "attend": 2e-7,
+    "swiglu": 2e-7,
     "whole model": 1e-6,
 }
 PROMPT = 33  # tokens read at once: more than a tile, and no multiple of one
@@ -99,8 +100,7 @@ def verify(engine: Engine, seed: int = 0) -> list[Row]:
 def whole_model_error(engine: Engine, seed: int = 1) -> Row:
     """The logits of a prompt: the model compiled whole against the same model step by step in its kernels.
 
-    Not against NumPy: in q8, q6 and q4 a last digit can tip the rounding of an activation, which then differs by a step
-    of its format. Each kernel by itself is compared with NumPy in `verify`.
+    Not against NumPy, with which `verify` compares each kernel: what differs here is what compiling them together did.
     """
     n = min(PROMPT, engine.config.max_seq_len)
     ids = np.random.default_rng(seed).integers(0, engine.config.vocab_size, n)

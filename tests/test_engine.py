@@ -214,6 +214,17 @@ def test_forward_compiles_once_and_agrees_with_numpy(dtype: str, tmp_path: Path)
 
 
 @needs_numba
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "q8"])
+@pytest.mark.parametrize("dtype", ["q8", "q6", "q4"])
+def test_quantized_models_give_the_same_bits_in_both_executions(dtype: str, kv_dtype: str, tmp_path: Path) -> None:
+    helpers.write_any_model(tmp_path / "model", dtype)
+    opened = open_model(tmp_path / "model")
+    compiled, plain = (Engine(opened, backend, kv_dtype=kv_dtype) for backend in ("numba", "numpy"))
+    for chunk in (1, 3, 99):
+        assert np.array_equal(feed(compiled, IDS, chunk), feed(plain, IDS, chunk))
+
+
+@needs_numba
 @pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
 def test_a_narrow_cache_gives_the_same_in_both_executions(kv_dtype: str, opened: OpenModel) -> None:
     compiled, plain = (Engine(opened, backend, kv_dtype=kv_dtype) for backend in ("numba", "numpy"))

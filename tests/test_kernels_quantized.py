@@ -1,4 +1,4 @@
-"""The compiled products of q8, q6, q4: what ops.linear defines, the same to the bit whatever is computed beside it."""
+"""The compiled products of q8, q6, q4: what ops.linear defines, to the bit, whatever is computed beside it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,6 @@ from npllama.kernels.vector import FEATURES, X86  # noqa: E402
 from npllama.quant import Q4, Q6, Q8, Coded, quantize, quantize_rows  # noqa: E402
 
 SHAPES = [(1, 1), (7, 8), (16, 32), (17, 33), (512, 64), (64, 172), (172, 64), (48, 288)]
-TOLERANCE = 1e-5
-"""Of a row's largest value: sums of float32 in another order."""
-
 both = pytest.mark.parametrize("number_format", ["q8", "q6", "q4"])
 
 
@@ -41,11 +38,6 @@ def problem(number_format: str, rows: int, columns: int, tokens: int) -> tuple[n
     return rng.standard_normal((tokens, columns), dtype=np.float32), quantize(w, number_format)
 
 
-def assert_near(found: np.ndarray, expected: np.ndarray) -> None:
-    largest = np.abs(expected).max(axis=1, keepdims=True)
-    assert (np.abs(found - expected) <= TOLERANCE * largest).all()
-
-
 # ---------------------------------------------------------------- against the definition
 
 
@@ -53,7 +45,7 @@ def assert_near(found: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_products_are_those_that_ops_linear_defines(rows, columns, number_format):
     x, w = problem(number_format, rows, columns, 13)
-    assert_near(linear_alone(x, w), ops.linear(x, w))
+    assert np.array_equal(linear_alone(x, w), ops.linear(x, w))
 
 
 @both
@@ -62,7 +54,7 @@ def test_any_number_of_tokens_is_multiplied(tokens, number_format):
     x, w = problem(number_format, 40, 72, tokens)
     y = linear_alone(x, w)
     assert y.shape == (tokens, 40)
-    assert_near(y, ops.linear(x, w)) if tokens else None
+    assert np.array_equal(y, ops.linear(x, w))
 
 
 @both
@@ -73,17 +65,16 @@ def test_rows_of_very_different_size_are_each_as_exact(number_format):
     x[2] = 0
     x[3, 32:64] = 0
     x[4] = 1e-39
-    found, expected = linear_alone(x, w), ops.linear(x, w)
-    assert_near(found[[0, 1, 3, 5]], expected[[0, 1, 3, 5]])
+    found = linear_alone(x, w)
+    assert np.array_equal(found, ops.linear(x, w))
     assert not found[[2, 4]].any()
-    assert not expected[[2, 4]].any()
 
 
 @both
 def test_zero_groups_of_weights_add_nothing(number_format):
     x, w = problem(number_format, 40, 72, 9)
     w.scales[:, 1] = 0
-    assert_near(linear_alone(x, w), ops.linear(x, w))
+    assert np.array_equal(linear_alone(x, w), ops.linear(x, w))
 
 
 def extreme_codes(number_format: str) -> tuple[np.ndarray, Coded]:
@@ -106,7 +97,7 @@ def extreme_codes(number_format: str) -> tuple[np.ndarray, Coded]:
 @both
 def test_the_largest_codes_do_not_overflow(number_format):
     x, w = extreme_codes(number_format)
-    assert_near(linear_alone(x, w), ops.linear(x, w))
+    assert np.array_equal(linear_alone(x, w), ops.linear(x, w))
 
 
 @both
@@ -135,7 +126,7 @@ def test_a_layer_of_stacked_weights_is_multiplied_where_it_lies(number_format):
     rng = np.random.default_rng(3)
     w = quantize(rng.standard_normal((3, 20, 40), dtype=np.float32), number_format)
     x = rng.standard_normal((2, 40), dtype=np.float32)
-    assert_near(linear_alone(x, ops.layer(w, 1)), ops.linear(x, ops.layer(w, 1)))
+    assert np.array_equal(linear_alone(x, ops.layer(w, 1)), ops.linear(x, ops.layer(w, 1)))
 
 
 @numba.njit(**SERIAL)
@@ -220,19 +211,13 @@ def test_avx2_gives_the_same_bits_as_wider_vectors():
     assert narrow["digests"] == run_elsewhere(NPLLAMA_PLAIN_KERNELS="0")["digests"]
 
 
-def assert_same_numbers(one: dict, other: dict) -> None:
-    assert one["numbers"].keys() == other["numbers"].keys()
-    for name, numbers in one["numbers"].items():
-        assert np.abs(np.array(numbers) - other["numbers"][name]).max() < TOLERANCE * np.abs(numbers).max()
-
-
 def test_plain_kernels_give_the_same_products(here):
     plain = run_elsewhere(NPLLAMA_PLAIN_KERNELS="1")
     assert plain["dot"] == "plain"
-    assert_same_numbers(plain, here)
+    assert plain["digests"] == here["digests"]
 
 
 def test_a_target_without_any_features_gives_the_same_products(here):
     generic = run_elsewhere(NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
     assert generic["dot"] == "plain"
-    assert_same_numbers(generic, here)
+    assert generic["digests"] == here["digests"]

@@ -20,7 +20,6 @@ from npllama.quant import (
     ROWS,
     SCALES,
     Coded,
-    Grouped,
     bf16_bits,
     quantize,
     widen,
@@ -306,7 +305,7 @@ def test_a_product_is_the_sum_of_integer_products_times_both_scales(number_forma
 @pytest.mark.parametrize("number_format", ["q8", "q6", "q4"])
 def test_a_widened_matrix_multiplies_as_the_quantized_one_does(number_format):
     x, w = normal(20, 3, 72), quantize(normal(21, 20, 72), number_format)
-    assert np.array_equal(ops.linear(x, Grouped(widen(w))), ops.linear(x, w))
+    assert np.array_equal(ops.linear(x, quant.grouped(w)), ops.linear(x, w))
 
 
 def test_the_levels_of_q4_are_sorted_hold_zero_and_span_at_most_64():

@@ -23,26 +23,26 @@ from npllama import cache as kv
 from npllama import ops
 from npllama.kernels import vector
 from npllama.kernels.flags import INNER, INNER_PARALLEL
+from npllama.kernels.panel import turn_square
 from npllama.kernels.stored import block_rows, store_head
-from npllama.kernels.tile import ROWS, Rows, along, below, copy_row, multiply
+from npllama.kernels.tile import Rows, along, below
 from npllama.kernels.vector import (
+    DOUBLES,
     REGISTERS,
     WIDTH,
     add,
-    div,
+    element,
     exp,
     exp_one,
-    floats,
     highest,
     i64,
-    load,
+    load_doubles,
     maximum,
-    mul,
     num_threads,
     pointer,
+    set_element,
     splat,
     store,
-    store_last,
     sub,
     total,
 )
@@ -61,131 +61,131 @@ ALONE = 1 << 12
 
 
 class Work(NamedTuple):
-    """What one thread needs for the M query rows that it carries over the blocks.
+    """What one thread needs for the M query rows that it carries over the blocks, and for a block.
 
-    Columns are in vectors, of which the last overlaps the one before where E is no multiple of WIDTH, and is the only
-    one, of zeros and then E numbers, where E is less.
+    Columns are in whole vectors: P of them, E rounded up to a multiple of WIDTH, what is beyond E zeros.
     """
 
-    q: np.ndarray  # (M * (E + WIDTH),) queries, as copy_row lays them out
+    q: np.ndarray  # (M * P,) float64 queries, divided by sqrt(E)
     q_sink: np.ndarray  # the same, turned towards the sinks
-    score: np.ndarray  # (M * BLOCK,) scores of a block, then weights
-    sum: np.ndarray  # (M * (E + WIDTH),) weighted sums of values so far, vector by vector
-    norm: np.ndarray  # (M,) sums of weights so far
-    highest: np.ndarray  # (M,) highest scores so far
-    keep: np.ndarray  # (M,) by what the earlier sums are scaled
-    keys: np.ndarray  # (BLOCK * (E + WIDTH),) a block of keys, where they cannot be used as they lie
-    values: np.ndarray  # the same of values
-    spare: np.ndarray  # (M * ROWS,)
+    score: np.ndarray  # (M * BLOCK,) float64 scores of a block, then weights
+    sink_score: np.ndarray  # the same of the sinks in it
+    sum: np.ndarray  # (M * P,) float64 weighted sums of values so far
+    norm: np.ndarray  # (M,) float64 sums of weights so far
+    highest: np.ndarray  # (M,) float64 highest scores so far
+    keep: np.ndarray  # (M,) float64 by what the earlier sums are scaled
+    block: np.ndarray  # (BLOCK * P,) float32 keys or values, where they cannot be used as they lie
+    turned: np.ndarray  # (P * BLOCK,) float32 keys of a block, one column after the other
+
+
+@njit(**INNER)
+def whole_vectors(E):
+    """E rounded up to a multiple of WIDTH."""
+    return (E + WIDTH - 1) // WIDTH * WIDTH
 
 
 @njit(**INNER)
 def make_work(M, E):
     """Room for so many query rows."""
-    stride = E + WIDTH
-    wide, block = np.empty((3, M * stride), np.float32), np.empty((2, BLOCK * stride), np.float32)
-    each = np.empty((3, M), np.float32)
-    score, spare = np.empty(M * BLOCK, np.float32), np.empty(M * ROWS, np.float32)
-    return Work(wide[0], wide[1], score, wide[2], each[0], each[1], each[2], block[0], block[1], spare)
+    P = whole_vectors(E)
+    wide, score, each = np.zeros((3, M * P)), np.empty((2, M * BLOCK)), np.empty((3, M))
+    block = np.empty((2, BLOCK * P), np.float32)
+    return Work(wide[0], wide[1], score[0], score[1], wide[2], each[0], each[1], each[2], block[0], block[1])
 
 
-def make_gather(rows, vectors):
-    """A tile of weighted sums: sum[m] = keep[m] * sum[m] + sum_s weight[m, s] * value[s], some vectors of columns."""
+def make_tile(rows, vectors):
+    """A tile of weighted sums in float64, whose lanes are columns.
+
+    sum[m, j] = (first: 0, else keep[m] * sum[m, j]) + sum_i weight[m, i] * number[i, j]      i = 0 .. n-1, ascending
+    """
 
     @intrinsic
-    def gather(typingctx, weights, values, n_slots, sums, keep):
+    def tile(typingctx, weights, numbers, n, sums, keep, first):
         def generate(context, builder, signature, args):
-            weights, values, n_slots, sums, keep = args
-            zero, one = ir.Constant(i64, 0), ir.Constant(i64, 1)
+            weights, numbers, n, sums, keep, first = args
 
             def row(matrix, m):
                 start, stride = builder.extract_value(matrix, 0), builder.extract_value(matrix, 1)
                 return builder.gep(start, [builder.mul(stride, m)])
 
             def columns(row):
-                return [builder.gep(row, [ir.Constant(i64, v * WIDTH)]) for v in range(vectors)]
+                return [builder.gep(row, [ir.Constant(i64, v * DOUBLES)]) for v in range(vectors)]
 
             def number(pointer, i):
-                return vector.broadcast(builder, builder.load(builder.gep(pointer, [i])), WIDTH)
+                return vector.broadcast(builder, builder.load(builder.gep(pointer, [i])), DOUBLES)
 
+            few, zero = ir.VectorType(vector.f32, DOUBLES), vector.constant(vector.doubles.llvm, 0.0)
             places = [columns(row(sums, ir.Constant(i64, m))) for m in range(rows)]
             total = []
             for m, place in enumerate(places):
-                kept = number(keep, ir.Constant(i64, m))
-                old = [vector.read(builder, one_place, floats.llvm, 4) for one_place in place]
-                total.append([cgutils.alloca_once_value(builder, builder.fmul(v, kept)) for v in old])
+                kept = number(builder.extract_value(keep, 0), ir.Constant(i64, m))
+                old = [builder.fmul(vector.read(builder, at, zero.type, 8), kept) for at in place]
+                total.append([cgutils.alloca_once_value(builder, builder.select(first, zero, v)) for v in old])
             weight_rows = [row(weights, ir.Constant(i64, m)) for m in range(rows)]
-            with cgutils.for_range_slice(builder, zero, n_slots, one, inc=True) as (s, _):
-                value = [vector.read(builder, part, floats.llvm, 4) for part in columns(row(values, s))]
+            with cgutils.for_range_slice(builder, ir.Constant(i64, 0), n, ir.Constant(i64, 1), inc=True) as (i, _):
+                value = [builder.fpext(vector.read(builder, at, few, 4), zero.type) for at in columns(row(numbers, i))]
                 for m, weight_row in enumerate(weight_rows):
-                    weight = number(weight_row, s)
+                    weight = number(weight_row, i)
                     for v in range(vectors):
                         new = vector.multiply_add(builder, weight, value[v], builder.load(total[m][v]))
                         builder.store(new, total[m][v])
             for m, place in enumerate(places):
                 for v in range(vectors):
-                    vector.write(builder, builder.load(total[m][v]), place[v], 4)
+                    vector.write(builder, builder.load(total[m][v]), place[v], 8)
             return context.get_dummy_value()
 
-        return types.void(weights, values, types.intp, sums, keep), generate
+        return types.void(weights, numbers, types.intp, sums, keep, types.boolean), generate
 
-    return gather
+    return tile
 
 
-GATHERED = 8 if REGISTERS >= 32 else 4
-"""Rows of the large tile, which is two vectors wide: more operations for each number loaded."""
+TILE = 8 if REGISTERS >= 32 else 4
+"""Rows of the large tile."""
 
-gather_large, gather_rows, gather_one = make_gather(GATHERED, 2), make_gather(GATHERED, 1), make_gather(1, 1)
+large_tile, wide_row, narrow_row = make_tile(TILE, 2), make_tile(1, 8), make_tile(1, 2)
 
 
 @njit(**INNER)
-def gather_block(M, values, n_slots, work, E):
-    """Add a block's values, each by its weight, to the sums of M query rows."""
+def weighted_sums(M, weights, numbers, n, sums, keep, first, columns):
+    """The tile for M rows and so many columns, a multiple of WIDTH."""
     vector.keep_apart()
-    stride, j = E + WIDTH, 0
-    while j < E:
-        column, wide = along(values, min(j, E - WIDTH)), j + 2 * WIDTH <= E
-        m = 0
-        while m < M:
-            weights, sums = Rows(pointer(work.score, m * BLOCK), BLOCK), Rows(pointer(work.sum, m * stride + j), stride)
-            keep = pointer(work.keep, m)
-            if m + GATHERED > M:
-                gather_one(weights, column, n_slots, sums, keep)
-                if wide:
-                    gather_one(weights, along(column, WIDTH), n_slots, along(sums, WIDTH), keep)
-                m += 1
-            elif wide:
-                gather_large(weights, column, n_slots, sums, keep)
-                m += GATHERED
-            else:
-                gather_rows(weights, column, n_slots, sums, keep)
-                m += GATHERED
-        j += 2 * WIDTH if wide else WIDTH
+    m = 0
+    while m + TILE <= M:
+        for j in range(0, columns, WIDTH):
+            large_tile(below(weights, m), along(numbers, j), n, along(below(sums, m), j), below(keep, m), first)
+        m += TILE
+    while m < M:
+        j = 0
+        while j + 4 * WIDTH <= columns:
+            wide_row(below(weights, m), along(numbers, j), n, along(below(sums, m), j), below(keep, m), first)
+            j += 4 * WIDTH
+        while j < columns:
+            narrow_row(below(weights, m), along(numbers, j), n, along(below(sums, m), j), below(keep, m), first)
+            j += WIDTH
+        m += 1
 
 
 @njit(**INNER)
-def weigh(work, m, n_slots, scale):
-    """Turn a row's scores of a block into weights exp(score / sqrt(E) - highest so far); hidden ones become 0.
+def weigh(work, m, n_slots):
+    """Turn a row's scores of a block into weights exp(score - highest so far); hidden ones become 0.
 
     What was summed under a lower highest score is scaled: a factor of exactly 1 where nothing higher came.
     """
-    at, top = m * BLOCK, splat(np.float32(-np.inf))
-    for s in range(n_slots, (n_slots + WIDTH - 1) // WIDTH * WIDTH):
-        work.score[at + s] = np.float32(-np.inf)
-    for s in range(0, n_slots, WIDTH):
-        score = mul(load(work.score, at + s), splat(scale))
-        store(work.score, at + s, score)
-        top = maximum(top, score)
+    at, top = m * BLOCK, splat(-np.inf)
+    for s in range(n_slots, (n_slots + DOUBLES - 1) // DOUBLES * DOUBLES):
+        work.score[at + s] = -np.inf
+    for s in range(0, n_slots, DOUBLES):
+        top = maximum(top, load_doubles(work.score, at + s))
     before = work.highest[m]
     now = max(before, highest(top))
     work.highest[m] = now
-    level = now if now > np.float32(-np.inf) else np.float32(0)  # nothing visible yet
-    total_weight = splat(np.float32(0))
-    for s in range(0, n_slots, WIDTH):
-        weight = exp(sub(load(work.score, at + s), splat(level)))
+    level = now if now > -np.inf else 0.0  # nothing visible yet
+    total_weight = splat(0.0)
+    for s in range(0, n_slots, DOUBLES):
+        weight = exp(sub(load_doubles(work.score, at + s), splat(level)))
         store(work.score, at + s, weight)
         total_weight = add(total_weight, weight)
-    work.keep[m] = np.float32(1) if before == now else exp_one(before - level)
+    work.keep[m] = 1.0 if before == now else exp_one(before - level)
     work.norm[m] = work.norm[m] * work.keep[m] + total(total_weight)
 
 
@@ -195,46 +195,57 @@ def hide(work, m, slot_pos, s, n_slots, p, window, n_sink):
     for i in range(n_slots):  # without branches, so that LLVM makes vectors of it
         at = slot_pos[s + i]
         hidden = (at < 0) | (at > p) | ((at <= p - window) & (at >= n_sink))
-        work.score[m * BLOCK + i] = np.float32(-np.inf) if hidden else work.score[m * BLOCK + i]
+        work.score[m * BLOCK + i] = -np.inf if hidden else work.score[m * BLOCK + i]
 
 
 @njit(**INNER)
 def start_rows(q, q_sink, work, t, n_tokens, h, share, n_sink):
     """Lay out the query rows (token by token, head by head of the group), with nothing seen so far."""
     E, H = q.shape[2], q.shape[1]
+    P, root = whole_vectors(E), math.sqrt(E)
     for m in range(n_tokens * share):
         at = ((t + m // share) * H + h + m % share) * E
-        copy_row(q, at, E, work.q, m * (E + WIDTH))
+        for e in range(E):
+            work.q[m * P + e] = np.float64(element(q, at + e)) / root
         if n_sink > 0:
-            copy_row(q_sink, at, E, work.q_sink, m * (E + WIDTH))
-        work.highest[m], work.norm[m] = np.float32(-np.inf), np.float32(0)
-        for e in range(0, E, WIDTH):
-            store(work.sum, m * (E + WIDTH) + e, splat(np.float32(0)))
+            for e in range(E):
+                work.q_sink[m * P + e] = np.float64(element(q_sink, at + e)) / root
+        work.highest[m], work.norm[m] = -np.inf, 0.0
+        for e in range(P):
+            work.sum[m * P + e] = 0.0
 
 
 @njit(**INNER)
 def finish_rows(work, t, n_tokens, h, share, E, y):
     """Write the sums, divided by the sums of weights. y (T, H*E)"""
+    P = whole_vectors(E)
     for m in range(n_tokens * share):
-        norm = splat(work.norm[m])
-        at = (t + m // share) * y.shape[1] + (h + m % share) * E
-        for j in range(0, E, WIDTH):
-            result = div(load(work.sum, m * (E + WIDTH) + j), norm)
-            if E >= WIDTH:
-                store(y, at + min(j, E - WIDTH), result)
-            else:
-                store_last(y, at + E - WIDTH, result, E)
+        norm, at = work.norm[m], (t + m // share) * y.shape[1] + (h + m % share) * E
+        for e in range(E):
+            set_element(y, at + e, np.float32(work.sum[m * P + e] / norm))
 
 
 @njit(**INNER)
-def score_block(M, q, keys, first, stop, present, E, work):
-    """Scores of M query rows with the slots first .. stop-1 of a block, before scaling.
+def turn_block(keys, n_slots, P, work):
+    """Lay out a block of keys column by column; slots up to a multiple of WIDTH, those too many like the last."""
+    for s in range(0, n_slots, WIDTH):
+        for e in range(0, P, WIDTH):
+            source, target = along(below(keys, s), e).start, pointer(work.turned, e * BLOCK + s)
+            turn_square(source, keys.stride, n_slots - 1 - s, target, BLOCK)
 
-    Up to ROWS - 1 slots more are computed, where that many are present; `weigh` overwrites them.
-    """
-    for i in range(first, stop, ROWS):
-        out = Rows(pointer(work.score, i), BLOCK)
-        multiply(M, Rows(pointer(q, 0), E + WIDTH), below(keys, i), present - i, out, E, work.spare)
+
+@njit(**INNER)
+def score_block(M, n_slots, n_sinks, P, work):
+    """Scores of M query rows with the slots of a block, of which the first n_sinks are sinks."""
+    keys, keep, columns = Rows(pointer(work.turned, 0), BLOCK), Rows(pointer(work.keep, 0), 1), whole_vectors(n_slots)
+    weighted_sums(M, Rows(pointer(work.q, 0), P), keys, P, Rows(pointer(work.score, 0), BLOCK), keep, True, columns)
+    if n_sinks == 0:
+        return
+    queries, scores = Rows(pointer(work.q_sink, 0), P), Rows(pointer(work.sink_score, 0), BLOCK)
+    weighted_sums(M, queries, keys, P, scores, keep, True, whole_vectors(n_sinks))
+    for m in range(M):
+        for s in range(n_sinks):
+            work.score[m * BLOCK + s] = work.sink_score[m * BLOCK + s]
 
 
 @njit(**INNER)
@@ -242,25 +253,25 @@ def walk(q, q_sink, cache, l, n, p, t, n_tokens, g, G, work, y):
     """Attention of the rows t .. t+n_tokens-1, at positions from p on, for the query heads of head g of G."""
     E, S = q.shape[2], cache.pos.shape[2]
     share, last, n_sink = q.shape[1] // G, p + n_tokens - 1, cache.n_sink
-    M, scale, slot_pos = n_tokens * share, np.float32(1) / np.float32(math.sqrt(E)), cache.pos[l, n]
+    M, P, slot_pos = n_tokens * share, whole_vectors(E), cache.pos[l, n]
     start_rows(q, q_sink, work, t, n_tokens, g * share, share, n_sink)
     used, first = min(last + 1, S), ((l * cache.pos.shape[1] + n) * G + g) * S  # later slots were never written
     for s in range(0, used, BLOCK):
-        n_slots, present = min(BLOCK, used - s), min(BLOCK, S - s)
+        n_slots = min(BLOCK, used - s)
         oldest, newest = slot_pos[s], slot_pos[s]
         for i in range(s + 1, s + n_slots):
             oldest, newest = min(oldest, slot_pos[i]), max(newest, slot_pos[i])
         if newest <= p - cache.window and oldest >= n_sink:
             continue  # no row sees any of it
-        keys = block_rows(cache.k, first + s, n_slots, E, work.keys)
-        from_sink = max(0, min(n_sink - s, n_slots))
-        score_block(M, work.q, keys, from_sink, n_slots, present, E, work)
-        score_block(M, work.q_sink, keys, 0, from_sink, from_sink, E, work)
+        turn_block(block_rows(cache.k, first + s, n_slots, E, work.block), n_slots, P, work)
+        score_block(M, n_slots, max(0, min(n_sink - s, n_slots)), P, work)
         for m in range(M):
             if oldest < 0 or newest > p or oldest <= last - cache.window:
                 hide(work, m, slot_pos, s, n_slots, p + m // share, cache.window, n_sink)
-            weigh(work, m, n_slots, scale)
-        gather_block(M, block_rows(cache.v, first + s, n_slots, E, work.values), n_slots, work, E)
+            weigh(work, m, n_slots)
+        values = block_rows(cache.v, first + s, n_slots, E, work.block)
+        weights, sums = Rows(pointer(work.score, 0), BLOCK), Rows(pointer(work.sum, 0), P)
+        weighted_sums(M, weights, values, n_slots, sums, Rows(pointer(work.keep, 0), 1), False, P)
     finish_rows(work, t, n_tokens, g * share, share, E, y)
 
 

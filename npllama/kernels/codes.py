@@ -33,7 +33,6 @@ from npllama.kernels.vector import (
     i16,
     i32,
     i64,
-    multiply_add,
     prefetch_line,
     read,
     shuffle,
@@ -353,7 +352,7 @@ def dot_signed_codes(typingctx, total, w, array, offset):
 
 @intrinsic
 def add_scaled(typingctx, total, count, scale, array, offset):
-    """For each token m: total + count * (scale * array[offset + m])."""
+    """For each token m: total + count * (scale * array[offset + m]), rounded after each operation as NumPy does."""
 
     def generate(context, builder, signature, args):
         total, count, scale, array, offset = args
@@ -362,7 +361,7 @@ def add_scaled(typingctx, total, count, scale, array, offset):
         def add(total_m, m):
             number = builder.sitofp(builder.extract_value(count, m), numbers.llvm)
             x_scale = broadcast(builder, builder.load(element(builder, pointer, m)), ROWS)
-            return multiply_add(builder, number, builder.fmul(scale, x_scale), total_m)
+            return builder.fadd(total_m, builder.fmul(number, builder.fmul(scale, x_scale)))
 
         return each(builder, add, total)
 

@@ -3,7 +3,7 @@
     y[t, n] = w_factor[n] * sum_g (sum_k w_code[n, g, k] * x_code[t, g, k]) * (w_scale[n, g] * x_scale[t, g])
 
 The inner sum is exact. The outer one runs over g in ascending order, for each y on its own, whatever is computed
-beside it: a row of y has the same bits in every batch, in every chunk, on any number of threads.
+beside it: a row of y has the same bits in every batch, in every chunk, on any number of threads, and in NumPy.
 
 A tile is a block (16 rows of w) times M tokens. The quantized input of its tokens stands together, group by group, so
 that a tile reads it from fixed places: group g of token first + m has the index first * G + g * M + m.

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, types
+from numba import njit, prange, types
 from numba.extending import overload
 
 from npllama import ops
-from npllama.kernels.flags import INNER
+from npllama.kernels.flags import INNER, INNER_PARALLEL
 from npllama.kernels.vector import (
     WIDTH,
     add,
@@ -24,15 +24,21 @@ from npllama.kernels.vector import (
     load_last,
     load_twice,
     mul,
+    narrow,
     negate_even,
+    num_threads,
     splat,
     store,
     store_last,
     sub,
     swap_pairs,
     total,
+    widened,
 )
 from npllama.quant import BF16, F16, Q4, Q6, Q8
+
+ALONE = 1 << 14
+"""Numbers of a step below which one thread is sooner done than two have met."""
 
 
 def is_format(typ: types.Type, cls: type) -> bool:
@@ -63,14 +69,16 @@ def rms_norm(x, gain, eps):
     whole, last = D // WIDTH * WIDTH, D - WIDTH
     for t in range(T):
         at = t * D
-        squares = splat(np.float32(0))
+        low = high = splat(0.0)
         for d in range(0, whole, WIDTH):
-            squares = fma(load(x, at + d), load(x, at + d), squares)
+            numbers = load(x, at + d)
+            low = fma(widened(numbers, 0), widened(numbers, 0), low)
+            high = fma(widened(numbers, 1), widened(numbers, 1), high)
         if whole < D:
             rest = load_last(x, at + last, D - whole)
-            squares = fma(rest, rest, squares)
-        mean = total(squares) / np.float32(D)
-        scale = splat(np.float32(1) / np.float32(math.sqrt(mean + np.float32(eps))))
+            low = fma(widened(rest, 0), widened(rest, 0), low)
+            high = fma(widened(rest, 1), widened(rest, 1), high)
+        scale = splat(np.float32(1.0 / math.sqrt(total(add(low, high)) / D + eps)))
         for d in range(0, whole, WIDTH):
             store(y, at + d, mul(load(gain, d), mul(load(x, at + d), scale)))
         if whole < D:
@@ -92,7 +100,7 @@ def rope(x, cos, sin):
             for e in range(0, whole, WIDTH):
                 numbers = load(x, at + e)
                 turned = mul(swap_pairs(numbers), negate_even(load_twice(sin, angle + e // 2)))
-                store(y, at + e, fma(numbers, load_twice(cos, angle + e // 2), turned))
+                store(y, at + e, add(mul(numbers, load_twice(cos, angle + e // 2)), turned))
             for i in range(whole // 2, E // 2):
                 even, odd = x[t, h, 2 * i], x[t, h, 2 * i + 1]
                 y[t, h, 2 * i] = even * cos[t, i] - odd * sin[t, i]
@@ -103,8 +111,35 @@ def rope(x, cos, sin):
 @njit(**INNER)
 def gated(gate, up):
     """gate / (1 + e^-gate) * up in each lane."""
-    one = splat(np.float32(1))
-    return mul(div(gate, add(one, exp(sub(splat(np.float32(0)), gate)))), up)
+    one = splat(1.0)
+    return mul(div(gate, add(one, exp(sub(splat(0.0), gate)))), up)
+
+
+@njit(**INNER)
+def gated_floats(gate, up):
+    """The same of float32, rounded once."""
+    return narrow(gated(widened(gate, 0), widened(up, 0)), gated(widened(gate, 1), widened(up, 1)))
+
+
+@njit(**INNER)
+def swiglu_part(gate, up, y, begin, stop):
+    """ops.swiglu for the numbers begin .. stop-1 of all rows; of y there are no fewer than a vector."""
+    whole = begin + (stop - begin) // WIDTH * WIDTH
+    for i in range(begin, whole, WIDTH):
+        store(y, i, gated_floats(load(gate, i), load(up, i)))
+    if whole < stop:
+        last, rest = stop - WIDTH, stop - whole
+        store_last(y, last, gated_floats(load_last(gate, last, rest), load_last(up, last, rest)), rest)
+
+
+@njit(**INNER_PARALLEL)
+def swiglu_in_threads(gate, up, y, parts):
+    n = gate.shape[0] * gate.shape[1]
+    vectors = n // WIDTH
+    for p in prange(parts):
+        part = np.int64(p)
+        stop = n if part == parts - 1 else (part + 1) * vectors // parts * WIDTH
+        swiglu_part(gate, up, y, part * vectors // parts * WIDTH, stop)
 
 
 @njit(**INNER)
@@ -112,13 +147,10 @@ def swiglu(gate, up):
     """ops.swiglu."""
     T, F = gate.shape
     y = np.empty((T, F), np.float32)
-    n = T * F
-    whole = n // WIDTH * WIDTH
-    for i in range(0, whole, WIDTH):
-        store(y, i, gated(load(gate, i), load(up, i)))
-    if whole < n:
-        last, rest = n - WIDTH, n - whole
-        store_last(y, last, gated(load_last(gate, last, rest), load_last(up, last, rest)), rest)
+    if T * F < ALONE:
+        swiglu_part(gate, up, y, 0, T * F)
+    else:
+        swiglu_in_threads(gate, up, y, num_threads())
     return y
 
 

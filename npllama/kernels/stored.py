@@ -1,7 +1,6 @@
 """Keys and values in the cache's number format: a head's row written, a block of rows read as float32.
 
-What is read is what the format keeps, in the order in which tiles want it: rows of E numbers, or of WIDTH numbers with
-zeros before them where E is less than a vector.
+What is read is what the format keeps, as tiles want it: each row in whole vectors, with zeros after its E numbers.
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ from npllama.kernels.tile import Rows
 from npllama.kernels.vector import (
     WIDTH,
     element,
+    half,
     half_bits,
     load_half,
     load_int8,
-    load_last,
-    load_last_half,
     mul,
     pointer,
     splat,
@@ -42,33 +40,32 @@ def store_head(stored, l, n, g, s, x, at):
 
 @njit(**INNER)
 def block_rows_f32(stored, row, n_slots, E, buffer):
-    at = row * E
-    if E >= WIDTH:
-        return Rows(pointer(stored, at), E)
+    if E % WIDTH == 0:
+        return Rows(pointer(stored, row * E), E)
+    stride = (E + WIDTH - 1) // WIDTH * WIDTH
     for s in range(n_slots):
-        store(buffer, s * WIDTH, load_last(stored, at + (s + 1) * E - WIDTH, E))
-    return Rows(pointer(buffer, WIDTH - E), WIDTH)
+        for e in range(stride):
+            buffer[s * stride + e] = element(stored, (row + s) * E + e) if e < E else np.float32(0)
+    return Rows(pointer(buffer, 0), stride)
 
 
 @njit(**INNER)
 def block_rows_f16(stored, row, n_slots, E, buffer):
-    stride = max(E, WIDTH)
+    stride, whole = (E + WIDTH - 1) // WIDTH * WIDTH, E // WIDTH * WIDTH
     for s in range(n_slots):
         at, to = (row + s) * E, s * stride
-        if E >= WIDTH:
-            for e in range(0, E, WIDTH):
-                start = min(e, E - WIDTH)
-                store(buffer, to + start, load_half(stored.bits, at + start))
-        else:
-            store(buffer, to, load_last_half(stored.bits, at + E - WIDTH, E))
-    return Rows(pointer(buffer, stride - E), stride)
+        for e in range(0, whole, WIDTH):
+            store(buffer, to + e, load_half(stored.bits, at + e))
+        for e in range(whole, stride):
+            buffer[to + e] = half(element(stored.bits, at + e)) if e < E else np.float32(0)
+    return Rows(pointer(buffer, 0), stride)
 
 
 @njit(**INNER)
 def block_rows_q8(stored, row, n_slots, E, buffer):
-    stride, n_groups, whole = max(E, WIDTH), (E + GROUP - 1) // GROUP, E // WIDTH * WIDTH
+    stride, n_groups, whole = (E + WIDTH - 1) // WIDTH * WIDTH, (E + GROUP - 1) // GROUP, E // WIDTH * WIDTH
     for s in range(n_slots):
-        at, to, group = (row + s) * E, s * stride + stride - E, (row + s) * n_groups
+        at, to, group = (row + s) * E, s * stride, (row + s) * n_groups
         for e in range(0, whole, WIDTH):
             scale = splat(element(stored.scales, group + e // GROUP))
             store(buffer, to + e, mul(load_int8(stored.codes, at + e), scale))
@@ -76,8 +73,8 @@ def block_rows_q8(stored, row, n_slots, E, buffer):
             code = np.float32(element(stored.codes, at + e))
             buffer[to + e] = code * element(stored.scales, group + e // GROUP)
         for e in range(E, stride):
-            buffer[s * stride + e - E] = np.float32(0)
-    return Rows(pointer(buffer, stride - E), stride)
+            buffer[to + e] = np.float32(0)
+    return Rows(pointer(buffer, 0), stride)
 
 
 @njit(**INNER)

@@ -20,13 +20,7 @@ from numba.extending import intrinsic
 
 from npllama.kernels import vector
 from npllama.kernels.flags import INNER
-from npllama.kernels.vector import REGISTERS, WIDTH, floats, halves, i64, load, load_last, pointer, store
-
-ROWS = 4
-"""Rows of the second matrix in a tile: their totals make one store."""
-
-SIZES = (6, 2, 1) if REGISTERS >= 32 else (3, 2, 1)
-"""Numbers of rows of the first matrix for which there are tiles; the first fills the registers."""
+from npllama.kernels.vector import WIDTH, floats, halves, i64, load, load_last, store
 
 
 class Rows(NamedTuple):
@@ -66,27 +60,6 @@ def ahead(read):
         return read(builder, pointer)
 
     return read_ahead
-
-
-def make_tile(tokens):
-    """The tile of `tokens` rows of x and ROWS rows of w.
-
-    y[m, r] = sum_k x[m, k] * w[r, k]        k = 0 .. columns-1
-    """
-
-    @intrinsic
-    def tile(typingctx, x, w, y, columns):
-        def generate(context, builder, signature, args):
-            x, w, y, columns = args
-            x_rows, w_rows, y_rows = _rows(builder, x, tokens), _rows(builder, w, ROWS), _rows(builder, y, tokens)
-            sums = _sums(builder, x_rows, w_rows, columns, read_float)
-            for m, row in enumerate(y_rows):
-                vector.write(builder, totals_of_four(builder, [builder.load(one) for one in sums[m]]), row, 4)
-            return context.get_dummy_value()
-
-        return types.void(x, w, y, types.intp), generate
-
-    return tile
 
 
 def make_dots(rows, read):
@@ -129,19 +102,6 @@ def _sums(builder, x_rows, w_rows, columns, read):
     return sums
 
 
-def totals_of_four(builder, a):
-    """The sums of four vectors' lanes, as one vector: each added by halves as `total` does, but sharing vectors."""
-    left = WIDTH  # lanes that each sum still has
-    while left > 1:
-        pairs = list(zip(a[::2], a[1::2], strict=True)) if len(a) > 1 else [(a[0], a[0])]
-        lanes = range(2 * WIDTH if len(a) > 1 else 4 * left)
-        low = [lane for lane in lanes if lane % left < left // 2]
-        high = [lane + left // 2 for lane in low]
-        a = [builder.fadd(vector.shuffle(builder, *pair, low), vector.shuffle(builder, *pair, high)) for pair in pairs]
-        left //= 2
-    return a[0]
-
-
 @intrinsic
 def below(typingctx, rows, n):
     """The rows from the n-th on."""
@@ -163,36 +123,6 @@ def along(typingctx, rows, k):
         return builder.insert_value(rows, builder.gep(builder.extract_value(rows, 0), [k]), 0)
 
     return rows(rows, types.intp), generate
-
-
-tile_most, tile_two, tile_one = (make_tile(size) for size in SIZES)
-
-
-@njit(**INNER)
-def strip(T, x, w, y, columns):
-    """T rows of x times ROWS rows of w, in tiles of SIZES."""
-    vector.keep_apart()
-    t = 0
-    while t + SIZES[0] <= T:
-        tile_most(below(x, t), w, below(y, t), columns)
-        t += SIZES[0]
-    while t + 2 <= T:
-        tile_two(below(x, t), w, below(y, t), columns)
-        t += 2
-    if t < T:
-        tile_one(below(x, t), w, below(y, t), columns)
-
-
-@njit(**INNER)
-def multiply(T, x, w, n_rows, y, columns, spare):
-    """Up to ROWS rows of w times all T rows of x; fewer than ROWS each for itself, as a tile of equal rows."""
-    if n_rows >= ROWS:
-        strip(T, x, w, y, columns)
-        return
-    for n in range(n_rows):
-        strip(T, x, Rows(below(w, n).start, 0), Rows(pointer(spare, 0), ROWS), columns)
-        for t in range(T):
-            y.start[t * y.stride + n] = spare[t * ROWS]
 
 
 @njit(**INNER)

@@ -1,8 +1,9 @@
 """The vector operations that kernels are written in, with names.
 
-A value of type `floats` is WIDTH float32 numbers in one register (or in as many as the CPU needs: LLVM splits what is
-too wide, so the same kernel runs on every CPU). Each operation is one or a few LLVM instructions, in the order that
-stands here: nothing is reassociated, so a kernel gives the same bits however it is compiled.
+A value of type `floats` is WIDTH float32 numbers in one register, of type `doubles` DOUBLES float64 numbers (or in as
+many as the CPU needs: LLVM splits what is too wide, so the same kernel runs on every CPU). Each operation is one or a
+few LLVM instructions, in the order that stands here: nothing is reassociated and nothing contracted, so a kernel gives
+the same bits however it is compiled.
 
 Addresses are (array, offset): the element `offset` of the array's data, counted in elements of a C-contiguous array.
 Nothing is checked. Tuples of vectors stand for several registers and stay in registers.
@@ -22,7 +23,7 @@ from numba.extending import intrinsic, models, register_model
 from npllama.kernels.flags import PLAIN
 
 i8, i16, i32, i64 = (ir.IntType(n) for n in (8, 16, 32, 64))
-f16, f32 = ir.HalfType(), ir.FloatType()
+f16, f32, f64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 TRIPLE, CPU, FEATURES = cpu_target.target_context.codegen().magic_tuple()
 X86 = TRIPLE.startswith(("x86", "i386", "i686"))
@@ -40,6 +41,8 @@ WIDE = has("avx512f") and has("avx512vl") and has("avx512bw") and has("avx512dq"
 WIDTH = 16 if WIDE else 8
 REGISTERS = 32 if WIDE else 16
 """Vector registers of WIDTH float32 that a tile may fill."""
+DOUBLES = WIDTH // 2
+"""float64 numbers in such a register."""
 
 
 class VectorType(types.Type):
@@ -59,6 +62,7 @@ class VectorModel(models.PrimitiveModel):
 
 
 floats = VectorType(f32, WIDTH)
+doubles = VectorType(f64, DOUBLES)
 halves = ir.VectorType(i16, WIDTH)
 
 
@@ -117,7 +121,7 @@ def prefetch_line(builder, pointer, offset):
 def multiply_add(builder, a, b, c):
     """a * b + c: rounded once where the CPU can, else twice."""
     if FMA:
-        return call(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
+        return call(builder, f"llvm.fma.v{a.type.count}{a.type.element.intrinsic_name}", a.type, a, b, c)
     return builder.fadd(builder.fmul(a, b), c)
 
 
@@ -174,24 +178,31 @@ def larger(builder, a, b):
     return builder.select(builder.fcmp_ordered("<", a, b), b, a)
 
 
-# e^r = 1 + r + r^2 (C0 + C1 r + ... + C4 r^4) for |r| <= log(2)/2: the polynomial that meets (e^r - 1 - r) / r^2 in the
-# five Chebyshev nodes of that interval, rounded to float32. Its error is 0.09 units in the last place, that of the
-# whole function (measured over every float32) at most 1.02 with fused multiply-add, 1.5 without.
-EXP = (0.5, 0.16666577756404877, 0.041666556149721146, 0.008363173343241215, 0.0013926175888627768)
-LOG2_HIGH, LOG2_LOW = 0.693359375, -0.00021219444170128554  # their sum is log(2); n * LOG2_HIGH is exact
-ROUND = 1.5 * 2.0**23  # adding it rounds to an integer, which then stands in the low bits
+# e^r = 1 + r + r^2 (C0 + C1 r + ... + C8 r^8) for |r| <= log(2)/2: the polynomial that meets (e^r - 1 - r) / r^2 in the
+# nine Chebyshev nodes of that interval. The error of the whole function is below 1e-15 of its value.
+EXP = (
+    0.5,
+    0.16666666666648303,
+    0.041666666666651364,
+    0.008333333353717156,
+    0.0013888888905871347,
+    0.0001984120875699232,
+    2.4801536409064087e-05,
+    2.7625102005388108e-06,
+    2.761379555451986e-07,
+)
+LOG2_HIGH, LOG2_LOW = 0.693147180369123816490, 1.90821492927058770002e-10  # their sum is log(2); n * LOG2_HIGH is exact
+ROUND = 1.5 * 2.0**52  # adding it rounds to an integer, which then stands in the low bits
 
 
 def exponential(builder, x):
-    """e^x = 2^n e^r with x = n log(2) + r: right for all x, infinities and NaN, with gradual underflow."""
-    numbers, ints = x.type, ir.VectorType(i32, x.type.count)
+    """e^x = 2^n e^r of float64 with x = n log(2) + r: 0 below -708 and infinite above 709, NaN for NaN."""
+    numbers, ints = x.type, ir.VectorType(i64, x.type.count)
 
     def c(number):
         return constant(numbers, number)
 
-    x = builder.select(builder.fcmp_ordered(">", x, c(89.0)), c(89.0), x)  # e^89 is infinite already
-    x = builder.select(builder.fcmp_ordered("<", x, c(-104.0)), c(-104.0), x)  # e^-104 is 0
-    shifted = multiply_add(builder, x, c(1.4426950216293335), c(ROUND))
+    shifted = multiply_add(builder, x, c(1.4426950408889634), c(ROUND))
     n = builder.fsub(shifted, c(ROUND))
     r = multiply_add(builder, n, c(-LOG2_HIGH), x)
     r = multiply_add(builder, n, c(-LOG2_LOW), r)
@@ -199,13 +210,10 @@ def exponential(builder, x):
     for coefficient in EXP[-2::-1]:
         tail = multiply_add(builder, tail, r, c(coefficient))
     value = builder.fadd(multiply_add(builder, builder.fmul(r, r), tail, r), c(1.0))
-    # 2^n in two factors, each a normal number: so that 2^128 overflows and 2^-150 underflows as a product does.
-    n = builder.sub(builder.bitcast(shifted, ints), builder.bitcast(c(ROUND), ints))
-    first = builder.ashr(n, constant(ints, 1))
-    for part in (first, builder.sub(n, first)):
-        power = builder.shl(builder.add(part, constant(ints, 127)), constant(ints, 23))
-        value = builder.fmul(value, builder.bitcast(power, numbers))
-    return value
+    n = builder.shl(builder.bitcast(shifted, ints), constant(ints, 52))  # ROUND's own bits are shifted out
+    value = builder.bitcast(builder.add(builder.bitcast(value, ints), n), numbers)  # 2^n: added to the exponent
+    value = builder.select(builder.fcmp_ordered("<", x, c(-708.0)), c(0.0), value)
+    return builder.select(builder.fcmp_ordered(">", x, c(709.0)), c(float("inf")), value)
 
 
 def fold(builder, a, lanes):
@@ -255,14 +263,49 @@ load_brain, load_last_brain = _loads(halves, brain_to_float, "bfloat16, bits in 
 
 
 @intrinsic
+def load_doubles(typingctx, array, offset):
+    """DOUBLES float64 from array[offset] on; of an array of float32: as many of these, widened."""
+
+    def generate(context, builder, signature, args):
+        pointer = address(context, builder, signature.args[0], *args)
+        value = read(builder, pointer, ir.VectorType(pointer.type.pointee, DOUBLES), 4)
+        return value if value.type == doubles.llvm else builder.fpext(value, doubles.llvm)
+
+    return doubles(array, types.intp), generate
+
+
+@intrinsic
+def narrow(typingctx, low, high):
+    """The float32 nearest to the float64 of two vectors, end to end."""
+
+    def generate(context, builder, signature, args):
+        few = ir.VectorType(f32, DOUBLES)
+        low, high = (builder.fptrunc(a, few) for a in args)
+        return shuffle(builder, low, high, range(WIDTH))
+
+    return floats(doubles, doubles), generate
+
+
+@intrinsic(prefer_literal=True)
+def widened(typingctx, a, half):
+    """The lower (half 0) or the upper (1) half of a vector's float32, as float64."""
+    start = half.literal_value * DOUBLES
+
+    def generate(context, builder, signature, args):
+        return builder.fpext(shuffle(builder, args[0], args[0], range(start, start + DOUBLES)), doubles.llvm)
+
+    return doubles(floats, types.literal(half.literal_value)), generate
+
+
+@intrinsic
 def store(typingctx, array, offset, value):
-    """Write WIDTH float32 to array[offset] on."""
+    """Write a vector to array[offset] on."""
 
     def generate(context, builder, signature, args):
         write(builder, args[2], address(context, builder, signature.args[0], args[0], args[1]), 4)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, floats), generate
+    return types.void(array, types.intp, value), generate
 
 
 @intrinsic
@@ -282,12 +325,13 @@ def store_last(typingctx, array, offset, value, n):
 
 @intrinsic
 def splat(typingctx, number):
-    """The same float32 in all lanes."""
+    """The same number in all lanes: of `doubles` for a float64, else of `floats`."""
+    vector = doubles if number == types.float64 else floats
 
     def generate(context, builder, signature, args):
-        return broadcast(builder, args[0], WIDTH)
+        return broadcast(builder, args[0], vector.llvm.count)
 
-    return floats(types.float32), generate
+    return vector(number), generate
 
 
 @intrinsic
@@ -297,7 +341,7 @@ def fma(typingctx, a, b, c):
     def generate(context, builder, signature, args):
         return multiply_add(builder, *args)
 
-    return floats(floats, floats, floats), generate
+    return a(a, a, a), generate
 
 
 def _binary(name, doc):
@@ -307,7 +351,7 @@ def _binary(name, doc):
         def generate(context, builder, signature, args):
             return getattr(builder, name)(*args)
 
-        return floats(floats, floats), generate
+        return a(a, a), generate
 
     operation.__doc__ = doc
     return intrinsic(operation)
@@ -352,6 +396,11 @@ def negate_even(typingctx, a):
     return floats(floats), generate
 
 
+def _number(vector):
+    """Numba's type of one of a vector's numbers."""
+    return types.float64 if vector == doubles else types.float32
+
+
 @intrinsic
 def total(typingctx, a):
     """The sum of all lanes, by halves: lane i + lane i + n/2, and so on."""
@@ -359,7 +408,7 @@ def total(typingctx, a):
     def generate(context, builder, signature, args):
         return builder.extract_element(fold(builder, args[0], 1), ir.Constant(i32, 0))
 
-    return types.float32(floats), generate
+    return _number(a)(a), generate
 
 
 @intrinsic
@@ -394,6 +443,17 @@ def element(typingctx, array, offset):
 
 
 @intrinsic
+def set_element(typingctx, array, offset, number):
+    """Write one number to array[offset]."""
+
+    def generate(context, builder, signature, args):
+        builder.store(args[2], address(context, builder, signature.args[0], *args[:2]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, array.dtype), generate
+
+
+@intrinsic
 def highest(typingctx, a):
     """The largest of all lanes."""
 
@@ -404,7 +464,7 @@ def highest(typingctx, a):
             a = larger(builder, shuffle(builder, a, a, range(half)), shuffle(builder, a, a, range(half, 2 * half)))
         return builder.extract_element(a, ir.Constant(i32, 0))
 
-    return types.float32(floats), generate
+    return _number(a)(a), generate
 
 
 @intrinsic
@@ -414,7 +474,7 @@ def maximum(typingctx, a, b):
     def generate(context, builder, signature, args):
         return larger(builder, *args)
 
-    return floats(floats, floats), generate
+    return a(a, a), generate
 
 
 @intrinsic
@@ -424,7 +484,7 @@ def exp(typingctx, a):
     def generate(context, builder, signature, args):
         return exponential(builder, args[0])
 
-    return floats(floats), generate
+    return doubles(doubles), generate
 
 
 @intrinsic
@@ -432,9 +492,9 @@ def exp_one(typingctx, a):
     """e^a of one number, as `exp` gives it."""
 
     def generate(context, builder, signature, args):
-        return builder.extract_element(exponential(builder, broadcast(builder, args[0], WIDTH)), ir.Constant(i32, 0))
+        return builder.extract_element(exponential(builder, broadcast(builder, args[0], DOUBLES)), ir.Constant(i32, 0))
 
-    return types.float32(types.float32), generate
+    return types.float64(types.float64), generate
 
 
 @intrinsic
@@ -443,6 +503,17 @@ def brain(typingctx, bits):
 
     def generate(context, builder, signature, args):
         return builder.bitcast(builder.shl(builder.zext(args[0], i32), ir.Constant(i32, 16)), f32)
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def half(typingctx, bits):
+    """The float32 value of one float16's bits."""
+
+    def generate(context, builder, signature, args):
+        one = builder.bitcast(args[0], ir.VectorType(i16, 1))
+        return builder.extract_element(half_to_float(builder, one), ir.Constant(i32, 0))
 
     return types.float32(types.uint16), generate
 
