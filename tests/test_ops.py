@@ -142,6 +142,21 @@ def test_swiglu(step: Any, shape: tuple[int, int]) -> None:
 
 
 @both
+def test_swiglu_is_the_float32_nearest_to_its_equation(step: Any) -> None:
+    gate = np.linspace(-100, 100, 20_011, dtype=np.float32).reshape(1, -1)
+    up, exact = random(2, *gate.shape), gate.astype(np.longdouble)
+    expected = (exact / (1 + np.exp(-exact)) * up).astype(np.float32)
+    assert np.array_equal(step.swiglu(gate, up), expected)
+
+
+@both
+def test_rms_norm_divides_by_the_float32_nearest_to_the_root(step: Any) -> None:
+    x, gain = random(3, 50, 1000) * np.float32(30), random(4, 1000)
+    exact = np.sqrt(np.mean(np.square(x.astype(np.longdouble)), axis=-1, keepdims=True) + np.longdouble(1e-5))
+    assert np.array_equal(step.rms_norm(x, gain, 1e-5), gain * (x * (1 / exact).astype(np.float32)))
+
+
+@both
 def test_swiglu_of_gates_far_out_is_the_limit(step: Any) -> None:
     gate = np.array([[-200.0, -100.0, -90.0, 90.0, 200.0]], np.float32)
     found = step.swiglu(gate, np.ones_like(gate))

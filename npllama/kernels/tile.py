@@ -1,9 +1,7 @@
-"""Tiles of dot products: some rows of one matrix times some rows of another, each sum in a register of its own.
+"""Dot products of one row with some rows of a matrix, each sum in a register of its own: for few tokens.
 
 A dot product is summed in WIDTH lanes, lane i taking the columns i, i + WIDTH, ...; then the lanes are added by halves.
-That order is the same in every tile, whatever its shape: so an output depends on its two rows alone, to the bit, and
-not on what is computed beside it. What a tile of many rows saves is loads: each vector is used once for every row of
-the other side.
+That order does not depend on how many rows are read at once: so an output depends on its two rows alone, to the bit.
 
 Columns that do not fill a vector are one more vector, which overlaps the whole ones: the last WIDTH columns of w's row,
 times those of x, where `copy_row` has put zeros in place of what overlaps.
@@ -69,8 +67,8 @@ def make_dots(rows, read):
     def dots(typingctx, x, w, y, columns):
         def generate(context, builder, signature, args):
             x, w, y, columns = args
-            sums = _sums(builder, _rows(builder, x, 1), _rows(builder, w, rows), columns, read)
-            for one, place in zip(sums[0], _rows(builder, y, rows), strict=True):
+            sums = _sums(builder, _rows(builder, x, 1)[0], _rows(builder, w, rows), columns, read)
+            for one, place in zip(sums, _rows(builder, y, rows), strict=True):
                 lanes = vector.fold(builder, builder.load(one), 1)
                 builder.store(builder.extract_element(lanes, ir.Constant(vector.i32, 0)), place)
             return context.get_dummy_value()
@@ -86,19 +84,18 @@ def _rows(builder, rows, n):
     return [builder.gep(start, [builder.mul(stride, ir.Constant(i64, m))]) for m in range(n)]
 
 
-def _sums(builder, x_rows, w_rows, columns, read):
-    """sums[m][r] = the lanes of the product of x's row m and w's row r, after a loop over the columns."""
+def _sums(builder, x_row, w_rows, columns, read):
+    """sums[r] = the lanes of the product of x's row and w's row r, after a loop over the columns."""
     zero = vector.constant(floats.llvm, 0.0)
-    sums = [[cgutils.alloca_once_value(builder, zero) for _ in w_rows] for _ in x_rows]
+    sums = [cgutils.alloca_once_value(builder, zero) for _ in w_rows]
     width = ir.Constant(i64, WIDTH)
     last = builder.sub(columns, width)  # where w's last, perhaps overlapping, vector begins
     with cgutils.for_range_slice(builder, ir.Constant(i64, 0), columns, width, inc=True) as (k, _):
         j = builder.select(builder.icmp_signed("<", k, last), k, last)
-        numbers = [read_float(builder, builder.gep(row, [k])) for row in x_rows]
-        for r, row in enumerate(w_rows):
+        numbers = read_float(builder, builder.gep(x_row, [k]))
+        for one, row in zip(sums, w_rows, strict=True):
             weights = read(builder, builder.gep(row, [j]))
-            for m, number in enumerate(numbers):
-                builder.store(vector.multiply_add(builder, number, weights, builder.load(sums[m][r])), sums[m][r])
+            builder.store(vector.multiply_add(builder, numbers, weights, builder.load(one)), one)
     return sums
 
 
