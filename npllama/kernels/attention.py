@@ -45,6 +45,7 @@ from npllama.kernels.vector import (
     store,
     sub,
     total,
+    whole_vectors,
 )
 
 run_stop = register_jitable(kv.run_stop)
@@ -76,12 +77,6 @@ class Work(NamedTuple):
     keep: np.ndarray  # (M,) float64 by what the earlier sums are scaled
     block: np.ndarray  # (BLOCK * P,) float32 keys or values, where they cannot be used as they lie
     turned: np.ndarray  # (P * BLOCK,) float32 keys of a block, one column after the other
-
-
-@njit(**INNER)
-def whole_vectors(E):
-    """E rounded up to a multiple of WIDTH."""
-    return (E + WIDTH - 1) // WIDTH * WIDTH
 
 
 @njit(**INNER)
@@ -206,10 +201,9 @@ def start_rows(q, q_sink, work, t, n_tokens, h, share, n_sink):
     for m in range(n_tokens * share):
         at = ((t + m // share) * H + h + m % share) * E
         for e in range(E):
-            work.q[m * P + e] = np.float64(element(q, at + e)) / root
-        if n_sink > 0:
-            for e in range(E):
-                work.q_sink[m * P + e] = np.float64(element(q_sink, at + e)) / root
+            work.q[m * P + e] = element(q, at + e) / root
+            if n_sink > 0:
+                work.q_sink[m * P + e] = element(q_sink, at + e) / root
         work.highest[m], work.norm[m] = -np.inf, 0.0
         for e in range(P):
             work.sum[m * P + e] = 0.0

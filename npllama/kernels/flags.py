@@ -2,8 +2,8 @@
 
 No fastmath: reassociation gives other bits in a fresh compile than from a cache, element-wise code then differs with
 the number of threads, and a product contracted with a sum is not what NumPy computes. Where one rounding is meant for
-both, a kernel says `fma`. Every kernel states its flags, because one that does not inherits those of
-whoever compiles it first.
+both, a kernel says `fma`. Every kernel states its flags, because one that does not inherits those of whoever compiles
+it first.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from npllama.kernels.quantized import linears_q4, linears_q6, linears_q8
 from npllama.kernels.several import MOST, filled, outputs, part_of_each
 from npllama.kernels.steps import is_format
 from npllama.kernels.tile import Rows, copy_row, make_dots
-from npllama.kernels.vector import WIDTH, num_threads, pointer
+from npllama.kernels.vector import WIDTH, bounds, num_threads, pointer, whole_vectors
 from npllama.quant import BF16, F16, Q4, Q6, Q8
 
 MOST_STREAMED = 8
@@ -73,7 +73,7 @@ def make_streamed(read, streams):
 def strip_columns(K):
     """Columns of a strip: nearly equal strips of whole vectors."""
     strips = (K + MOST_COLUMNS - 1) // MOST_COLUMNS
-    return ((K + strips - 1) // strips + WIDTH - 1) // WIDTH * WIDTH
+    return whole_vectors((K + strips - 1) // strips)
 
 
 def make_widen(load, load_last):
@@ -130,13 +130,6 @@ def pack_in_threads(x, first, T, panels, parts):
             t = v * WIDTH
             at = t // PANEL * PANEL * K + t % PANEL
             panel.pack(x, first + t, min(WIDTH, T - t), panels, at)
-
-
-@njit(**INNER)
-def bounds(part, parts, N):
-    """A thread's part of N columns: whole vectors, as equal as can be."""
-    vectors = (N + WIDTH - 1) // WIDTH
-    return min(part * vectors // parts * WIDTH, N), min((part + 1) * vectors // parts * WIDTH, N)
 
 
 def make_linears(read, streams, load, load_last):

@@ -17,6 +17,7 @@ from npllama.kernels.flags import INNER, INNER_PARALLEL
 from npllama.kernels.vector import (
     WIDTH,
     add,
+    bounds,
     div,
     exp,
     fma,
@@ -134,12 +135,9 @@ def swiglu_part(gate, up, y, begin, stop):
 
 @njit(**INNER_PARALLEL)
 def swiglu_in_threads(gate, up, y, parts):
-    n = gate.shape[0] * gate.shape[1]
-    vectors = n // WIDTH
     for p in prange(parts):
-        part = np.int64(p)
-        stop = n if part == parts - 1 else (part + 1) * vectors // parts * WIDTH
-        swiglu_part(gate, up, y, part * vectors // parts * WIDTH, stop)
+        begin, stop = bounds(np.int64(p), parts, gate.shape[0] * gate.shape[1])
+        swiglu_part(gate, up, y, begin, stop)
 
 
 @njit(**INNER)

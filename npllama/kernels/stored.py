@@ -26,6 +26,7 @@ from npllama.kernels.vector import (
     pointer,
     splat,
     store,
+    whole_vectors,
 )
 from npllama.quant import F16, GROUP
 
@@ -42,7 +43,7 @@ def store_head(stored, l, n, g, s, x, at):
 def block_rows_f32(stored, row, n_slots, E, buffer):
     if E % WIDTH == 0:
         return Rows(pointer(stored, row * E), E)
-    stride = (E + WIDTH - 1) // WIDTH * WIDTH
+    stride = whole_vectors(E)
     for s in range(n_slots):
         for e in range(stride):
             buffer[s * stride + e] = element(stored, (row + s) * E + e) if e < E else np.float32(0)
@@ -51,7 +52,7 @@ def block_rows_f32(stored, row, n_slots, E, buffer):
 
 @njit(**INNER)
 def block_rows_f16(stored, row, n_slots, E, buffer):
-    stride, whole = (E + WIDTH - 1) // WIDTH * WIDTH, E // WIDTH * WIDTH
+    stride, whole = whole_vectors(E), E // WIDTH * WIDTH
     for s in range(n_slots):
         at, to = (row + s) * E, s * stride
         for e in range(0, whole, WIDTH):
@@ -63,7 +64,7 @@ def block_rows_f16(stored, row, n_slots, E, buffer):
 
 @njit(**INNER)
 def block_rows_q8(stored, row, n_slots, E, buffer):
-    stride, n_groups, whole = (E + WIDTH - 1) // WIDTH * WIDTH, (E + GROUP - 1) // GROUP, E // WIDTH * WIDTH
+    stride, n_groups, whole = whole_vectors(E), (E + GROUP - 1) // GROUP, E // WIDTH * WIDTH
     for s in range(n_slots):
         at, to, group = (row + s) * E, s * stride, (row + s) * n_groups
         for e in range(0, whole, WIDTH):

@@ -15,12 +15,12 @@ fused multiply-add `llvm.fma` would be a slow call, without half-precision conve
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
-from npllama.kernels.flags import PLAIN
+from npllama.kernels.flags import INNER, PLAIN
 
 i8, i16, i32, i64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 f16, f32, f64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -179,7 +179,8 @@ def larger(builder, a, b):
 
 
 # e^r = 1 + r + r^2 (C0 + C1 r + ... + C8 r^8) for |r| <= log(2)/2: the polynomial that meets (e^r - 1 - r) / r^2 in the
-# nine Chebyshev nodes of that interval. The error of the whole function is below 1e-15 of its value.
+# nine Chebyshev nodes of that interval. The error of the whole function, measured at 4 million places, is at most 1.4e-15
+# of its value, with fused multiply-add and without.
 EXP = (
     0.5,
     0.16666666666648303,
@@ -264,12 +265,10 @@ load_brain, load_last_brain = _loads(halves, brain_to_float, "bfloat16, bits in 
 
 @intrinsic
 def load_doubles(typingctx, array, offset):
-    """DOUBLES float64 from array[offset] on; of an array of float32: as many of these, widened."""
+    """DOUBLES float64 from array[offset] on."""
 
     def generate(context, builder, signature, args):
-        pointer = address(context, builder, signature.args[0], *args)
-        value = read(builder, pointer, ir.VectorType(pointer.type.pointee, DOUBLES), 4)
-        return value if value.type == doubles.llvm else builder.fpext(value, doubles.llvm)
+        return read(builder, address(context, builder, signature.args[0], *args), doubles.llvm, 8)
 
     return doubles(array, types.intp), generate
 
@@ -551,3 +550,19 @@ def num_threads(typingctx):
         return call(builder, "get_num_threads", i64)  # declared as Numba declares it
 
     return types.int64(), generate
+
+
+# How rows are cut into vectors.
+
+
+@njit(**INNER)
+def whole_vectors(n):
+    """n rounded up to a multiple of WIDTH."""
+    return (n + WIDTH - 1) // WIDTH * WIDTH
+
+
+@njit(**INNER)
+def bounds(part, parts, N):
+    """A thread's part of N columns: whole vectors, as equal as can be."""
+    vectors = (N + WIDTH - 1) // WIDTH
+    return min(part * vectors // parts * WIDTH, N), min((part + 1) * vectors // parts * WIDTH, N)
