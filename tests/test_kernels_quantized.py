@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -189,35 +190,49 @@ def run_elsewhere(**environment: str) -> dict:
     return json.loads(result.stdout)
 
 
-@pytest.fixture(scope="module")
-def here() -> dict:
-    return run_elsewhere()
-
-
 def without(*unwanted: str) -> str:
     """The target's features with those that begin like these switched off."""
     return ",".join(f"-{f[1:]}" if f[1:].startswith(unwanted) else f for f in FEATURES.split(","))
 
 
-def test_four_threads_give_the_same_bits_as_fewer(here):
-    assert run_elsewhere(NUMBA_NUM_THREADS="4")["digests"] == here["digests"]
+WITH_AVX2 = X86 and "+avx2" in FEATURES
+ELSEWHERE = {
+    "here": {},
+    "four threads": {"NUMBA_NUM_THREADS": "4"},
+    "plain": {"NPLLAMA_PLAIN_KERNELS": "1"},
+    "generic": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
+}
+if WITH_AVX2:
+    ELSEWHERE["avx2"] = {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": without("avx512", "avxvnni", "avx10", "amx"),
+        "NPLLAMA_PLAIN_KERNELS": "0",
+    }
 
 
-@pytest.mark.skipif(not (X86 and "+avx2" in FEATURES), reason="x86 with AVX2: this CPU has other vectors")
-def test_avx2_gives_the_same_bits_as_wider_vectors():
-    features = without("avx512", "avxvnni", "avx10", "amx")
-    narrow = run_elsewhere(NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES=features, NPLLAMA_PLAIN_KERNELS="0")
-    assert narrow["dot"] == "avx2"
-    assert narrow["digests"] == run_elsewhere(NPLLAMA_PLAIN_KERNELS="0")["digests"]
+@pytest.fixture(scope="module")
+def elsewhere() -> dict[str, dict]:
+    """What each of these processes prints; two at a time, since compiling is most of their work."""
+    with ThreadPoolExecutor(2) as pool:
+        running = {name: pool.submit(run_elsewhere, **variables) for name, variables in ELSEWHERE.items()}
+        return {name: process.result() for name, process in running.items()}
 
 
-def test_plain_kernels_give_the_same_products(here):
-    plain = run_elsewhere(NPLLAMA_PLAIN_KERNELS="1")
-    assert plain["dot"] == "plain"
-    assert plain["digests"] == here["digests"]
+def test_four_threads_give_the_same_bits_as_fewer(elsewhere):
+    assert elsewhere["four threads"]["digests"] == elsewhere["here"]["digests"]
 
 
-def test_a_target_without_any_features_gives_the_same_products(here):
-    generic = run_elsewhere(NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
-    assert generic["dot"] == "plain"
-    assert generic["digests"] == here["digests"]
+@pytest.mark.skipif(not WITH_AVX2, reason="x86 with AVX2: this CPU has other vectors")
+def test_avx2_gives_the_same_bits_as_wider_vectors(elsewhere):
+    assert elsewhere["avx2"]["dot"] == "avx2"
+    assert elsewhere["avx2"]["digests"] == elsewhere["here"]["digests"]
+
+
+def test_plain_kernels_give_the_same_products(elsewhere):
+    assert elsewhere["plain"]["dot"] == "plain"
+    assert elsewhere["plain"]["digests"] == elsewhere["here"]["digests"]
+
+
+def test_a_target_without_any_features_gives_the_same_products(elsewhere):
+    assert elsewhere["generic"]["dot"] == "plain"
+    assert elsewhere["generic"]["digests"] == elsewhere["here"]["digests"]
