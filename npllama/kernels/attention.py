@@ -24,7 +24,7 @@ from npllama import ops
 from npllama.kernels import vector
 from npllama.kernels.flags import INNER, INNER_PARALLEL
 from npllama.kernels.panel import turn_square
-from npllama.kernels.stored import block_rows, store_head
+from npllama.kernels.stored import block_rows, pointers, store_head
 from npllama.kernels.tile import Rows, along, below
 from npllama.kernels.vector import (
     DOUBLES,
@@ -62,30 +62,62 @@ ALONE = 1 << 12
 
 
 class Work(NamedTuple):
-    """What one thread needs for the M query rows that it carries over the blocks, and for a block.
+    """What one thread needs for the M query rows that it carries over the blocks, and for a block: pointers.
 
     Columns are in whole vectors: P of them, E rounded up to a multiple of WIDTH, what is beyond E zeros.
     """
 
-    q: np.ndarray  # (M * P,) float64 queries, divided by sqrt(E)
-    q_sink: np.ndarray  # the same, turned towards the sinks
-    score: np.ndarray  # (M * BLOCK,) float64 scores of a block, then weights
-    sink_score: np.ndarray  # the same of the sinks in it
-    sum: np.ndarray  # (M * P,) float64 weighted sums of values so far
-    norm: np.ndarray  # (M,) float64 sums of weights so far
-    highest: np.ndarray  # (M,) float64 highest scores so far
-    keep: np.ndarray  # (M,) float64 by what the earlier sums are scaled
-    block: np.ndarray  # (BLOCK * P,) float32 keys or values, where they cannot be used as they lie
-    turned: np.ndarray  # (P * BLOCK,) float32 keys of a block, one column after the other
+    q: object  # (M * P,) float64 queries, divided by sqrt(E)
+    q_sink: object  # the same, turned towards the sinks
+    score: object  # (M * BLOCK,) float64 scores of a block, then weights
+    sink_score: object  # the same of the sinks in it
+    sum: object  # (M * P,) float64 weighted sums of values so far
+    norm: object  # (M,) float64 sums of weights so far
+    highest: object  # (M,) float64 highest scores so far
+    keep: object  # (M,) float64 by what the earlier sums are scaled
+    block: object  # (BLOCK * P,) float32 keys or values, where they cannot be used as they lie
+    turned: object  # (P * BLOCK,) float32 keys of a block, one column after the other
+
+
+class Seen(NamedTuple):
+    """What the rows of one sequence and layer may look at: pointers into the cache, its size, and its rules.
+
+    Pointers, because a kernel that takes an array out of a tuple counts a reference to it, and threads that count at
+    the same time wait for each other: up to a half of a single token's attention.
+    """
+
+    k: object  # keys of all layers, sequences and heads, in the cache's format
+    v: object  # values
+    pos: object  # (S,) the positions that the slots hold
+    S: int
+    window: int
+    n_sink: int
 
 
 @njit(**INNER)
-def make_work(M, E):
-    """Room for so many query rows."""
+def room(M, E):
+    """Room for the Work of M query rows: its numbers in float64, and in float32."""
     P = whole_vectors(E)
-    wide, score, each = np.zeros((3, M * P)), np.empty((2, M * BLOCK)), np.empty((3, M))
-    block = np.empty((2, BLOCK * P), np.float32)
-    return Work(wide[0], wide[1], score[0], score[1], wide[2], each[0], each[1], each[2], block[0], block[1])
+    return np.empty(M * (3 * P + 2 * BLOCK + 3)), np.empty(2 * BLOCK * P, np.float32)
+
+
+@njit(**INNER)
+def divided(doubles, singles, M, E):
+    """The Work in that room."""
+    P = whole_vectors(E)
+    scores, each = 3 * M * P, M * (3 * P + 2 * BLOCK)
+    return Work(
+        pointer(doubles, 0),
+        pointer(doubles, M * P),
+        pointer(doubles, scores),
+        pointer(doubles, scores + M * BLOCK),
+        pointer(doubles, 2 * M * P),
+        pointer(doubles, each),
+        pointer(doubles, each + M),
+        pointer(doubles, each + 2 * M),
+        pointer(singles, 0),
+        pointer(singles, BLOCK * P),
+    )
 
 
 def make_tile(rows, vectors):
@@ -168,29 +200,30 @@ def weigh(work, m, n_slots):
     """
     at, top = m * BLOCK, splat(-np.inf)
     for s in range(n_slots, (n_slots + DOUBLES - 1) // DOUBLES * DOUBLES):
-        work.score[at + s] = -np.inf
+        set_element(work.score, at + s, -np.inf)
     for s in range(0, n_slots, DOUBLES):
         top = maximum(top, load_doubles(work.score, at + s))
-    before = work.highest[m]
+    before = element(work.highest, m)
     now = max(before, highest(top))
-    work.highest[m] = now
+    set_element(work.highest, m, now)
     level = now if now > -np.inf else 0.0  # nothing visible yet
     total_weight = splat(0.0)
     for s in range(0, n_slots, DOUBLES):
         weight = exp(sub(load_doubles(work.score, at + s), splat(level)))
         store(work.score, at + s, weight)
         total_weight = add(total_weight, weight)
-    work.keep[m] = 1.0 if before == now else exp_one(before - level)
-    work.norm[m] = work.norm[m] * work.keep[m] + total(total_weight)
+    keep = 1.0 if before == now else 0.0 if before == -np.inf else exp_one(before - level)
+    set_element(work.keep, m, keep)
+    set_element(work.norm, m, element(work.norm, m) * keep + total(total_weight))
 
 
 @njit(**INNER)
 def hide(work, m, slot_pos, s, n_slots, p, window, n_sink):
     """Give the slots that position p does not see the score -inf. slot_pos (S,) positions that the slots hold."""
     for i in range(n_slots):  # without branches, so that LLVM makes vectors of it
-        at = slot_pos[s + i]
+        at, score = element(slot_pos, s + i), element(work.score, m * BLOCK + i)
         hidden = (at < 0) | (at > p) | ((at <= p - window) & (at >= n_sink))
-        work.score[m * BLOCK + i] = -np.inf if hidden else work.score[m * BLOCK + i]
+        set_element(work.score, m * BLOCK + i, -np.inf if hidden else score)
 
 
 @njit(**INNER)
@@ -201,12 +234,16 @@ def start_rows(q, q_sink, work, t, n_tokens, h, share, n_sink):
     for m in range(n_tokens * share):
         at = ((t + m // share) * H + h + m % share) * E
         for e in range(E):
-            work.q[m * P + e] = element(q, at + e) / root
-            if n_sink > 0:
-                work.q_sink[m * P + e] = element(q_sink, at + e) / root
-        work.highest[m], work.norm[m] = -np.inf, 0.0
+            set_element(work.q, m * P + e, element(q, at + e) / root)
+        for e in range(E, P):
+            set_element(work.q, m * P + e, 0.0)
         for e in range(P):
-            work.sum[m * P + e] = 0.0
+            set_element(work.sum, m * P + e, 0.0)
+        set_element(work.highest, m, -np.inf)
+        set_element(work.norm, m, 0.0)
+        if n_sink > 0:
+            for e in range(P):
+                set_element(work.q_sink, m * P + e, element(q_sink, at + e) / root if e < E else 0.0)
 
 
 @njit(**INNER)
@@ -214,9 +251,9 @@ def finish_rows(work, t, n_tokens, h, share, E, y):
     """Write the sums, divided by the sums of weights. y (T, H*E)"""
     P = whole_vectors(E)
     for m in range(n_tokens * share):
-        norm, at = work.norm[m], (t + m // share) * y.shape[1] + (h + m % share) * E
+        norm, at = element(work.norm, m), (t + m // share) * y.shape[1] + (h + m % share) * E
         for e in range(E):
-            set_element(y, at + e, np.float32(work.sum[m * P + e] / norm))
+            set_element(y, at + e, np.float32(element(work.sum, m * P + e) / norm))
 
 
 @njit(**INNER)
@@ -231,42 +268,42 @@ def turn_block(keys, n_slots, P, work):
 @njit(**INNER)
 def score_block(M, n_slots, n_sinks, P, work):
     """Scores of M query rows with the slots of a block, of which the first n_sinks are sinks."""
-    keys, keep, columns = Rows(pointer(work.turned, 0), BLOCK), Rows(pointer(work.keep, 0), 1), whole_vectors(n_slots)
-    weighted_sums(M, Rows(pointer(work.q, 0), P), keys, P, Rows(pointer(work.score, 0), BLOCK), keep, True, columns)
+    keys, keep, columns = Rows(work.turned, BLOCK), Rows(work.keep, 1), whole_vectors(n_slots)
+    weighted_sums(M, Rows(work.q, P), keys, P, Rows(work.score, BLOCK), keep, True, columns)
     if n_sinks == 0:
         return
-    queries, scores = Rows(pointer(work.q_sink, 0), P), Rows(pointer(work.sink_score, 0), BLOCK)
-    weighted_sums(M, queries, keys, P, scores, keep, True, whole_vectors(n_sinks))
+    weighted_sums(M, Rows(work.q_sink, P), keys, P, Rows(work.sink_score, BLOCK), keep, True, whole_vectors(n_sinks))
     for m in range(M):
         for s in range(n_sinks):
-            work.score[m * BLOCK + s] = work.sink_score[m * BLOCK + s]
+            set_element(work.score, m * BLOCK + s, element(work.sink_score, m * BLOCK + s))
 
 
 @njit(**INNER)
-def walk(q, q_sink, cache, l, n, p, t, n_tokens, g, G, work, y):
-    """Attention of the rows t .. t+n_tokens-1, at positions from p on, for the query heads of head g of G."""
-    E, S = q.shape[2], cache.pos.shape[2]
-    share, last, n_sink = q.shape[1] // G, p + n_tokens - 1, cache.n_sink
-    M, P, slot_pos = n_tokens * share, whole_vectors(E), cache.pos[l, n]
-    start_rows(q, q_sink, work, t, n_tokens, g * share, share, n_sink)
-    used, first = min(last + 1, S), ((l * cache.pos.shape[1] + n) * G + g) * S  # later slots were never written
+def walk(q, q_sink, seen, first, p, t, n_tokens, h, share, work, y):
+    """Attention of the rows t .. t+n_tokens-1, at positions from p on, for the query heads h .. h+share-1.
+
+    first: where in the cache the slots of their key/value head begin.
+    """
+    E, last, n_sink = q.shape[2], p + n_tokens - 1, seen.n_sink
+    M, P = n_tokens * share, whole_vectors(E)
+    start_rows(q, q_sink, work, t, n_tokens, h, share, n_sink)
+    used = min(last + 1, seen.S)  # later slots were never written
     for s in range(0, used, BLOCK):
         n_slots = min(BLOCK, used - s)
-        oldest, newest = slot_pos[s], slot_pos[s]
+        oldest = newest = element(seen.pos, s)
         for i in range(s + 1, s + n_slots):
-            oldest, newest = min(oldest, slot_pos[i]), max(newest, slot_pos[i])
-        if newest <= p - cache.window and oldest >= n_sink:
+            oldest, newest = min(oldest, element(seen.pos, i)), max(newest, element(seen.pos, i))
+        if newest <= p - seen.window and oldest >= n_sink:
             continue  # no row sees any of it
-        turn_block(block_rows(cache.k, first + s, n_slots, E, work.block), n_slots, P, work)
+        turn_block(block_rows(seen.k, first + s, n_slots, E, work.block), n_slots, P, work)
         score_block(M, n_slots, max(0, min(n_sink - s, n_slots)), P, work)
         for m in range(M):
-            if oldest < 0 or newest > p or oldest <= last - cache.window:
-                hide(work, m, slot_pos, s, n_slots, p + m // share, cache.window, n_sink)
+            if oldest < 0 or newest > p or oldest <= last - seen.window:
+                hide(work, m, seen.pos, s, n_slots, p + m // share, seen.window, n_sink)
             weigh(work, m, n_slots)
-        values = block_rows(cache.v, first + s, n_slots, E, work.block)
-        weights, sums = Rows(pointer(work.score, 0), BLOCK), Rows(pointer(work.sum, 0), P)
-        weighted_sums(M, weights, values, n_slots, sums, Rows(pointer(work.keep, 0), 1), False, P)
-    finish_rows(work, t, n_tokens, g * share, share, E, y)
+        values = block_rows(seen.v, first + s, n_slots, E, work.block)
+        weighted_sums(M, Rows(work.score, BLOCK), values, n_slots, Rows(work.sum, P), Rows(work.keep, 1), False, P)
+    finish_rows(work, t, n_tokens, h, share, E, y)
 
 
 @njit(**INNER)
@@ -275,11 +312,23 @@ def walks(q, q_sink, cache, l, pos, seq, tiles, G, part, parts, y):
 
     tiles (n + 1,): tile i is the rows tiles[i] .. tiles[i+1]-1.
     """
-    share, n_tiles = q.shape[1] // G, tiles.shape[0] - 1
-    work = make_work(max(TOGETHER, share), q.shape[2])
+    M = max(TOGETHER, q.shape[1] // G)
+    doubles, singles = room(M, q.shape[2])
+    walks_in(doubles, singles, M, q, q_sink, cache, l, pos, seq, tiles, G, part, parts, y)
+
+
+@njit(**INNER)
+def walks_in(doubles, singles, M, q, q_sink, cache, l, pos, seq, tiles, G, part, parts, y):
+    """The same in the `room` for M query rows."""
+    N, S, n_tiles = cache.pos.shape[1], cache.pos.shape[2], tiles.shape[0] - 1
+    work, share = divided(doubles, singles, M, q.shape[2]), q.shape[1] // G
+    k, v = pointers(cache.k), pointers(cache.v)
     for unit in range(part, n_tiles * G, parts):
-        t, g = tiles[unit % n_tiles], unit // n_tiles
-        walk(q, q_sink, cache, l, seq[t], pos[t], t, tiles[unit % n_tiles + 1] - t, g, G, work, y)
+        i, g = unit % n_tiles, unit // n_tiles
+        t = element(tiles, i)
+        n_tokens, p, sequence = element(tiles, i + 1) - t, element(pos, t), l * N + element(seq, t)
+        seen = Seen(k, v, pointer(cache.pos, sequence * S), S, cache.window, cache.n_sink)
+        walk(q, q_sink, seen, (sequence * G + g) * S, p, t, n_tokens, g * share, share, work, y)
 
 
 @njit(**INNER_PARALLEL)
@@ -293,14 +342,16 @@ def walks_in_threads(q, q_sink, k, v, slot_pos, window, n_sink, l, pos, seq, til
 
 @njit(**INNER)
 def store_rows(k, v, cache, l, pos, seq, start, stop):
-    """Write the keys and values of rows start .. stop-1 into layer l."""
+    """Write the keys and values of rows start .. stop-1 into layer l; head by head, as they lie in the cache."""
     _, G, E = k.shape
+    N, S, keys, values = cache.pos.shape[1], cache.pos.shape[2], pointers(cache.k), pointers(cache.v)
     for t in range(start, stop):
-        n, s = seq[t], slot(cache, pos[t])
-        cache.pos[l, n, s] = pos[t]
-        for g in range(G):
-            store_head(cache.k, l, n, g, s, k, (t * G + g) * E)
-            store_head(cache.v, l, n, g, s, v, (t * G + g) * E)
+        set_element(cache.pos, (l * N + seq[t]) * S + slot(cache, pos[t]), pos[t])
+    for g in range(G):
+        for t in range(start, stop):
+            row = ((l * N + seq[t]) * G + g) * S + slot(cache, pos[t])
+            store_head(keys, row, E, k, (t * G + g) * E)
+            store_head(values, row, E, v, (t * G + g) * E)
 
 
 @njit(**INNER)

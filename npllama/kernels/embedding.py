@@ -44,10 +44,11 @@ def make_embed(level):
         x = np.empty((T, D), np.float32)
         for t in range(T):
             b, r = tokens[t] // ROWS, tokens[t] % ROWS
-            for d in range(D):
-                g = d // GROUP
+            factor = brain(table.factors[b, r])
+            for g in range(table.scales.shape[1]):
                 scale = SCALES[table.scales[b, g, r]]
-                x[t, d] = level(table.codes, b, g, r, d % GROUP) * scale * brain(table.factors[b, r])
+                for k in range(min(GROUP, D - g * GROUP)):
+                    x[t, g * GROUP + k] = level(table.codes, b, g, r, k) * scale * factor
         return x
 
     return embed

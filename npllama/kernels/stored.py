@@ -20,10 +20,12 @@ from npllama.kernels.vector import (
     element,
     half,
     half_bits,
+    load,
     load_half,
     load_int8,
     mul,
     pointer,
+    set_element,
     splat,
     store,
     whole_vectors,
@@ -31,12 +33,16 @@ from npllama.kernels.vector import (
 from npllama.quant import F16, GROUP
 
 
+def pointers(stored):
+    """The same keys or values with a pointer in place of each array, which whoever calls holds meanwhile."""
+
+
 def block_rows(stored, row, n_slots, E, buffer):
     """Rows `row` .. row+n_slots-1 of all heads' slots as Rows of float32: where they lie, or copied to the buffer."""
 
 
-def store_head(stored, l, n, g, s, x, at):
-    """Keep the E numbers x[at ...] in slot s of head g of sequence n, layer l."""
+def store_head(stored, row, E, x, at):
+    """Keep the E numbers x[at ...] in row `row` of all heads' slots."""
 
 
 @njit(**INNER)
@@ -46,7 +52,7 @@ def block_rows_f32(stored, row, n_slots, E, buffer):
     stride = whole_vectors(E)
     for s in range(n_slots):
         for e in range(stride):
-            buffer[s * stride + e] = element(stored, (row + s) * E + e) if e < E else np.float32(0)
+            set_element(buffer, s * stride + e, element(stored, (row + s) * E + e) if e < E else np.float32(0))
     return Rows(pointer(buffer, 0), stride)
 
 
@@ -58,7 +64,7 @@ def block_rows_f16(stored, row, n_slots, E, buffer):
         for e in range(0, whole, WIDTH):
             store(buffer, to + e, load_half(stored.bits, at + e))
         for e in range(whole, stride):
-            buffer[to + e] = half(element(stored.bits, at + e)) if e < E else np.float32(0)
+            set_element(buffer, to + e, half(element(stored.bits, at + e)) if e < E else np.float32(0))
     return Rows(pointer(buffer, 0), stride)
 
 
@@ -72,37 +78,59 @@ def block_rows_q8(stored, row, n_slots, E, buffer):
             store(buffer, to + e, mul(load_int8(stored.codes, at + e), scale))
         for e in range(whole, E):
             code = np.float32(element(stored.codes, at + e))
-            buffer[to + e] = code * element(stored.scales, group + e // GROUP)
+            set_element(buffer, to + e, code * element(stored.scales, group + e // GROUP))
         for e in range(E, stride):
-            buffer[to + e] = np.float32(0)
+            set_element(buffer, to + e, np.float32(0))
     return Rows(pointer(buffer, 0), stride)
 
 
 @njit(**INNER)
-def store_head_f32(stored, l, n, g, s, x, at):
-    for e in range(stored.shape[4]):
-        stored[l, n, g, s, e] = element(x, at + e)
+def store_head_f32(stored, row, E, x, at):
+    whole = E // WIDTH * WIDTH
+    for e in range(0, whole, WIDTH):
+        store(stored, row * E + e, load(x, at + e))
+    for e in range(whole, E):
+        set_element(stored, row * E + e, element(x, at + e))
 
 
 @njit(**INNER)
-def store_head_f16(stored, l, n, g, s, x, at):
-    for e in range(stored.bits.shape[4]):
-        stored.bits[l, n, g, s, e] = half_bits(element(x, at + e))
+def store_head_f16(stored, row, E, x, at):
+    for e in range(E):
+        set_element(stored.bits, row * E + e, half_bits(element(x, at + e)))
 
 
 @njit(**INNER)
-def store_head_q8(stored, l, n, g, s, x, at):
-    E = stored.codes.shape[4]
+def store_head_q8(stored, row, E, x, at):
+    n_groups, whole = (E + GROUP - 1) // GROUP, E // GROUP
+    for i in range(whole):
+        scale, factor = group_scale(x, at + i * GROUP)
+        round_group(x, at + i * GROUP, factor, stored.codes, row * E + i * GROUP)
+        set_element(stored.scales, row * n_groups + i, scale)
+    if whole < n_groups:
+        store_rest_q8(stored, row, E, x, at)
+
+
+@njit(**INNER)
+def store_rest_q8(stored, row, E, x, at):
+    """The last group, which E does not fill."""
+    first, n_groups = E // GROUP * GROUP, (E + GROUP - 1) // GROUP
     numbers, codes = np.zeros(GROUP, np.float32), np.empty(GROUP, np.int8)
-    for i in range(stored.scales.shape[4]):
-        n_numbers = min(GROUP, E - i * GROUP)
-        for e in range(GROUP):
-            numbers[e] = element(x, at + i * GROUP + e) if e < n_numbers else np.float32(0)
-        scale, factor = group_scale(numbers, 0)
-        round_group(numbers, 0, factor, codes, 0)
-        stored.scales[l, n, g, s, i] = scale
-        for e in range(n_numbers):
-            stored.codes[l, n, g, s, i * GROUP + e] = codes[e]
+    for e in range(first, E):
+        numbers[e - first] = element(x, at + e)
+    scale, factor = group_scale(numbers, 0)
+    round_group(numbers, 0, factor, codes, 0)
+    set_element(stored.scales, row * n_groups + n_groups - 1, scale)
+    for e in range(first, E):
+        set_element(stored.codes, row * E + e, codes[e - first])
+
+
+@overload(pointers)
+def _pointers(stored):
+    if is_format(stored, F16):
+        return lambda stored: F16(pointer(stored.bits, 0))
+    if is_format(stored, Rounded):
+        return lambda stored: Rounded(pointer(stored.codes, 0), pointer(stored.scales, 0))
+    return lambda stored: pointer(stored, 0)
 
 
 @overload(block_rows)
@@ -115,9 +143,9 @@ def _block_rows(stored, row, n_slots, E, buffer):
 
 
 @overload(store_head)
-def _store_head(stored, l, n, g, s, x, at):
+def _store_head(stored, row, E, x, at):
     if is_format(stored, F16):
-        return lambda stored, l, n, g, s, x, at: store_head_f16(stored, l, n, g, s, x, at)
+        return lambda stored, row, E, x, at: store_head_f16(stored, row, E, x, at)
     if is_format(stored, Rounded):
-        return lambda stored, l, n, g, s, x, at: store_head_q8(stored, l, n, g, s, x, at)
-    return lambda stored, l, n, g, s, x, at: store_head_f32(stored, l, n, g, s, x, at)
+        return lambda stored, row, E, x, at: store_head_q8(stored, row, E, x, at)
+    return lambda stored, row, E, x, at: store_head_f32(stored, row, E, x, at)

@@ -70,9 +70,10 @@ halves = ir.VectorType(i16, WIDTH)
 
 
 def address(context, builder, array_type, array, offset):
-    """Pointer to element `offset` of an array's data."""
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.gep(data, [offset])
+    """Pointer to element `offset` of an array's data, or of what a pointer points to."""
+    if not isinstance(array_type, types.CPointer):
+        array = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(array, [offset])
 
 
 def read(builder, pointer, vector, align=1):
