@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from npllama import cache as kv
-from npllama import machine, model, ops
+from npllama import machine, model, ops, sampling
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
 from npllama.kernels.flags import PLAIN
@@ -32,6 +33,7 @@ SMALL_MODEL_BYTES = 20_000_000
 TABULATED = 8192  # positions whose angles are kept; of later ones they are computed in each call
 MOST_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
 MOST_THREADS = 4096
+MOST_KEPT = 64  # logits that the compiled search keeps in order as it goes; it would pay for a few hundred
 BACKENDS = ("auto", "numpy", "numba")
 # Rounds that an idle OpenMP thread spins before it sleeps, by the size of the model in bytes. Never spinning is ten
 # times slower on an idle machine, spinning forever three hundred times slower on a busy one. A small model's steps are
@@ -89,6 +91,7 @@ class Engine:
         self.backend = choose_backend(backend, opened, report, self.kv_dtype)
         self._lock = _COMPILED if self.backend == "numba" else threading.Lock()
         self.threads = _checked_threads(threads)
+        self.largest: sampling.Search = sampling.largest
         self.import_s = self.compile_s = 0.0
         machine.keep_freed_memory()
         c = self.config
@@ -158,9 +161,15 @@ class Engine:
             bind_file = None if folder is None else folder / f"bind-threads{TWINS}-{sources_hash()}"
             return entry.compile_bind(bind_file, self._report)
 
+        @functools.cache
+        def make_largest() -> Callable[[np.ndarray, np.ndarray], None]:
+            largest_file = None if folder is None else folder / f"largest-logits{TWINS}-{sources_hash()}"
+            return entry.compile_largest(largest_file, self._report)
+
         places = Places(make_bind, numba.threading_layer)
         if not loaded:
             places.prepare()  # seldom needed, but when it is the machine is busy
+            make_largest()
         self.compile_s = time.perf_counter() - started
 
         if opened_bytes_fit(self._opened):
@@ -176,7 +185,15 @@ class Engine:
             numba.set_num_threads(self.threads)  # per Python thread, so in every call
             return places.run(self.threads, compiled, arguments)
 
+        def largest(logits: np.ndarray, k: int) -> np.ndarray:
+            if k > min(MOST_KEPT, len(logits) // entry.largest.BLOCK):
+                return sampling.largest(logits, k)
+            ids = np.empty(k, np.int64)
+            make_largest()(logits, ids)
+            return ids
+
         self._forward = forward
+        self.largest = largest
         self.compiled = compiled
 
     @property

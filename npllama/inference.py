@@ -316,7 +316,8 @@ class Stream:
         for i in range(self._most):
             position = self._n_prompt + i
             recent = self._ids[-PENALTY_WINDOW:]
-            token = sample(logits[0], recent, request.sampling, request.seed, self._completion, position)
+            drawn = request.sampling, request.seed, self._completion, position
+            token = sample(logits[0], recent, *drawn, llama.engine.largest)
             if token in ends:
                 self._finish_reason = "stop"
                 break

@@ -7,9 +7,10 @@ Axes: V ids of the vocabulary, C candidates that are left. A draw depends on its
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,9 @@ _PHILOX = np.random.Philox(0)  # given its state for each draw, in a fifth of th
 _LARGEST = float(np.finfo(np.float32).max)
 BLOCK = 64
 """Most logits per block in the search for the largest: 500 blocks at V = 32,000."""
+
+Search = Callable[[np.ndarray, int], np.ndarray]
+"""A function like `largest`: the compiled execution has one of its own."""
 
 _RANGES = {
     "temperature": (0.0, math.inf, "a finite number of at least 0 (0: the most probable id)"),
@@ -67,7 +71,26 @@ class SamplingOptions:
             object.__setattr__(self, name, number)
 
 
-def probabilities(logits: np.ndarray, recent: Sequence[int], options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
+def largest(logits: np.ndarray, k: int) -> np.ndarray:
+    """The ids (min(k, V),) of the k largest logits, the largest first, among equals the lower id.
+
+    Is np.argsort(-logits, kind="stable")[:k], without sorting all: at least k logits reach the k-th largest of the
+    maxima of disjoint blocks, so whatever is below it is not among the k largest.
+    """
+    n_ids = len(logits)
+    if k >= n_ids:
+        return np.argsort(-logits, kind="stable")
+    rows = max(1, min(BLOCK, n_ids // (4 * k)))
+    n_blocks = n_ids // rows  # a block is a column, so that the maximum runs along whole rows
+    peaks = logits[: rows * n_blocks].reshape(rows, n_blocks).max(axis=0)
+    candidates = np.flatnonzero(logits >= np.partition(peaks, n_blocks - k)[n_blocks - k])
+    order = np.argsort(-logits[candidates], kind="stable")
+    return candidates[order[:k]]
+
+
+def probabilities(
+    logits: np.ndarray, recent: Sequence[int], options: SamplingOptions, search: Search = largest
+) -> tuple[np.ndarray, np.ndarray]:
     """The candidates for the next id, and their probabilities.
 
         l[v] <- l[v] / penalty if l[v] > 0 else l[v] * penalty      for v among the last 64 of recent
@@ -76,29 +99,14 @@ def probabilities(logits: np.ndarray, recent: Sequence[int], options: SamplingOp
         min-p: those with q[v] >= min_p * max(q)
         p = softmax(l / temperature) over what is left; temperature 0: 1 for the largest l, among equals the lowest id
 
-    logits (V,) float32; recent ids, the latest last. Returns ids (C,) int64 and p (C,) float64, C >= 1, the most
-    probable first (by id when top-k, top-p and min-p are all off). Raises ModelError for logits that are not finite.
+    logits (V,) float32; recent ids, the latest last; search: what finds the largest. Returns ids (C,) int64 and
+    p (C,) float64, C >= 1, the most probable first (by id when top-k, top-p and min-p are all off). Raises ModelError
+    for logits that are not finite.
     Source: the order of llama.cpp's sampler chain; arXiv:1904.09751 section 3.1 (top-p), arXiv:2407.01082 (min-p),
     arXiv:1909.05858 section 4.1 (penalty). Differs: a logit below 0 is multiplied, so that a penalty lowers it too.
     """
-    if not np.isfinite(logits).all():
-        raise ModelError(
-            "the logits are not all finite (NaN or infinity): the weights are damaged, or the model overflows. "
-            "Finite logits are needed to choose a token; check the model's files, or export the checkpoint again."
-        )
-    logits = _penalised(logits, recent, options.repeat_penalty)
-    if options.temperature == 0:
-        return np.array([logits.argmax()]), np.ones(1)
-    with np.errstate(over="ignore"):  # what lies beyond the range below the largest goes to -inf: probability 0
-        if _truncates(options, len(logits)):
-            ids, relative = _truncated(logits, options)
-        else:
-            # All V ids stay float32, where exp takes a fifteenth of the time, unless the temperature vanishes there.
-            wide = logits if options.temperature > 1e-30 else logits.astype(np.float64)
-            ids, relative = np.arange(len(logits)), wide - wide.max()
-        p = np.exp(relative / options.temperature).astype(np.float64, copy=False)
-    p /= p.sum()
-    return ids, p
+    ids, p = _weighed(logits, recent, options, search)
+    return ids, p / p.sum()
 
 
 def sample(
@@ -108,6 +116,7 @@ def sample(
     seed: int,
     completion: int,
     position: int,
+    search: Search = largest,
 ) -> int:
     """The next id: drawn from `probabilities` with a number that (seed, completion, position) alone decide.
 
@@ -116,10 +125,10 @@ def sample(
     """
     if not 0 <= seed < SEEDS:
         raise UsageError(f"seed={quote(seed)}: needs a whole number from 0 to 2^64 - 1.")
-    ids, p = probabilities(logits, recent, options)
+    ids, weights = _weighed(logits, recent, options, search)
     if len(ids) == 1:
         return int(ids[0])
-    below = p.cumsum()
+    below = weights.cumsum()
     # The number is at most 1 - 2^-53, so its product with the sum stays below the sum, also when rounded.
     return int(ids[below.searchsorted(uniform(seed, completion, position) * below[-1], side="right")])
 
@@ -130,7 +139,7 @@ def uniform(seed: int, completion: int, position: int) -> float:
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3; NumPy's Philox steps the
     counter before its first block.
     """
-    state = {
+    state: Any = {
         "bit_generator": "Philox",
         "state": {"key": np.array([seed, completion], np.uint64), "counter": np.array([position, 0, 0, 0], np.uint64)},
         "buffer": np.zeros(4, np.uint64),
@@ -142,6 +151,29 @@ def uniform(seed: int, completion: int, position: int) -> float:
         _PHILOX.state = state
         raw = _PHILOX.random_raw()
     return float(raw >> 11) * 2.0**-53
+
+
+def _weighed(
+    logits: np.ndarray, recent: Sequence[int], options: SamplingOptions, search: Search
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `probabilities` gives, the most probable id's weight 1 instead of the sum."""
+    if not np.isfinite(logits).all():
+        raise ModelError(
+            "the logits are not all finite (NaN or infinity): the weights are damaged, or the model overflows. "
+            "Finite logits are needed to choose a token; check the model's files, or export the checkpoint again."
+        )
+    logits = _penalised(logits, recent, options.repeat_penalty)
+    if options.temperature == 0:
+        return np.array([logits.argmax()]), np.ones(1)
+    with np.errstate(over="ignore"):  # what lies beyond the range below the largest goes to -inf: probability 0
+        if _truncates(options, len(logits)):
+            ids, relative = _truncated(logits, options, search)
+        else:
+            # All V ids stay float32, where exp takes a fifteenth of the time, unless the temperature vanishes there.
+            wide = logits if options.temperature > 1e-30 else logits.astype(np.float64)
+            ids, relative = np.arange(len(logits)), wide - wide.max()
+        weights = np.exp(relative / options.temperature).astype(np.float64, copy=False)
+    return ids, weights
 
 
 def _penalised(logits: np.ndarray, recent: Sequence[int], penalty: float) -> np.ndarray:
@@ -162,47 +194,32 @@ def _truncates(options: SamplingOptions, n_ids: int) -> bool:
     return 0 < options.top_k < n_ids or options.top_p < 1 or options.min_p > 0
 
 
-def _truncated(logits: np.ndarray, options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
+def _truncated(logits: np.ndarray, options: SamplingOptions, search: Search) -> tuple[np.ndarray, np.ndarray]:
     """What top-k, top-p and min-p leave: ids (C,) and their logits less the largest (C,) float64, the largest first.
 
     Without top-k, as many of the largest are sorted as top-p and min-p turn out to need, eight times more at each try.
     """
     by_top_k = 0 < options.top_k < len(logits)
     n = int(options.top_k) if by_top_k else FIRST_TRY
-    total = 0.0 if by_top_k else float(np.exp(logits - logits.max()).sum(dtype=np.float64))
+    total = None if by_top_k else float(np.exp(logits - logits.max()).sum(dtype=np.float64))
     while True:
-        ids = _largest(logits, n)
-        relative = logits[ids].astype(np.float64)
-        relative -= relative[0]
-        weight = np.exp(relative)
-        n_left = _n_left(weight, weight.sum() if by_top_k else total, options)
+        ids = search(logits, n)
+        relative = np.subtract(logits[ids], logits[ids[0]], dtype=np.float64)
+        n_left = _n_left(np.exp(relative), total, options)
         if by_top_k or n_left < n or n >= len(logits):
             return ids[:n_left], relative[:n_left]
         n *= 8
 
 
-def _n_left(weight: np.ndarray, total: float, options: SamplingOptions) -> int:
-    """How many of the most probable top-p and min-p leave; weight (C,) = q / max(q), total = 1 / max(q)."""
+def _n_left(weight: np.ndarray, total: float | None, options: SamplingOptions) -> int:
+    """How many of the most probable top-p and min-p leave; weight (C,) = q / max(q), total = 1 / max(q).
+
+    total None: weight has all of them.
+    """
     n = len(weight)
     if options.top_p < 1:
-        n = min(n, int(weight.cumsum().searchsorted(options.top_p * total)) + 1)
+        below = weight.cumsum()
+        n = min(n, int(below.searchsorted(options.top_p * (below[-1] if total is None else total))) + 1)
     if options.min_p > 0:
         n = min(n, int(np.count_nonzero(weight >= options.min_p)))
     return n
-
-
-def _largest(logits: np.ndarray, k: int) -> np.ndarray:
-    """The ids (min(k, V),) of the k largest logits, the largest first, among equals the lower id.
-
-    Is np.argsort(-logits, kind="stable")[:k], without sorting all: at least k logits reach the k-th largest of the
-    maxima of disjoint blocks, so whatever is below it is not among the k largest.
-    """
-    n_ids = len(logits)
-    if k >= n_ids:
-        return np.argsort(-logits, kind="stable")
-    rows = max(1, min(BLOCK, n_ids // (4 * k)))
-    n_blocks = n_ids // rows  # a block is a column, so that the maximum runs along whole rows
-    peaks = logits[: rows * n_blocks].reshape(rows, n_blocks).max(axis=0)
-    candidates = np.flatnonzero(logits >= np.partition(peaks, n_blocks - k)[n_blocks - k])
-    order = np.argsort(-logits[candidates], kind="stable")
-    return candidates[order[:k]]

@@ -22,14 +22,14 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding
 # modules may import each other as long as there is no cycle.
 LAYERS = (
     {"errors"},
-    {"quant", "config", "strict_json", "version", "machine", "places"},
+    {"quant", "config", "strict_json", "version", "machine", "places", "sampling"},
     {"checkpoints", "tokenizer", "staging"},
     {"cache", "weights"},
     {"ops"},
     {"model"},
     {"kernels"},
     {"engine", "export"},
-    {"sampling", "streaming", "random_model"},
+    {"streaming", "random_model"},
     {"inference"},
     {"verify", "bench", "quality"},
     {"__init__"},

@@ -386,3 +386,27 @@ def test_a_users_own_settings_of_malloc_stand(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     glibc = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
     assert machine.keep_freed_memory() == glibc
+
+
+@pytest.mark.parametrize("n_logits", [1, 63, 64, 1000, 32000])
+@pytest.mark.parametrize("kind", ["spread", "ties", "ascending", "equal", "very low"])
+def test_the_largest_logits_are_found_in_both_executions(engine: Engine, n_logits: int, kind: str) -> None:
+    logits = np.random.default_rng(n_logits).standard_normal(n_logits).astype(np.float32)
+    if kind == "ties":
+        logits = logits.round()
+    elif kind == "ascending":
+        logits.sort()
+    elif kind == "equal":
+        logits[:] = -np.finfo(np.float32).max
+    elif kind == "very low":
+        logits[::2] = -np.finfo(np.float32).max
+    for k in (1, 2, 40, 64, 65, 500):
+        expected = np.argsort(-logits, kind="stable")[:k]
+        assert np.array_equal(engine.largest(logits, k), expected), k
+
+
+@needs_numba
+def test_the_compiled_search_is_what_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = np.arange(5000, dtype=np.float32)
+    monkeypatch.setattr(engine_module.sampling, "largest", None)
+    assert engine.largest(logits, 40).tolist() == list(range(4999, 4959, -1))

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba import njit
+from numba import njit, types
 from numba.core import caching, compiler, serialize
 from numba.core.errors import NumbaError
 from numba.extending import register_jitable
 
 from npllama import model
 from npllama.errors import ModelError
-from npllama.kernels import attention, linear, places, steps  # noqa: F401 (importing registers the overloads)
+from npllama.kernels import attention, largest, linear, places, steps  # noqa: F401 (importing registers the overloads)
 from npllama.kernels.deferred import POSSIBLE, compiled_as_one
 from npllama.kernels.flags import SERIAL
 
@@ -122,15 +122,22 @@ def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callabl
 
 def compile_bind(file: Path | None, warn: Callable[[str], None]) -> Any:
     """places.bind, compiled or from the cache file (see compile_forward)."""
-    _compile(places.bind, (numba.types.Array(numba.types.uint64, 2, "C"),), file, warn)
+    _compile(places.bind, (types.Array(types.uint64, 2, "C"),), file, warn)
     return places.bind
 
 
-def _compile(function: Any, types: tuple[Any, ...], file: Path | None, warn: Callable[[str], None]) -> bool:
+def compile_largest(file: Path | None, warn: Callable[[str], None]) -> Any:
+    """largest.largest, compiled or from the cache file (see compile_forward)."""
+    arguments = types.Array(types.float32, 1, "C"), types.Array(types.int64, 1, "C")
+    _compile(largest.largest, arguments, file, warn)
+    return largest.largest
+
+
+def _compile(function: Any, arguments: tuple[Any, ...], file: Path | None, warn: Callable[[str], None]) -> bool:
     """Compile a function for arguments of these types; whether it came from the cache file."""
     if file is not None and POSSIBLE:
         cpu = hashlib.sha256(target().encode()).hexdigest()[:16]
         function._cache = DiskCache(file.with_name(f"{file.name}-{cpu}"), warn)
     with compiled_as_one():
-        function.compile(types)
+        function.compile(arguments)
     return isinstance(function._cache, DiskCache) and function._cache.loaded
