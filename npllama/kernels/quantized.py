@@ -37,7 +37,7 @@ from npllama.kernels.codes import (
 )
 from npllama.kernels.flags import INNER, INNER_PARALLEL
 from npllama.kernels.several import outputs, part_of_each
-from npllama.kernels.vector import keep_apart, num_threads
+from npllama.kernels.vector import UNASKED, keep_apart, num_threads
 from npllama.quant import GROUP, Q4_BYTES, Q4_LEVELS, Q6_LOWEST, ROWS, SMALLEST_MAGNITUDE
 
 TILE = 8
@@ -169,6 +169,7 @@ def dot_q8(count, codes, begin, x, at):
 def make_tile(dot_group, code_bits, M):
     """The tile of block b and the M tokens from `first` on."""
     group_bytes = ROWS * GROUP * code_bits // 8
+    asks = code_bits < 8 or not UNASKED
 
     @njit(**INLINE)
     def tile(w, b, x, first, y):
@@ -176,7 +177,8 @@ def make_tile(dot_group, code_bits, M):
         total = zeros(M)
         for g in range(G):
             group, at = b * G + g, first * G + g * M
-            prefetch(w.codes, group * group_bytes + AHEAD, group_bytes)
+            if asks:
+                prefetch(w.codes, group * group_bytes + AHEAD, group_bytes)
             count = dot_group(start_counts(x.starts, at, M), w.codes, group * group_bytes, x.codes, at * GROUP)
             total = add_scaled(total, count, load_scales(w.scales, group * ROWS), x.scales, at)
         T, N = y.shape

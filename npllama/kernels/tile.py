@@ -52,6 +52,8 @@ AHEAD = 4096
 
 def ahead(read):
     """The same reading, and memory asked for what comes AHEAD bytes later."""
+    if vector.UNASKED:
+        return read
 
     def read_ahead(builder, pointer):
         vector.prefetch_line(builder, builder.bitcast(pointer, vector.i8.as_pointer()), AHEAD)
