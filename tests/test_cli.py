@@ -402,7 +402,8 @@ def test_ctrl_c_ends_with_130_and_the_text_so_far(endless: Path) -> None:
     assert process.returncode == 130
     with npllama.load(endless) as llm:
         n = int(err.decode().split("generated ")[1].split()[0].replace(",", ""))
-        text = llm.generate("the cat", max_tokens=min(n, 50), temperature=0).text
+        # The last one may have been counted and not yet handed over when the signal came.
+        text = llm.generate("the cat", max_tokens=min(n - 1, 50), temperature=0).text
     assert (first + rest).decode().startswith(text.rstrip("\ufffd"))  # the bytes of half a character were held back
     assert rest.endswith(b"\n")
     assert b"Traceback" not in err
