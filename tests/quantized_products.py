@@ -15,7 +15,7 @@ def products() -> dict[str, np.ndarray]:
 
     rng, found = np.random.default_rng(0), {}
     for rows, columns in ((300, 172), (1030, 288)):
-        w, x = rng.standard_normal((rows, columns)), rng.standard_normal((13, columns), dtype=np.float32)
+        w, x = rng.standard_normal((rows, columns)), rng.standard_normal((29, columns), dtype=np.float32)
         x[4, 32:64] = 0
         for number_format in ("q4", "q6", "q8"):
             found[f"{number_format} {rows}"] = linear_alone(x, quantize(w.astype(np.float32), number_format))
@@ -24,7 +24,8 @@ def products() -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     from npllama.kernels.codes import DOT
+    from npllama.kernels.matrix_unit import USED
 
     y = products()
     digests = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in y.items()}
-    print(json.dumps({"dot": DOT, "digests": digests}))
+    print(json.dumps({"dot": DOT, "matrix_unit": USED, "digests": digests}))

@@ -16,7 +16,8 @@ import pytest
 numba = pytest.importorskip("numba", reason="compiled kernels: numba is not installed")
 
 from npllama import ops  # noqa: E402
-from npllama.kernels import quantized  # noqa: E402
+from npllama.kernels import matrix_unit, quantized  # noqa: E402
+from npllama.kernels.codes import DOT  # noqa: E402
 from npllama.kernels.flags import SERIAL  # noqa: E402
 from npllama.kernels.single import linear_alone  # noqa: E402
 from npllama.kernels.vector import FEATURES, X86  # noqa: E402
@@ -50,7 +51,7 @@ def test_products_are_those_that_ops_linear_defines(rows, columns, number_format
 
 
 @both
-@pytest.mark.parametrize("tokens", range(21))
+@pytest.mark.parametrize("tokens", range(2 * quantized.TILE + 7))
 def test_any_number_of_tokens_is_multiplied(tokens, number_format):
     x, w = problem(number_format, 40, 72, tokens)
     y = linear_alone(x, w)
@@ -143,7 +144,8 @@ def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
     G = -(-columns // 32)
     into = quantized.Input(np.empty(16 * G * 32, np.int8), np.empty(16 * G, np.float32), np.empty(16 * G, np.int32))
     quantize_all_tiles(x, np.int32(-3), into)
-    wide = lambda a, *end: a.reshape(2, G, 8, *end).swapaxes(1, 2).reshape(16, G, *end)[:13]  # noqa: E731
+    tiles = 16 // quantized.TILE
+    wide = lambda a, *end: a.reshape(tiles, G, -1, *end).swapaxes(1, 2).reshape(16, G, *end)[:13]  # noqa: E731
     codes, scales = quantize_rows(x)
     assert np.array_equal(wide(into.codes, 32), codes)
     assert np.array_equal(wide(into.scales), scales)
@@ -195,44 +197,37 @@ def without(*unwanted: str) -> str:
     return ",".join(f"-{f[1:]}" if f[1:].startswith(unwanted) else f for f in FEATURES.split(","))
 
 
-WITH_AVX2 = X86 and "+avx2" in FEATURES
+HERE = (DOT, matrix_unit.USED)
 ELSEWHERE = {
-    "here": {},
-    "four threads": {"NUMBA_NUM_THREADS": "4"},
-    "plain": {"NPLLAMA_PLAIN_KERNELS": "1"},
-    "generic": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
+    "here": (HERE, {}),
+    "four threads": (HERE, {"NUMBA_NUM_THREADS": "4"}),
+    "plain": (("plain", False), {"NPLLAMA_PLAIN_KERNELS": "1"}),
+    "generic": (("plain", False), {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}),
 }
-if WITH_AVX2:
-    ELSEWHERE["avx2"] = {
-        "NUMBA_CPU_NAME": "haswell",
-        "NUMBA_CPU_FEATURES": without("avx512", "avxvnni", "avx10", "amx"),
-        "NPLLAMA_PLAIN_KERNELS": "0",
-    }
+if X86 and "+avx2" in FEATURES:
+    ELSEWHERE["avx2"] = (
+        ("avx2", False),
+        {
+            "NUMBA_CPU_NAME": "haswell",
+            "NUMBA_CPU_FEATURES": without("avx512", "avxvnni", "avx10", "amx"),
+            "NPLLAMA_PLAIN_KERNELS": "0",
+        },
+    )
+if matrix_unit.USED:
+    ELSEWHERE["no matrix unit"] = ((DOT, False), {"NUMBA_CPU_FEATURES": without("amx")})
+"""How codes are multiplied, by vectors and by a matrix unit, in a process with these variables."""
 
 
 @pytest.fixture(scope="module")
 def elsewhere() -> dict[str, dict]:
     """What each of these processes prints; two at a time, since compiling is most of their work."""
     with ThreadPoolExecutor(2) as pool:
-        running = {name: pool.submit(run_elsewhere, **variables) for name, variables in ELSEWHERE.items()}
+        running = {name: pool.submit(run_elsewhere, **variables) for name, (_, variables) in ELSEWHERE.items()}
         return {name: process.result() for name, process in running.items()}
 
 
-def test_four_threads_give_the_same_bits_as_fewer(elsewhere):
-    assert elsewhere["four threads"]["digests"] == elsewhere["here"]["digests"]
-
-
-@pytest.mark.skipif(not WITH_AVX2, reason="x86 with AVX2: this CPU has other vectors")
-def test_avx2_gives_the_same_bits_as_wider_vectors(elsewhere):
-    assert elsewhere["avx2"]["dot"] == "avx2"
-    assert elsewhere["avx2"]["digests"] == elsewhere["here"]["digests"]
-
-
-def test_plain_kernels_give_the_same_products(elsewhere):
-    assert elsewhere["plain"]["dot"] == "plain"
-    assert elsewhere["plain"]["digests"] == elsewhere["here"]["digests"]
-
-
-def test_a_target_without_any_features_gives_the_same_products(elsewhere):
-    assert elsewhere["generic"]["dot"] == "plain"
-    assert elsewhere["generic"]["digests"] == elsewhere["here"]["digests"]
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_other_threads_and_other_instructions_give_the_same_bits(elsewhere, name):
+    form, _ = ELSEWHERE[name]
+    assert (elsewhere[name]["dot"], elsewhere[name]["matrix_unit"]) == form
+    assert elsewhere[name]["digests"] == elsewhere["here"]["digests"]

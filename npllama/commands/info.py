@@ -28,6 +28,7 @@ FEATURES = (
     "avx512_vnni",
     "avx512_bf16",
     "avx_vnni",
+    "amx_int8",
     "asimd",
     "neon",
     "asimddp",

@@ -24,7 +24,7 @@ from numba.extending import register_jitable
 
 from npllama import model
 from npllama.errors import ModelError
-from npllama.kernels import attention, largest, linear, places, steps  # noqa: F401 (importing registers the overloads)
+from npllama.kernels import attention, largest, linear, matrix_unit, places, steps  # noqa: F401 (importing registers the overloads)
 from npllama.kernels.deferred import POSSIBLE, compiled_as_one
 from npllama.kernels.flags import SERIAL
 
@@ -98,8 +98,11 @@ class DiskCache(caching._Cache):
 
 
 def target() -> str:
-    """The CPU that code is compiled for: name and features, NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included."""
-    return "|".join(numba.core.registry.cpu_target.target_context.codegen().magic_tuple())
+    """The CPU that code is compiled for: name and features, NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included.
+
+    And whether the system lets this process use its matrix unit.
+    """
+    return "|".join((*numba.core.registry.cpu_target.target_context.codegen().magic_tuple(), str(matrix_unit.USED)))
 
 
 def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callable[[str], None]) -> tuple[Any, bool]:
