@@ -204,7 +204,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tok: Tokenizer, token: object) 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     refuse(
-        tmp_path / "tokenizer.model", r"cannot read '.*tokenizer\.model' \(No such file or directory\); .* is needed"
+        tmp_path / "tokenizer.model", r"^tokenizer\.model: cannot read '.*' \(No such file or directory\); .* is needed"
     )
 
 
