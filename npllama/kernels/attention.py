@@ -54,7 +54,7 @@ slot = register_jitable(kv.slot)
 BLOCK = 64
 """Slots of a block."""
 
-TOGETHER = 24
+TOGETHER = 64
 """Query rows (tokens x heads of a group) that walk over the blocks together, as long as one token has not more."""
 
 ALONE = 1 << 12
@@ -69,7 +69,7 @@ class Work(NamedTuple):
 
     q: object  # (M * P,) float64 queries, divided by sqrt(E)
     q_sink: object  # the same, turned towards the sinks
-    score: object  # (M * BLOCK,) float64 scores of a block, then weights
+    score: object  # (TILE * BLOCK,) float64 scores of a block, then weights, of the rows that are in hand
     sink_score: object  # the same of the sinks in it
     sum: object  # (M * P,) float64 weighted sums of values so far
     norm: object  # (M,) float64 sums of weights so far
@@ -98,20 +98,21 @@ class Seen(NamedTuple):
 def room(M, E):
     """Room for the Work of M query rows: its numbers in float64, and in float32."""
     P = whole_vectors(E)
-    return np.empty(M * (3 * P + 2 * BLOCK + 3)), np.empty(2 * BLOCK * P, np.float32)
+    return np.empty(2 * TILE * BLOCK + M * (3 * P + 3)), np.empty(2 * BLOCK * P, np.float32)
 
 
 @njit(**INNER)
 def divided(doubles, singles, M, E):
     """The Work in that room."""
     P = whole_vectors(E)
-    scores, each = 3 * M * P, M * (3 * P + 2 * BLOCK)
+    rows = 2 * TILE * BLOCK
+    each = rows + 3 * M * P
     return Work(
+        pointer(doubles, rows),
+        pointer(doubles, rows + M * P),
         pointer(doubles, 0),
-        pointer(doubles, M * P),
-        pointer(doubles, scores),
-        pointer(doubles, scores + M * BLOCK),
-        pointer(doubles, 2 * M * P),
+        pointer(doubles, TILE * BLOCK),
+        pointer(doubles, rows + 2 * M * P),
         pointer(doubles, each),
         pointer(doubles, each + M),
         pointer(doubles, each + 2 * M),
@@ -193,12 +194,12 @@ def weighted_sums(M, weights, numbers, n, sums, keep, first, columns):
 
 
 @njit(**INNER)
-def weigh(work, m, n_slots):
-    """Turn a row's scores of a block into weights exp(score - highest so far); hidden ones become 0.
+def weigh(work, m, at, n_slots):
+    """Turn row m's scores of a block, from `at` on, into weights exp(score - highest so far); hidden ones become 0.
 
     What was summed under a lower highest score is scaled: a factor of exactly 1 where nothing higher came.
     """
-    at, top = m * BLOCK, splat(-np.inf)
+    top = splat(-np.inf)
     for s in range(n_slots, (n_slots + DOUBLES - 1) // DOUBLES * DOUBLES):
         set_element(work.score, at + s, -np.inf)
     for s in range(0, n_slots, DOUBLES):
@@ -218,12 +219,12 @@ def weigh(work, m, n_slots):
 
 
 @njit(**INNER)
-def hide(work, m, slot_pos, s, n_slots, p, window, n_sink):
+def hide(work, at, slot_pos, s, n_slots, p, window, n_sink):
     """Give the slots that position p does not see the score -inf. slot_pos (S,) positions that the slots hold."""
     for i in range(n_slots):  # without branches, so that LLVM makes vectors of it
-        at, score = element(slot_pos, s + i), element(work.score, m * BLOCK + i)
-        hidden = (at < 0) | (at > p) | ((at <= p - window) & (at >= n_sink))
-        set_element(work.score, m * BLOCK + i, -np.inf if hidden else score)
+        there, score = element(slot_pos, s + i), element(work.score, at + i)
+        hidden = (there < 0) | (there > p) | ((there <= p - window) & (there >= n_sink))
+        set_element(work.score, at + i, -np.inf if hidden else score)
 
 
 @njit(**INNER)
@@ -266,16 +267,16 @@ def turn_block(keys, n_slots, P, work):
 
 
 @njit(**INNER)
-def score_block(M, n_slots, n_sinks, P, work):
-    """Scores of M query rows with the slots of a block, of which the first n_sinks are sinks."""
-    keys, keep, columns = Rows(work.turned, BLOCK), Rows(work.keep, 1), whole_vectors(n_slots)
-    weighted_sums(M, Rows(work.q, P), keys, P, Rows(work.score, BLOCK), keep, True, columns)
-    if n_sinks == 0:
-        return
-    weighted_sums(M, Rows(work.q_sink, P), keys, P, Rows(work.sink_score, BLOCK), keep, True, whole_vectors(n_sinks))
-    for m in range(M):
-        for s in range(n_sinks):
-            set_element(work.score, m * BLOCK + s, element(work.sink_score, m * BLOCK + s))
+def score_rows(M, m, n_slots, n_sinks, P, work):
+    """Scores of the M query rows from m on with the slots of a block, of which the first n_sinks are sinks."""
+    keys, score, sink_score = Rows(work.turned, BLOCK), Rows(work.score, BLOCK), Rows(work.sink_score, BLOCK)
+    q, q_sink, keep = below(Rows(work.q, P), m), below(Rows(work.q_sink, P), m), Rows(work.keep, 1)
+    weighted_sums(M, q, keys, P, score, keep, True, whole_vectors(n_slots))
+    if n_sinks > 0:
+        weighted_sums(M, q_sink, keys, P, sink_score, keep, True, whole_vectors(n_sinks))
+        for row in range(M):
+            for s in range(n_sinks):
+                set_element(work.score, row * BLOCK + s, element(work.sink_score, row * BLOCK + s))
 
 
 @njit(**INNER)
@@ -296,13 +297,20 @@ def walk(q, q_sink, seen, first, p, t, n_tokens, h, share, work, y):
         if newest <= p - seen.window and oldest >= n_sink:
             continue  # no row sees any of it
         turn_block(block_rows(seen.k, first + s, n_slots, E, work.block), n_slots, P, work)
-        score_block(M, n_slots, max(0, min(n_sink - s, n_slots)), P, work)
-        for m in range(M):
-            if oldest < 0 or newest > p or oldest <= last - seen.window:
-                hide(work, m, seen.pos, s, n_slots, p + m // share, seen.window, n_sink)
-            weigh(work, m, n_slots)
         values = block_rows(seen.v, first + s, n_slots, E, work.block)
-        weighted_sums(M, Rows(work.score, BLOCK), values, n_slots, Rows(work.sum, P), Rows(work.keep, 1), False, P)
+        for m in range(0, M, TILE):
+            n, low, high = min(TILE, M - m), p + m // share, p + min(m + TILE - 1, M - 1) // share
+            # Until the ring has gone round once, what these rows do not see yet are the last slots.
+            n_seen = min(n_slots, high + 1 - s) if last < seen.S else n_slots
+            if n_seen <= 0:
+                continue
+            score_rows(n, m, n_seen, max(0, min(n_sink - s, n_seen)), P, work)
+            for row in range(n):
+                if oldest < 0 or newest > low or oldest <= high - seen.window:
+                    hide(work, row * BLOCK, seen.pos, s, n_seen, p + (m + row) // share, seen.window, n_sink)
+                weigh(work, m + row, row * BLOCK, n_seen)
+            weights, sums, keep = Rows(work.score, BLOCK), below(Rows(work.sum, P), m), below(Rows(work.keep, 1), m)
+            weighted_sums(n, weights, values, n_seen, sums, keep, False, P)
     finish_rows(work, t, n_tokens, h, share, E, y)
 
 
@@ -325,6 +333,7 @@ def walks_in(doubles, singles, M, q, q_sink, cache, l, pos, seq, tiles, G, part,
     k, v = pointers(cache.k), pointers(cache.v)
     for unit in range(part, n_tiles * G, parts):
         i, g = unit % n_tiles, unit // n_tiles
+        i = n_tiles - 1 - i if g % 2 == 1 else i  # else one thread would take all the longer ones of each pair
         t = element(tiles, i)
         n_tokens, p, sequence = element(tiles, i + 1) - t, element(pos, t), l * N + element(seq, t)
         seen = Seen(k, v, pointer(cache.pos, sequence * S), S, cache.window, cache.n_sink)
