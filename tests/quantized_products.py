@@ -15,7 +15,7 @@ def products() -> dict[str, np.ndarray]:
 
     rng, found = np.random.default_rng(0), {}
     for rows, columns in ((300, 172), (1030, 288)):
-        w, x = rng.standard_normal((rows, columns)), rng.standard_normal((29, columns), dtype=np.float32)
+        w, x = rng.standard_normal((rows, columns)), rng.standard_normal((43, columns), dtype=np.float32)
         x[4, 32:64] = 0
         for number_format in ("q4", "q6", "q8"):
             found[f"{number_format} {rows}"] = linear_alone(x, quantize(w.astype(np.float32), number_format))

@@ -24,6 +24,9 @@ from npllama.kernels.vector import FEATURES, X86  # noqa: E402
 from npllama.quant import Q4, Q6, Q8, Coded, quantize, quantize_rows  # noqa: E402
 
 SHAPES = [(1, 1), (7, 8), (16, 32), (17, 33), (512, 64), (64, 172), (172, 64), (48, 288)]
+MANY = 43
+"""Tokens that are multiplied in every way there is: by the matrix unit, in a wide tile, and one by one."""
+
 both = pytest.mark.parametrize("number_format", ["q8", "q6", "q4"])
 
 
@@ -46,12 +49,12 @@ def problem(number_format: str, rows: int, columns: int, tokens: int) -> tuple[n
 @both
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_products_are_those_that_ops_linear_defines(rows, columns, number_format):
-    x, w = problem(number_format, rows, columns, 13)
+    x, w = problem(number_format, rows, columns, MANY)
     assert np.array_equal(linear_alone(x, w), ops.linear(x, w))
 
 
 @both
-@pytest.mark.parametrize("tokens", range(2 * quantized.TILE + 7))
+@pytest.mark.parametrize("tokens", range(MANY))
 def test_any_number_of_tokens_is_multiplied(tokens, number_format):
     x, w = problem(number_format, 40, 72, tokens)
     y = linear_alone(x, w)
@@ -74,14 +77,14 @@ def test_rows_of_very_different_size_are_each_as_exact(number_format):
 
 @both
 def test_zero_groups_of_weights_add_nothing(number_format):
-    x, w = problem(number_format, 40, 72, 9)
+    x, w = problem(number_format, 40, 72, MANY)
     w.scales[:, 1] = 0
     assert np.array_equal(linear_alone(x, w), ops.linear(x, w))
 
 
 def extreme_codes(number_format: str) -> tuple[np.ndarray, Coded]:
     """The largest codes of either sign on both sides: where sums of 16 bits would overflow if any did."""
-    x = np.where(np.random.default_rng(0).random((9, 64)) < 0.5, np.float32(-1), np.float32(1))
+    x = np.where(np.random.default_rng(0).random((MANY, 64)) < 0.5, np.float32(-1), np.float32(1))
     x[:2] = [[1], [-1]]
     scales, factors = np.full((2, 2, 16), 0x60, np.uint8), np.full((2, 16), 0x4580, np.uint16)  # 2^-12 and 2^12
     rng = np.random.default_rng(1)
@@ -105,18 +108,18 @@ def test_the_largest_codes_do_not_overflow(number_format):
 @both
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_row_that_is_not_finite_stays_alone_and_gives_nothing_finite(value, number_format):
-    x, w = problem(number_format, 40, 72, 9)
+    x, w = problem(number_format, 40, 72, MANY)
     expected = linear_alone(x, w)
     x[3, 50] = value
     found = linear_alone(x, w)
     assert not np.isfinite(found[3]).any()
-    others = np.arange(9) != 3
+    others = np.arange(MANY) != 3
     assert np.array_equal(found[others], expected[others])
 
 
 @both
 def test_read_only_weights_and_input_are_multiplied(number_format):
-    x, w = problem(number_format, 40, 72, 9)
+    x, w = problem(number_format, 40, 72, MANY)
     expected = linear_alone(x, w)
     for array in (x, w.codes, w.scales, w.factors):
         array.setflags(write=False)

@@ -246,16 +246,20 @@ class Child:
 
     def __init__(self, program: str, model: Path, threads: int, context: int, kv_dtype: str) -> None:
         command = [sys.executable, __file__, "--serve", program, str(model), str(threads), str(context), kv_dtype]
+        self._program = program
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if self._answer() != "ready":
-            sys.exit(f"{program} could not open {model}")
+            sys.exit(f"{program} could not open {model}: it ended with {self._process.wait()}")
 
     def measure(self, n_prompt: int, n_gen: int, depth: int) -> float:
         """Seconds for reading n_prompt tokens and then generating n_gen, at a depth."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{n_prompt} {n_gen} {depth}\n")
         self._process.stdin.flush()
-        return float(self._answer())
+        answer = self._answer()
+        if not answer:  # llama.cpp's code for AMX as gcc 12 builds it, for one: a signal
+            sys.exit(f"{self._program} could not run {n_prompt}+{n_gen} tokens: it ended with {self._process.wait()}")
+        return float(answer)
 
     def _answer(self) -> str:
         assert self._process.stdout is not None

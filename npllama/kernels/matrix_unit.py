@@ -1,8 +1,8 @@
-"""The CPU's matrix unit (Intel's AMX): codes of 16 tokens times codes of 16 rows of a block, a group at a time.
+"""The CPU's matrix unit (Intel's AMX): codes of two tiles of tokens times those of a block, a group at a time.
 
-It has registers of 16 lines of 64 bytes and multiplies two of them in 16 cycles. One holds a group of 16 tokens, a
-token to a line; the other a group of a block as its formats store it, four columns of the 16 rows to a line; the third
-their products, summed in 32 bits. The sums are exact, so they are those of the other forms of the product.
+Its registers have up to 16 lines of 64 bytes. One holds a group of a block as the formats store it, four columns of the
+16 rows to a line; two hold the same columns of 8 tokens each, a token to a line; two the sums of their products, of 32
+bits. The sums are exact, so they are those of the other forms of the product.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from npllama.kernels.codes import DOT, codes, counts, each, element, numbers
 from npllama.kernels.vector import X86, address, broadcast, call, constant, has, i8, i64, read, write
 from npllama.quant import GROUP, ROWS
 
-TOKENS = 16
-"""Tokens of a tile."""
+TILE = 8
+TOKENS = 2 * TILE
+"""Tokens whose input stands together, and those that the unit takes at once."""
 
 LEVELS_BYTES = ROWS * GROUP
 COUNTS = TOKENS * ROWS
 """Bytes of a block's group as the unit reads it, and numbers in its sums."""
 
-SUMS, INPUT, WEIGHTS = range(3)
-SHAPES = {SUMS: (TOKENS, 4 * ROWS), INPUT: (TOKENS, GROUP), WEIGHTS: (GROUP // 4, 4 * ROWS)}
+SUMS, INPUT, WEIGHTS = (0, 1), (2, 3), 4
+SHAPES = dict.fromkeys(SUMS, (TILE, 4 * ROWS)) | dict.fromkeys(INPUT, (TILE, GROUP)) | {WEIGHTS: (GROUP // 4, 4 * ROWS)}
 """What the registers are used for; lines, and bytes of a line."""
 
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
@@ -73,44 +74,55 @@ def release(typingctx):
 
 
 @intrinsic
-def count_products(typingctx, x, at, levels, begin, sums, i):
-    """Set the i-th COUNTS numbers of sums: [m, n] = sum_k x[at + 32 m + k] * the levels of row n from `begin` on."""
+def count_products(typingctx, x, at, further, levels, begin, sums, i):
+    """Set the i-th COUNTS numbers of sums, token by token: sum_k x[m, k] * the levels of row n from `begin` on.
+
+    Tokens m = 0 .. TILE-1 stand in x[at ...], the next TILE so much further.
+    """
 
     def generate(context, builder, signature, args):
-        def move(name, register, array, offset, stride):
-            where = builder.bitcast(
-                address(context, builder, signature.args[array], args[array], offset), i8.as_pointer()
-            )
-            call(builder, f"llvm.x86.{name}", ir.VoidType(), ir.Constant(i8, register), where, ir.Constant(i64, stride))
+        x, at, further, levels, begin, sums, i = args
 
-        registers = [ir.Constant(i8, register) for register in (SUMS, INPUT, WEIGHTS)]
-        call(builder, "llvm.x86.tilezero", ir.VoidType(), registers[SUMS])
-        move("tileloadd64", INPUT, 0, args[1], GROUP)
-        move("tileloadd64", WEIGHTS, 2, args[3], 4 * ROWS)
-        call(builder, "llvm.x86.tdpbssd", ir.VoidType(), *registers)
-        move("tilestored64", SUMS, 4, builder.mul(args[5], ir.Constant(i64, COUNTS)), 4 * ROWS)
+        def line(array_type, array, offset):
+            return builder.bitcast(address(context, builder, array_type, array, offset), i8.as_pointer())
+
+        def unit(name, register, *operands):
+            call(builder, f"llvm.x86.{name}", ir.VoidType(), ir.Constant(i8, register), *operands)
+
+        x_type, levels_type, sums_type = signature.args[0], signature.args[3], signature.args[5]
+        unit("tileloadd64", WEIGHTS, line(levels_type, levels, begin), ir.Constant(i64, 4 * ROWS))
+        for tile in range(2):
+            unit("tilezero", SUMS[tile])
+            unit("tileloadd64", INPUT[tile], line(x_type, x, at), ir.Constant(i64, GROUP))
+            unit("tdpbssd", SUMS[tile], ir.Constant(i8, INPUT[tile]), ir.Constant(i8, WEIGHTS))
+            at = builder.add(at, further)
+        start = builder.mul(i, ir.Constant(i64, COUNTS))
+        for tile in range(2):
+            into = builder.add(start, ir.Constant(i64, tile * COUNTS // 2))
+            unit("tilestored64", SUMS[tile], line(sums_type, sums, into), ir.Constant(i64, 4 * ROWS))
         return context.get_dummy_value()
 
-    return types.void(x, types.intp, levels, types.intp, sums, types.intp), generate
+    return types.void(x, types.intp, types.intp, levels, types.intp, sums, types.intp), generate
 
 
 @intrinsic
-def add_scaled_products(typingctx, total, sums, i, scale, array, offset):
-    """codes.add_scaled with the i-th COUNTS numbers of sums."""
+def add_scaled_products(typingctx, total, sums, i, scale, array, offset, further):
+    """codes.add_scaled with the i-th COUNTS numbers of sums; the scales of the second tile stand so much further."""
 
     def generate(context, builder, signature, args):
-        total, sums, i, scale, array, offset = args
+        total, sums, i, scale, array, offset, further = args
         start = address(context, builder, signature.args[1], sums, builder.mul(i, ir.Constant(i64, COUNTS)))
-        pointer = address(context, builder, signature.args[4], array, offset)
+        scales = address(context, builder, signature.args[4], array, offset)
+        scales = scales, builder.gep(scales, [further])
 
         def add(total_m, m):
             number = builder.sitofp(read(builder, element(builder, start, m * ROWS), counts.llvm, 4), numbers.llvm)
-            x_scale = broadcast(builder, builder.load(element(builder, pointer, m)), ROWS)
+            x_scale = broadcast(builder, builder.load(element(builder, scales[m // TILE], m % TILE)), ROWS)
             return builder.fadd(total_m, builder.fmul(number, builder.fmul(scale, x_scale)))
 
         return each(builder, add, total)
 
-    return total(total, sums, types.intp, numbers, array, types.intp), generate
+    return total(total, sums, types.intp, numbers, array, types.intp, types.intp), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -42,11 +42,8 @@ from npllama.kernels.several import outputs, part_of_each
 from npllama.kernels.vector import UNASKED, keep_apart, num_threads
 from npllama.quant import GROUP, Q4_BYTES, Q4_LEVELS, Q6_LOWEST, ROWS, SMALLEST_MAGNITUDE
 
-TILE = TOKENS if matrix_unit.USED else 8
+TILE = matrix_unit.TILE
 """Tokens of a wide tile: the more, the fewer times codes are unpacked; more do not fit into the registers."""
-
-LEAST_WIDE = 5
-"""Tokens that are worth a wide tile, filled up with zeros."""
 
 STRIP_BYTES = 1 << 18
 """Codes of this many bytes are used for all tokens before the next: they stay in the core's second cache."""
@@ -61,6 +58,9 @@ AHEAD = 8192
 Without: 64 GB/s instead of 85 for a single token in q4. Two or four blocks of a single token at once, far apart in w,
 are no faster than one block asked for ahead, and slower while the memory is busy with others.
 """
+
+LEAST_PAIRS = 2
+"""Pairs of wide tiles from which on it pays to unpack codes for the matrix unit: 16 tokens are as fast without."""
 
 EARLIER, KEPT = 3, 4
 """The matrix unit counts a group so many groups before its sums are added up; sums that are kept for that.
@@ -109,8 +109,8 @@ def quantize_group(x, begin, shift, into, at):
 
 @njit(**INNER)
 def wide_tiles(T):
-    """How many tiles of T tokens are wide."""
-    return (T + TILE - LEAST_WIDE) // TILE
+    """How many tiles of T tokens are wide; more than half a tile of tokens is worth one, filled up with zeros."""
+    return (T + (TILE - 1) // 2) // TILE
 
 
 @njit(**INNER)
@@ -230,78 +230,79 @@ def make_tile(dot_group, code_bits, M):
 
 @njit(**INLINE)
 def matrix_tile(w, b, levels, begin, x, first, y, sums):
-    """The tile of block b, whose levels begin at levels[begin], and the TILE tokens from `first` on.
+    """Two wide tiles, from token `first` on, of block b, whose levels begin at levels[begin].
 
     The matrix unit counts the products of later groups while the sums of one are scaled and added.
     """
     G = w.scales.shape[1]
-    total = zeros(TOKENS)
+    total, further = zeros(TOKENS), G * TILE
     for g in range(-EARLIER, G):
         if g + EARLIER < G:
-            later, at = g + EARLIER, first * G + (g + EARLIER) * TOKENS
-            count_products(x.codes, at * GROUP, levels, begin + later * LEVELS_BYTES, sums, later % KEPT)
+            later, at = g + EARLIER, first * G + (g + EARLIER) * TILE
+            count_products(
+                x.codes, at * GROUP, further * GROUP, levels, begin + later * LEVELS_BYTES, sums, later % KEPT
+            )
         if g >= 0:
-            group, at = b * G + g, first * G + g * TOKENS
+            group, at = b * G + g, first * G + g * TILE
             scale = load_scales(w.scales, group * ROWS)
-            total = add_scaled_products(total, sums, g % KEPT, scale, x.scales, at)
+            total = add_scaled_products(total, sums, g % KEPT, scale, x.scales, at, further)
     T, N = y.shape
     total = times_rows(total, w.factors, b * ROWS)
     store_rows(y, first * N + b * ROWS, N, total, T - first, N - b * ROWS)
 
 
-def make_vector_strip(dot_group, code_bits):
-    """A function (x, w, y, begin, stop) that fills the rows of y of the blocks begin .. stop-1, for all wide tiles."""
-    wide_tile = make_tile(dot_group, code_bits, TILE)
-
-    @njit(**INLINE)
-    def strip(x, w, y, begin, stop):
-        for i in range(wide_tiles(y.shape[0])):
-            for b in range(begin, stop):
-                wide_tile(w, b, x, i * TILE, y)
-
-    return strip
-
-
 def make_matrix_strip(levels_of_group, code_bits):
-    """The same function, for the matrix unit: codes are unpacked once for all tokens."""
+    """A function (x, w, y, begin, stop) that multiplies the blocks begin .. stop-1; the wide tiles that it has done.
+
+    By the matrix unit, two tiles at once. Codes are unpacked once for all tokens.
+    """
     group_bytes = ROWS * GROUP * code_bits // 8
 
     @njit(**INNER)
     def strip(x, w, y, begin, stop):
         keep_apart()
-        n_wide, G = wide_tiles(y.shape[0]), w.scales.shape[1]
+        n_pairs, G = wide_tiles(y.shape[0]) // 2, w.scales.shape[1]
+        if n_pairs < LEAST_PAIRS:
+            return 0
         n_groups = (stop - begin) * G
         room, sums = np.empty(n_groups * LEVELS_BYTES + 63, np.int8), np.empty(KEPT * COUNTS + 15, np.int32)
         levels, sums = room[matrix_unit.to_line(room) :], sums[matrix_unit.to_line(sums) // 4 :]
         for group in range(n_groups):
-            levels_of_group(w.codes, (begin * G + group) * group_bytes, levels, group * LEVELS_BYTES)
+            at = (begin * G + group) * group_bytes
+            prefetch(w.codes, at + AHEAD, group_bytes)
+            levels_of_group(w.codes, at, levels, group * LEVELS_BYTES)
         matrix_unit.configure()
-        for i in range(n_wide):
+        for i in range(n_pairs):
             for b in range(begin, stop):
-                matrix_tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, i * TILE, y, sums)
+                matrix_tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, i * TOKENS, y, sums)
         matrix_unit.release()
+        return 2 * n_pairs
 
     return strip
 
 
+@njit(**INLINE)
+def no_strip(x, w, y, begin, stop):
+    """The same without a matrix unit."""
+    return 0
+
+
 def make_linears(dot_group, levels_of_group, code_bits, shift):
     """ops.linears for a format. shift: what is to be added to its codes, as the tiles see them."""
-    single_tile = make_tile(dot_group, code_bits, 1)
-    if matrix_unit.USED:
-        wide_strip, used_bytes = make_matrix_strip(levels_of_group, code_bits), LEVELS_BYTES
-    else:
-        wide_strip, used_bytes = make_vector_strip(dot_group, code_bits), ROWS * GROUP * code_bits // 8
+    wide_tile, single_tile = make_tile(dot_group, code_bits, TILE), make_tile(dot_group, code_bits, 1)
+    matrix_strip = make_matrix_strip(levels_of_group, code_bits) if matrix_unit.USED else no_strip
 
     @njit(**INNER)
     def blocks(x, w, y, begin, stop):
         """The rows of y of the blocks begin .. stop-1, strip by strip."""
         keep_apart()
         T = y.shape[0]
-        strip = max(1, STRIP_BYTES // (w.codes.shape[1] * used_bytes))
+        strip = max(1, STRIP_BYTES // (w.codes.shape[1] * w.codes.shape[2]))
         for low in range(begin, stop, strip):
             high = min(low + strip, stop)
-            if wide_tiles(T) > 0:
-                wide_strip(x, w, y, low, high)
+            for i in range(matrix_strip(x, w, y, low, high), wide_tiles(T)):
+                for b in range(low, high):
+                    wide_tile(w, b, x, i * TILE, y)
             for first in range(wide_tiles(T) * TILE, T):
                 for b in range(low, high):
                     single_tile(w, b, x, first, y)
