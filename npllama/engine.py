@@ -412,7 +412,7 @@ def compiled_exists(opened: OpenModel, kv_dtype: str = "f32") -> bool:
 
 
 def sources_hash() -> str:
-    """Hash of everything compiled code depends on but the CPU: sources, versions, switches."""
+    """Hash of everything compiled code depends on but entry.target: sources, versions, switches."""
     digest = hashlib.sha256(sys.version.encode())
     for package in ("numba", "llvmlite", "numpy"):
         try:

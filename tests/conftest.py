@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiled code is kept for this run alone, unless a directory was given: each number format compiles once."""
+    """Compiled code is kept for this run alone, unless a directory was given: code is loaded once it is there."""
     if "NPLLAMA_CACHE_DIR" not in os.environ:
         os.environ["NPLLAMA_CACHE_DIR"] = tempfile.mkdtemp(prefix="npllama-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("NPLLAMA_CACHE_DIR")))

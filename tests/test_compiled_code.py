@@ -129,6 +129,18 @@ def test_the_kernels_compiled_are_those_asked_for() -> None:
     assert ("+f16c" in features or vector.ARM64) == vector.HALF
 
 
+def test_code_for_the_matrix_unit_is_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that the system does not let use it must not load what another has compiled for it."""
+    pytest.importorskip("numba")
+    from npllama.kernels import entry, matrix_unit
+
+    with_it, without = [], []
+    for used, said in ((True, with_it), (False, without)):
+        monkeypatch.setattr(matrix_unit, "USED", used)
+        said.append(entry.target())
+    assert with_it != without
+
+
 def test_two_hundred_flipped_bits_and_cut_files_cost_a_compilation_each(tmp_path: Path) -> None:
     numba = pytest.importorskip("numba")
     from npllama.kernels.entry import DiskCache

@@ -200,8 +200,9 @@ def without(*unwanted: str) -> str:
     return ",".join(f"-{f[1:]}" if f[1:].startswith(unwanted) else f for f in FEATURES.split(","))
 
 
+# How codes are multiplied, by vectors and by a matrix unit, in a process with these variables.
 HERE = (DOT, matrix_unit.USED)
-ELSEWHERE = {
+ELSEWHERE: dict[str, tuple[tuple[str, bool], dict[str, str]]] = {
     "here": (HERE, {}),
     "four threads": (HERE, {"NUMBA_NUM_THREADS": "4"}),
     "plain": (("plain", False), {"NPLLAMA_PLAIN_KERNELS": "1"}),
@@ -218,19 +219,12 @@ if X86 and "+avx2" in FEATURES:
     )
 if matrix_unit.USED:
     ELSEWHERE["no matrix unit"] = ((DOT, False), {"NUMBA_CPU_FEATURES": without("amx")})
-"""How codes are multiplied, by vectors and by a matrix unit, in a process with these variables."""
 
 
-@pytest.fixture(scope="module")
-def elsewhere() -> dict[str, dict]:
-    """What each of these processes prints; two at a time, since compiling is most of their work."""
-    with ThreadPoolExecutor(2) as pool:
+def test_other_threads_and_other_instructions_give_the_same_bits():
+    with ThreadPoolExecutor(2) as pool:  # compiling is most of their work
         running = {name: pool.submit(run_elsewhere, **variables) for name, (_, variables) in ELSEWHERE.items()}
-        return {name: process.result() for name, process in running.items()}
-
-
-@pytest.mark.parametrize("name", ELSEWHERE)
-def test_other_threads_and_other_instructions_give_the_same_bits(elsewhere, name):
-    form, _ = ELSEWHERE[name]
-    assert (elsewhere[name]["dot"], elsewhere[name]["matrix_unit"]) == form
-    assert elsewhere[name]["digests"] == elsewhere["here"]["digests"]
+    found = {name: process.result() for name, process in running.items()}
+    for name, (form, _) in ELSEWHERE.items():
+        assert (found[name]["dot"], found[name]["matrix_unit"]) == form, name
+        assert found[name]["digests"] == found["here"]["digests"], name

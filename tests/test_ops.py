@@ -208,6 +208,23 @@ def test_a_ring_sees_the_last_window_and_the_sinks(step: Any, n_sink: int, slack
 
 
 @both
+@pytest.mark.parametrize(
+    ("window", "slack", "n_sink"), [(200, 0, 0), (300, 0, 70), (90, 0, 0), (90, 130, 3), (90, 20, 70)]
+)
+def test_many_rows_see_what_they_see_one_by_one(step: Any, window: int, slack: int, n_sink: int) -> None:
+    """Over several blocks of slots and of rows, some of which see only the first slots of a block."""
+    T, H, G, E = 200, 10, 2, 18
+    q, k, v = random(1, T, H, E), random(2, T, G, E), random(3, T, G, E)
+    whole, cut, alone = (
+        in_chunks(step, kv.allocate(2, 1, G, n_sink + window + slack, E, window, n_sink), q, k, v, n)
+        for n in (T, 67, 1)
+    )
+    close(whole, naive.attention(q, k, v, range(T), window, n_sink, THETA))
+    assert np.array_equal(whole, cut)
+    assert np.array_equal(whole, alone)
+
+
+@both
 def test_sequences_in_one_batch_do_not_see_each_other(step: Any) -> None:
     H, G, E = 4, 2, 8
     lengths, order = {0: 5, 1: 9, 2: 1}, (2, 0, 1)

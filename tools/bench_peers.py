@@ -248,8 +248,10 @@ class Child:
         command = [sys.executable, __file__, "--serve", program, str(model), str(threads), str(context), kv_dtype]
         self._program = program
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        if self._answer() != "ready":
-            sys.exit(f"{program} could not open {model}: it ended with {self._process.wait()}")
+        answer = self._answer()
+        if answer != "ready":
+            ended = f"it said {answer!r}" if answer else f"it ended with {self._process.wait()}"
+            sys.exit(f"{program} could not open {model}: {ended}")
 
     def measure(self, n_prompt: int, n_gen: int, depth: int) -> float:
         """Seconds for reading n_prompt tokens and then generating n_gen, at a depth."""

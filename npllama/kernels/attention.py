@@ -55,7 +55,10 @@ BLOCK = 64
 """Slots of a block."""
 
 TOGETHER = 64
-"""Query rows (tokens x heads of a group) that walk over the blocks together, as long as one token has not more."""
+"""Query rows (tokens x heads of a group) that walk over the blocks together, as long as one token has not more.
+
+Fewer where so many would leave a thread with less than two walks.
+"""
 
 ALONE = 1 << 12
 """Products of queries and keys below which one thread is sooner done than two have met."""
@@ -386,13 +389,14 @@ def attend(q, q_sink, k, v, cache, l, pos, seq):
         while stop < T and seq[stop] != seq[stop - 1]:
             stop = run_stop(cache, pos, seq, stop, T)
         store_rows(k, v, cache, l, pos, seq, start, stop)
-        tiles = tile_rows(seq, start, stop, max(1, TOGETHER * k.shape[1] // H))
+        G = k.shape[1]
+        tiles = tile_rows(seq, start, stop, max(1, min(TOGETHER * G // H, (stop - start) * G // (2 * num_threads()))))
         products = (stop - start) * min(pos[stop - 1] + 1, cache.pos.shape[2]) * H * E
         if products < ALONE:
-            walks(q, q_sink, cache, l, pos, seq, tiles, k.shape[1], np.int64(0), np.int64(1), y)
+            walks(q, q_sink, cache, l, pos, seq, tiles, G, np.int64(0), np.int64(1), y)
         else:
             walks_in_threads(
-                q, q_sink, cache.k, cache.v, cache.pos, cache.window, cache.n_sink, l, pos, seq, tiles, k.shape[1], y
+                q, q_sink, cache.k, cache.v, cache.pos, cache.window, cache.n_sink, l, pos, seq, tiles, G, y
             )
         start = stop
     return y

@@ -1,9 +1,10 @@
 """model.forward compiled whole, and the disk cache of what was compiled.
 
 The cache keeps one file for each combination of number formats. Its name holds a hash of everything the machine code
-depends on (the package's sources, versions, switches, the CPU), so a stale file is never read; a checksum stands
-before the code, because one flipped byte in machine code is a crash and not an exception. The directory is private
-(0700): these files are code. Whatever is wrong with directory or file costs one compilation, with one warning.
+depends on (the package's sources, versions, switches, the CPU and what the system lets a process use of it), so a stale
+file is never read; a checksum stands before the code, because one flipped byte in machine code is a crash and not an
+exception. The directory is private (0700): these files are code. Whatever is wrong with directory or file costs one
+compilation, with one warning.
 """
 
 from __future__ import annotations

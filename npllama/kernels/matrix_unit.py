@@ -1,8 +1,8 @@
 """The CPU's matrix unit (Intel's AMX): codes of two tiles of tokens times those of a block, a group at a time.
 
-Its registers have up to 16 lines of 64 bytes. One holds a group of a block as the formats store it, four columns of the
-16 rows to a line; two hold the same columns of 8 tokens each, a token to a line; two the sums of their products, of 32
-bits. The sums are exact, so they are those of the other forms of the product.
+Its registers have up to 16 lines of 64 bytes. One holds what a group of a block stands for, in the order in which the
+formats store it, four columns of the 16 rows to a line; two hold the same columns of 8 tokens each, a token to a line;
+two the sums of their products, of 32 bits. The sums are exact, so they are those of the other forms of the product.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from npllama.kernels.codes import DOT, codes, counts, each, element, numbers
-from npllama.kernels.vector import X86, address, broadcast, call, constant, has, i8, i64, read, write
+from npllama.kernels.vector import TRIPLE, address, broadcast, call, constant, has, i8, i64, read, write
 from npllama.quant import GROUP, ROWS
 
 TILE = 8
@@ -36,13 +36,13 @@ ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 def permitted() -> bool:
     """Ask Linux for the unit, which a process may use only after that. It is asked at every start."""
-    if not sys.platform.startswith("linux") or not X86:
+    if not sys.platform.startswith("linux") or not TRIPLE.startswith("x86_64"):
         return False
     return ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
 
 
-USED = DOT == "vnni" and has("amx-int8") and permitted()
-"""Whether kernels are compiled for the unit: the one thing they depend on that is no feature of the target."""
+USED = DOT == "vnni" and has("amx-tile") and has("amx-int8") and permitted()
+"""Whether kernels are compiled for the unit. The target's features do not say it all: the system decides too."""
 
 
 @intrinsic
