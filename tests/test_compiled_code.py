@@ -134,11 +134,11 @@ def test_code_for_the_matrix_unit_is_kept_apart(monkeypatch: pytest.MonkeyPatch)
     pytest.importorskip("numba")
     from npllama.kernels import entry, matrix_unit
 
-    with_it, without = [], []
-    for used, said in ((True, with_it), (False, without)):
+    def target(used: bool) -> str:
         monkeypatch.setattr(matrix_unit, "USED", used)
-        said.append(entry.target())
-    assert with_it != without
+        return entry.target()
+
+    assert target(True) != target(False)
 
 
 def test_two_hundred_flipped_bits_and_cut_files_cost_a_compilation_each(tmp_path: Path) -> None:

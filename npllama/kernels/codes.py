@@ -193,6 +193,12 @@ def each(builder, function, many):
     return many
 
 
+def plus_scaled(builder, total, count, scale, x_scale):
+    """total + count * (scale * x_scale), rounded after each operation. x_scale: pointer to one float32."""
+    both = builder.fmul(scale, broadcast(builder, builder.load(x_scale), ROWS))
+    return builder.fadd(total, builder.fmul(builder.sitofp(count, numbers.llvm), both))
+
+
 def element(builder, pointer, i):
     """Pointer to the i-th of the numbers that a pointer points to."""
     return builder.gep(pointer, [ir.Constant(i64, i)])
@@ -359,9 +365,7 @@ def add_scaled(typingctx, total, count, scale, array, offset):
         pointer = address(context, builder, signature.args[3], array, offset)
 
         def add(total_m, m):
-            number = builder.sitofp(builder.extract_value(count, m), numbers.llvm)
-            x_scale = broadcast(builder, builder.load(element(builder, pointer, m)), ROWS)
-            return builder.fadd(total_m, builder.fmul(number, builder.fmul(scale, x_scale)))
+            return plus_scaled(builder, total_m, builder.extract_value(count, m), scale, element(builder, pointer, m))
 
         return each(builder, add, total)
 

@@ -15,8 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from npllama.kernels.codes import DOT, codes, counts, each, element, numbers
-from npllama.kernels.vector import TRIPLE, address, broadcast, call, constant, has, i8, i64, read, write
+from npllama.kernels.codes import DOT, codes, counts, each, element, numbers, plus_scaled
+from npllama.kernels.vector import TRIPLE, address, call, constant, has, i8, i64, read, write
 from npllama.quant import GROUP, ROWS
 
 TILE = 8
@@ -116,9 +116,8 @@ def add_scaled_products(typingctx, total, sums, i, scale, array, offset, further
         scales = scales, builder.gep(scales, [further])
 
         def add(total_m, m):
-            number = builder.sitofp(read(builder, element(builder, start, m * ROWS), counts.llvm, 4), numbers.llvm)
-            x_scale = broadcast(builder, builder.load(element(builder, scales[m // TILE], m % TILE)), ROWS)
-            return builder.fadd(total_m, builder.fmul(number, builder.fmul(scale, x_scale)))
+            count = read(builder, element(builder, start, m * ROWS), counts.llvm, 4)
+            return plus_scaled(builder, total_m, count, scale, element(builder, scales[m // TILE], m % TILE))
 
         return each(builder, add, total)
 
