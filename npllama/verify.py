@@ -32,7 +32,8 @@ TOLERANCE = {
     "swiglu": 2e-7,
     "whole model": 1e-6,
 }
-PROMPT = 43  # tokens read at once: some in pairs of tiles, some in one tile, some alone
+PROMPT = 43  # tokens read at once: some in strips of codes for several tiles, some in one tile, some alone
+FEW = 9  # then so many: too few for a strip
 DECODED = 2  # then token by token
 
 
@@ -63,7 +64,7 @@ def verify(engine: Engine, seed: int = 0) -> list[Row]:
     rows: dict[tuple[str, str], Row] = {}
     names = weight_names(engine.weights)
     kernels = engine.single_kernels()
-    n = min(PROMPT + DECODED, max(DECODED + 1, engine.config.max_seq_len))
+    n = min(PROMPT + FEW + DECODED, max(DECODED + 1, engine.config.max_seq_len))
     cache, twin = engine.new_cache(1, n), engine.new_cache(1, n)
 
     def record(step: str, found: np.ndarray, expected: np.ndarray, weight: str, layer: int) -> None:
@@ -90,7 +91,7 @@ def verify(engine: Engine, seed: int = 0) -> list[Row]:
 
     forward = stepwise({step: compared(step) for step in kernels})
     ids = np.random.default_rng(seed).integers(0, engine.config.vocab_size, n)
-    starts = [0, *range(n - DECODED, n), n]
+    starts = [0, *range(max(1, n - FEW - DECODED), n - DECODED, FEW), *range(n - DECODED, n), n]
     for start, stop in itertools.pairwise(starts):
         pos = np.arange(start, stop)
         engine.run_stepwise(forward, cache, ids[start:stop], pos)

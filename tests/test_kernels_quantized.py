@@ -211,7 +211,7 @@ if X86 and "+avx2" in FEATURES:
     ELSEWHERE["avx2"] = (
         ("avx2", False),
         {
-            "NUMBA_CPU_NAME": "haswell",
+            "NUMBA_CPU_NAME": "znver3",  # asks for memory in the other way
             "NUMBA_CPU_FEATURES": without("avx512", "avxvnni", "avx10", "amx"),
             "NPLLAMA_PLAIN_KERNELS": "0",
         },

@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 from npllama.kernels.vector import (
     ARM64,
+    LINE_BY_LINE,
     PLAIN,
     VectorType,
     address,
@@ -43,6 +44,9 @@ from npllama.quant import GROUP, Q4_LEVELS, ROWS
 codes = VectorType(i8, 4 * ROWS)
 counts = VectorType(i32, ROWS)
 numbers = VectorType(f32, ROWS)
+
+TILE = 8
+"""Tokens whose input stands together, group by group: see `token`."""
 
 DOT = "vnni" if has("avx512vnni") else "avxvnni" if has("avxvnni") else "avx2" if has("avx2") else "plain"
 """Which form of the dot product is compiled."""
@@ -204,6 +208,16 @@ def element(builder, pointer, i):
     return builder.gep(pointer, [ir.Constant(i64, i)])
 
 
+def token(builder, pointer, m, further, size=1):
+    """Pointer to what belongs to token m, from one to what belongs to token 0; for each token it has so many numbers.
+
+    The tokens of a tile stand together, those of the next so many tokens' numbers further.
+    """
+    if m >= TILE:
+        pointer = builder.gep(pointer, [builder.mul(further, ir.Constant(i64, m // TILE * size))])
+    return element(builder, pointer, m % TILE * size)
+
+
 # The operations.
 
 
@@ -266,17 +280,35 @@ def flip_sign(typingctx, signed):
     return codes(codes), generate
 
 
-@intrinsic(prefer_literal=True)
-def prefetch(typingctx, array, offset, n_bytes):
-    """Ask for the bytes of array[offset ...], a line of 64 after the other, before they are needed. May lie outside."""
+def _asks(where, nearness):
+    """Makes an operation that asks for memory where that is how it is done, and does nothing elsewhere."""
+
+    def operation(typingctx, array, offset, n_bytes):
+        def generate(context, builder, signature, args):
+            pointer = builder.bitcast(address(context, builder, signature.args[0], *args[:2]), i8.as_pointer())
+            for line in range(0, n_bytes.literal_value if where else 0, 64):
+                prefetch_line(builder, pointer, line, nearness)
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp, n_bytes), generate
+
+    operation.__doc__ = "Ask for the bytes of array[offset ...] before they are needed. They may lie outside."
+    return intrinsic(prefer_literal=True)(operation)
+
+
+ask_group, ask_line = _asks(not LINE_BY_LINE, 3), _asks(LINE_BY_LINE, 2)
+
+
+@intrinsic
+def turns(typingctx, n):
+    """n turns of a loop over a group's codes: hidden from the compiler where that is to stay a loop (LINE_BY_LINE)."""
 
     def generate(context, builder, signature, args):
-        pointer = builder.bitcast(address(context, builder, signature.args[0], *args[:2]), i8.as_pointer())
-        for line in range(0, n_bytes.literal_value, 64):
-            prefetch_line(builder, pointer, line)
-        return context.get_dummy_value()
+        if not LINE_BY_LINE:
+            return args[0]
+        return builder.asm(ir.FunctionType(i64, [i64]), "", "=r,0", [args[0]], side_effect=True)
 
-    return types.void(array, types.intp, n_bytes), generate
+    return types.int64(types.int64), generate
 
 
 @intrinsic
@@ -304,72 +336,77 @@ def zeros(typingctx, n_tokens):
 
 
 @intrinsic(prefer_literal=True)
-def start_counts(typingctx, array, offset, n_tokens):
-    """For each token m the integer array[offset + m], in every row."""
+def start_counts(typingctx, array, offset, further, n_tokens):
+    """For each token its integer, token 0's at array[offset], in every row."""
     many = types.UniTuple(counts, n_tokens.literal_value)
 
     def generate(context, builder, signature, args):
         pointer = address(context, builder, signature.args[0], *args[:2])
 
         def start(_, m):
-            return broadcast(builder, builder.load(element(builder, pointer, m)), ROWS)
+            return broadcast(builder, builder.load(token(builder, pointer, m, args[2])), ROWS)
 
         return each(builder, start, ir.Constant(context.get_value_type(many), ir.Undefined))
 
-    return many(array, types.intp, n_tokens), generate
+    return many(array, types.intp, types.intp, n_tokens), generate
 
 
-def token_codes(builder, pointer, m, column):
+def token_codes(builder, pointer, m, further, column):
     """Four codes of token m from a column of the group on, repeated for every row."""
-    at = builder.bitcast(element(builder, pointer, m * GROUP + column), i32.as_pointer())
+    at = builder.bitcast(element(builder, token(builder, pointer, m, further, GROUP), column), i32.as_pointer())
     four = builder.load(at)
     four.align = 4
     return as_element(builder, broadcast(builder, four, ROWS), i8)
 
 
 @intrinsic
-def dot_levels(typingctx, total, low, high, array, offset):
-    """For each token m: total + its codes from array[offset + 32 m] on, times four low and four high levels."""
+def dot_levels(typingctx, total, low, high, array, offset, further):
+    """For each token: total + its codes, token 0's from array[offset] on, times four low and four high levels."""
 
     def generate(context, builder, signature, args):
-        total, low, high, array, offset = args
+        total, low, high, array, offset, further = args
         pointer = address(context, builder, signature.args[3], array, offset)
 
         def dot(sum_m, m):
-            x = [token_codes(builder, pointer, m, column) for column in (0, 4)]
+            x = [token_codes(builder, pointer, m, further, column) for column in (0, 4)]
             return dot_small(builder, sum_m, low, x[0], high, x[1])
 
         return each(builder, dot, total)
 
-    return total(total, codes, codes, array, types.intp), generate
+    return total(total, codes, codes, array, types.intp, types.intp), generate
 
 
 @intrinsic
-def dot_signed_codes(typingctx, total, w, array, offset):
-    """For each token m: total + its four codes from array[offset + 32 m] on, times w's (see `flip_sign`)."""
+def dot_signed_codes(typingctx, total, w, array, offset, further):
+    """For each token: total + its four codes, token 0's from array[offset] on, times w's (see `flip_sign`)."""
 
     def generate(context, builder, signature, args):
-        total, w, array, offset = args
+        total, w, array, offset, further = args
         pointer = address(context, builder, signature.args[2], array, offset)
-        return each(builder, lambda sum_m, m: dot_signed(builder, sum_m, w, token_codes(builder, pointer, m, 0)), total)
 
-    return total(total, codes, array, types.intp), generate
+        def dot(sum_m, m):
+            return dot_signed(builder, sum_m, w, token_codes(builder, pointer, m, further, 0))
+
+        return each(builder, dot, total)
+
+    return total(total, codes, array, types.intp, types.intp), generate
 
 
 @intrinsic
-def add_scaled(typingctx, total, count, scale, array, offset):
-    """For each token m: total + count * (scale * array[offset + m]), rounded after each operation as NumPy does."""
+def add_scaled(typingctx, total, count, scale, array, offset, further):
+    """For each token: total + count * (scale * its number), token 0's at array[offset]; each rounded as in NumPy."""
 
     def generate(context, builder, signature, args):
-        total, count, scale, array, offset = args
+        total, count, scale, array, offset, further = args
         pointer = address(context, builder, signature.args[3], array, offset)
 
         def add(total_m, m):
-            return plus_scaled(builder, total_m, builder.extract_value(count, m), scale, element(builder, pointer, m))
+            x_scale = token(builder, pointer, m, further)
+            return plus_scaled(builder, total_m, builder.extract_value(count, m), scale, x_scale)
 
         return each(builder, add, total)
 
-    return total(total, count, numbers, array, types.intp), generate
+    return total(total, count, numbers, array, types.intp, types.intp), generate
 
 
 @intrinsic

@@ -15,13 +15,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from npllama.kernels.codes import DOT, codes, counts, each, element, numbers, plus_scaled
+from npllama.kernels.codes import DOT, TILE, codes, counts, each, element, numbers, plus_scaled, token
 from npllama.kernels.vector import TRIPLE, address, call, constant, has, i8, i64, read, write
 from npllama.quant import GROUP, ROWS
 
-TILE = 8
 TOKENS = 2 * TILE
-"""Tokens whose input stands together, and those that the unit takes at once."""
+"""Tokens that the unit takes at once."""
 
 LEVELS_BYTES = ROWS * GROUP
 COUNTS = TOKENS * ROWS
@@ -113,11 +112,10 @@ def add_scaled_products(typingctx, total, sums, i, scale, array, offset, further
         total, sums, i, scale, array, offset, further = args
         start = address(context, builder, signature.args[1], sums, builder.mul(i, ir.Constant(i64, COUNTS)))
         scales = address(context, builder, signature.args[4], array, offset)
-        scales = scales, builder.gep(scales, [further])
 
         def add(total_m, m):
             count = read(builder, element(builder, start, m * ROWS), counts.llvm, 4)
-            return plus_scaled(builder, total_m, count, scale, element(builder, scales[m // TILE], m % TILE))
+            return plus_scaled(builder, total_m, count, scale, token(builder, scales, m, further))
 
         return each(builder, add, total)
 

@@ -19,7 +19,10 @@ from numba import njit, prange
 from npllama.kernels import matrix_unit
 from npllama.kernels.codes import (
     SIGN_FLIP,
+    TILE,
     add_scaled,
+    ask_group,
+    ask_line,
     dot_levels,
     dot_signed_codes,
     flip_sign,
@@ -28,39 +31,46 @@ from npllama.kernels.codes import (
     load_codes,
     load_scales,
     low_levels,
-    prefetch,
     round_group,
     six_bits,
     start_counts,
     store_rows,
     times_rows,
+    turns,
     zeros,
 )
 from npllama.kernels.flags import INNER, INNER_PARALLEL
 from npllama.kernels.matrix_unit import COUNTS, LEVELS_BYTES, TOKENS, add_scaled_products, count_products, store_levels
 from npllama.kernels.several import outputs, part_of_each
-from npllama.kernels.vector import UNASKED, keep_apart, num_threads
+from npllama.kernels.vector import LINE_BY_LINE, REGISTERS, UNASKED, keep_apart, num_threads
 from npllama.quant import GROUP, Q4_BYTES, Q4_LEVELS, Q6_LOWEST, ROWS, SMALLEST_MAGNITUDE
 
-TILE = matrix_unit.TILE
-"""Tokens of a wide tile: the more, the fewer times codes are unpacked; more do not fit into the registers."""
+AT_ONCE = 2 if REGISTERS >= 32 else 1
+"""Wide tiles that a strip of codes meets at the same time, where registers hold their sums.
+
+Unpacked once for all tokens, and for two tiles at once: q4 1.12 times as fast by AVX-512 as unpacked for each tile, of
+which the two tiles are 1.05; by AVX2 1.07. q8, which has nothing to unpack, gains nothing by two tiles (0.97 to 1.05).
+"""
 
 STRIP_BYTES = 1 << 18
-"""Codes of this many bytes are used for all tokens before the next: they stay in the core's second cache."""
+"""Codes of this many bytes are used for all tokens before the next.
+
+They stay in the core's second cache, as does what q4 and q6 are unpacked to: up to twice as many bytes.
+"""
 
 LEAST_PARALLEL = 1 << 18
 LEAST_PARALLEL_INPUT = 1 << 15
 """Products, and numbers to quantize, below which entering a parallel region costs more than it saves."""
 
-AHEAD = 8192
+AHEAD = 4096 if LINE_BY_LINE else 8192
 """A tile asks the memory for codes so many bytes before it needs them: what it would otherwise wait for most.
 
-Without: 64 GB/s instead of 85 for a single token in q4. Two or four blocks of a single token at once, far apart in w,
-are no faster than one block asked for ahead, and slower while the memory is busy with others.
+On Zen 5 without: 64 GB/s instead of 85 for a single token in q4. Two or four blocks of a single token at once, far
+apart in w, are no faster than one block asked for ahead, and slower while the memory is busy with others.
 """
 
-LEAST_PAIRS = 2
-"""Pairs of wide tiles from which on it pays to unpack codes for the matrix unit: 16 tokens are as fast without."""
+LEAST_STRIPS = 2
+"""Times AT_ONCE wide tiles, from which on it pays to unpack codes for them: 16 tokens are as fast without."""
 
 EARLIER, KEPT = 3, 4
 """The matrix unit counts a group so many groups before its sums are added up; sums that are kept for that.
@@ -152,79 +162,97 @@ def quantize_parallel(x, shift, into, n_threads):
 
 
 @njit(**INLINE)
-def dot_q4(count, codes, begin, x, at):
-    for v in range(GROUP // 8):
+def dot_q4(count, codes, begin, x, at, further):
+    for v in range(turns(GROUP // 8)):
+        ask_line(codes, begin + v * 64 + AHEAD, 64)
         pairs = load_codes(codes, begin + v * 64)
-        count = dot_levels(count, low_levels(pairs), high_levels(pairs), x, at + v * 8)
+        count = dot_levels(count, low_levels(pairs), high_levels(pairs), x, at + v * 8, further)
     return count
 
 
 @njit(**INLINE)
 def load_q6(codes, begin, v):
     """Codes of the columns 16 v on of the group at codes[begin ...]: four vectors."""
+    ask_line(codes, begin + v * 128 + AHEAD, 128)
+    ask_line(codes, begin + Q4_BYTES + v * 64 + AHEAD, 64)
     tops = load_codes(codes, begin + Q4_BYTES + v * 64)
     first, second = load_codes(codes, begin + v * 128), load_codes(codes, begin + v * 128 + 64)
     return six_bits(first, tops, 0), six_bits(first, tops, 1), six_bits(second, tops, 2), six_bits(second, tops, 3)
 
 
 @njit(**INLINE)
-def dot_q6(count, codes, begin, x, at):
-    for v in range(GROUP // 16):
+def dot_q6(count, codes, begin, x, at, further):
+    for v in range(turns(GROUP // 16)):
         a, b, c, d = load_q6(codes, begin, v)
-        count = dot_levels(count, a, b, x, at + v * 16)
-        count = dot_levels(count, c, d, x, at + v * 16 + 8)
+        count = dot_levels(count, a, b, x, at + v * 16, further)
+        count = dot_levels(count, c, d, x, at + v * 16 + 8, further)
     return count
 
 
 @njit(**INLINE)
-def dot_q8(count, codes, begin, x, at):
-    for v in range(GROUP // 4):
-        count = dot_signed_codes(count, flip_sign(load_codes(codes, begin + v * 64)), x, at + v * 4)
+def dot_q8(count, codes, begin, x, at, further):
+    for v in range(turns(GROUP // 4)):
+        ask_line(codes, begin + v * 64 + AHEAD, 64)
+        count = dot_signed_codes(count, flip_sign(load_codes(codes, begin + v * 64)), x, at + v * 4, further)
     return count
 
 
-# A group's codes, from codes[begin] on, as the matrix unit reads them: what they stand for, from levels[at] on.
-
-
 @njit(**INLINE)
-def levels_q4(codes, begin, levels, at):
+def dot_unpacked(count, levels, begin, x, at, further):
     for v in range(GROUP // 8):
+        low, high = load_codes(levels, begin + v * 128), load_codes(levels, begin + v * 128 + 64)
+        count = dot_levels(count, low, high, x, at + v * 8, further)
+    return count
+
+
+# A group's codes, from codes[begin] on, unpacked to what they stand for, four columns of its rows to 64 bytes, from
+# levels[at] on: as integers for the matrix unit, else less the lowest, as `dot_levels` takes them.
+
+LOWEST_Q4, LOWEST_Q6 = (Q4_LEVELS[0], Q6_LOWEST) if matrix_unit.USED else (0, 0)
+
+
+@njit(**INLINE)
+def unpack_q4(codes, begin, levels, at):
+    for v in range(turns(GROUP // 8)):
+        ask_line(codes, begin + v * 64 + AHEAD, 64)
         pairs = load_codes(codes, begin + v * 64)
-        store_levels(levels, at + v * 128, low_levels(pairs), Q4_LEVELS[0])
-        store_levels(levels, at + v * 128 + 64, high_levels(pairs), Q4_LEVELS[0])
+        store_levels(levels, at + v * 128, low_levels(pairs), LOWEST_Q4)
+        store_levels(levels, at + v * 128 + 64, high_levels(pairs), LOWEST_Q4)
 
 
 @njit(**INLINE)
-def levels_q6(codes, begin, levels, at):
-    for v in range(GROUP // 16):
+def unpack_q6(codes, begin, levels, at):
+    for v in range(turns(GROUP // 16)):
         a, b, c, d = load_q6(codes, begin, v)
-        store_levels(levels, at + v * 256, a, Q6_LOWEST)
-        store_levels(levels, at + v * 256 + 64, b, Q6_LOWEST)
-        store_levels(levels, at + v * 256 + 128, c, Q6_LOWEST)
-        store_levels(levels, at + v * 256 + 192, d, Q6_LOWEST)
+        store_levels(levels, at + v * 256, a, LOWEST_Q6)
+        store_levels(levels, at + v * 256 + 64, b, LOWEST_Q6)
+        store_levels(levels, at + v * 256 + 128, c, LOWEST_Q6)
+        store_levels(levels, at + v * 256 + 192, d, LOWEST_Q6)
 
 
 @njit(**INLINE)
-def levels_q8(codes, begin, levels, at):
-    for v in range(GROUP // 4):
+def unpack_q8(codes, begin, levels, at):
+    for v in range(turns(GROUP // 4)):
+        ask_line(codes, begin + v * 64 + AHEAD, 64)
         store_levels(levels, at + v * 64, load_codes(codes, begin + v * 64), 0)
 
 
-def make_tile(dot_group, code_bits, M):
-    """The tile of block b and the M tokens from `first` on."""
-    group_bytes = ROWS * GROUP * code_bits // 8
-    asks = code_bits < 8 or not UNASKED
+def make_tile(dot_group, group_bytes, M, asks):
+    """The tile of block b and the M tokens from `first` on. The block's codes, packed or not, begin at codes[begin].
+
+    asks: whether it asks the memory for a group at once.
+    """
 
     @njit(**INLINE)
-    def tile(w, b, x, first, y):
+    def tile(w, b, codes, begin, x, first, y):
         G = w.scales.shape[1]
-        total = zeros(M)
+        total, further = zeros(M), G * TILE
         for g in range(G):
-            group, at = b * G + g, first * G + g * M
+            here, at = begin + g * group_bytes, first * G + g * min(M, TILE)
             if asks:
-                prefetch(w.codes, group * group_bytes + AHEAD, group_bytes)
-            count = dot_group(start_counts(x.starts, at, M), w.codes, group * group_bytes, x.codes, at * GROUP)
-            total = add_scaled(total, count, load_scales(w.scales, group * ROWS), x.scales, at)
+                ask_group(codes, here + AHEAD, group_bytes)
+            count = dot_group(start_counts(x.starts, at, further, M), codes, here, x.codes, at * GROUP, further)
+            total = add_scaled(total, count, load_scales(w.scales, (b * G + g) * ROWS), x.scales, at, further)
         T, N = y.shape
         total = times_rows(total, w.factors, b * ROWS)
         store_rows(y, first * N + b * ROWS, N, total, T - first, N - b * ROWS)
@@ -255,61 +283,100 @@ def matrix_tile(w, b, levels, begin, x, first, y, sums):
     store_rows(y, first * N + b * ROWS, N, total, T - first, N - b * ROWS)
 
 
-def make_matrix_strip(levels_of_group, code_bits):
-    """A function (x, w, y, begin, stop) that multiplies the blocks begin .. stop-1; the wide tiles that it has done.
+def make_unpack(unpack_group, group_bytes):
+    """A function (w, begin, stop): the levels of the blocks begin .. stop-1, at the beginning of a line of memory."""
 
-    By the matrix unit, two tiles at once. Codes are unpacked once for all tokens.
-    """
-    group_bytes = ROWS * GROUP * code_bits // 8
+    @njit(**INNER)
+    def unpack(w, begin, stop):
+        keep_apart()
+        G = w.scales.shape[1]
+        n_groups = (stop - begin) * G
+        room = np.empty(n_groups * LEVELS_BYTES + 63, np.int8)
+        levels = room[matrix_unit.to_line(room) :]
+        for group in range(n_groups):
+            at = (begin * G + group) * group_bytes
+            ask_group(w.codes, at + AHEAD, group_bytes)
+            unpack_group(w.codes, at, levels, group * LEVELS_BYTES)
+        return levels
+
+    return unpack
+
+
+# Strips: functions (x, w, y, begin, stop) that multiply the blocks begin .. stop-1, whose codes are unpacked once for
+# all tokens, with as many wide tiles as they take; how many those are.
+
+
+def make_matrix_strip(unpack):
+    """By the matrix unit, two tiles at once."""
 
     @njit(**INNER)
     def strip(x, w, y, begin, stop):
         keep_apart()
-        n_pairs, G = wide_tiles(y.shape[0]) // 2, w.scales.shape[1]
-        if n_pairs < LEAST_PAIRS:
+        n, G = wide_tiles(y.shape[0]) // 2, w.scales.shape[1]
+        if n < LEAST_STRIPS:
             return 0
-        n_groups = (stop - begin) * G
-        room, sums = np.empty(n_groups * LEVELS_BYTES + 63, np.int8), np.empty(KEPT * COUNTS + 15, np.int32)
-        levels, sums = room[matrix_unit.to_line(room) :], sums[matrix_unit.to_line(sums) // 4 :]
-        for group in range(n_groups):
-            at = (begin * G + group) * group_bytes
-            prefetch(w.codes, at + AHEAD, group_bytes)
-            levels_of_group(w.codes, at, levels, group * LEVELS_BYTES)
+        levels, sums = unpack(w, begin, stop), np.empty(KEPT * COUNTS + 15, np.int32)
+        sums = sums[matrix_unit.to_line(sums) // 4 :]
         matrix_unit.configure()
-        for i in range(n_pairs):
+        for i in range(n):
             for b in range(begin, stop):
                 matrix_tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, i * TOKENS, y, sums)
         matrix_unit.release()
-        return 2 * n_pairs
+        return 2 * n
+
+    return strip
+
+
+def make_strip(unpack):
+    """By vectors, AT_ONCE tiles at once."""
+    tile = make_tile(dot_unpacked, LEVELS_BYTES, AT_ONCE * TILE, False)
+
+    @njit(**INNER)
+    def strip(x, w, y, begin, stop):
+        keep_apart()
+        n, G = wide_tiles(y.shape[0]) // AT_ONCE, w.scales.shape[1]
+        if n < LEAST_STRIPS:
+            return 0
+        levels = unpack(w, begin, stop)
+        for i in range(n):
+            for b in range(begin, stop):
+                tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, i * AT_ONCE * TILE, y)
+        return AT_ONCE * n
 
     return strip
 
 
 @njit(**INLINE)
 def no_strip(x, w, y, begin, stop):
-    """The same without a matrix unit."""
+    """None: where a tile finds nothing to unpack."""
     return 0
 
 
-def make_linears(dot_group, levels_of_group, code_bits, shift):
+def make_linears(dot_group, unpack_group, code_bits, shift):
     """ops.linears for a format. shift: what is to be added to its codes, as the tiles see them."""
-    wide_tile, single_tile = make_tile(dot_group, code_bits, TILE), make_tile(dot_group, code_bits, 1)
-    matrix_strip = make_matrix_strip(levels_of_group, code_bits) if matrix_unit.USED else no_strip
+    group_bytes, asks = ROWS * GROUP * code_bits // 8, code_bits < 8 or not UNASKED
+    wide_tile, single_tile = (make_tile(dot_group, group_bytes, M, asks) for M in (TILE, 1))
+    if matrix_unit.USED:
+        whole_strip = make_matrix_strip(make_unpack(unpack_group, group_bytes))
+    elif group_bytes < LEVELS_BYTES:
+        whole_strip = make_strip(make_unpack(unpack_group, group_bytes))
+    else:
+        whole_strip = no_strip
 
     @njit(**INNER)
     def blocks(x, w, y, begin, stop):
         """The rows of y of the blocks begin .. stop-1, strip by strip."""
         keep_apart()
-        T = y.shape[0]
-        strip = max(1, STRIP_BYTES // (w.codes.shape[1] * w.codes.shape[2]))
+        T, block_bytes = y.shape[0], w.codes.shape[1] * w.codes.shape[2]
+        strip = max(1, STRIP_BYTES // block_bytes)
         for low in range(begin, stop, strip):
             high = min(low + strip, stop)
-            for i in range(matrix_strip(x, w, y, low, high), wide_tiles(T)):
+            for i in range(whole_strip(x, w, y, low, high), wide_tiles(T)):
                 for b in range(low, high):
-                    wide_tile(w, b, x, i * TILE, y)
+                    wide_tile(w, b, w.codes, b * block_bytes, x, i * TILE, y)
             for first in range(wide_tiles(T) * TILE, T):
                 for b in range(low, high):
-                    single_tile(w, b, x, first, y)
+                    single_tile(w, b, w.codes, b * block_bytes, x, first, y)
 
     @njit(**INNER)
     def share(x, codes, scales, factors, ys, part, parts):
@@ -347,6 +414,6 @@ def make_linears(dot_group, levels_of_group, code_bits, shift):
     return linears
 
 
-linears_q4 = make_linears(dot_q4, levels_q4, 4, Q4_LEVELS[0])
-linears_q6 = make_linears(dot_q6, levels_q6, 6, Q6_LOWEST)
-linears_q8 = make_linears(dot_q8, levels_q8, 8, -SIGN_FLIP)
+linears_q4 = make_linears(dot_q4, unpack_q4, 4, Q4_LEVELS[0])
+linears_q6 = make_linears(dot_q6, unpack_q6, 6, Q6_LOWEST)
+linears_q8 = make_linears(dot_q8, unpack_q8, 8, -SIGN_FLIP)
