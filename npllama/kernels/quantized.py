@@ -69,8 +69,8 @@ On Zen 5 without: 64 GB/s instead of 85 for a single token in q4. Two or four bl
 apart in w, are no faster than one block asked for ahead, and slower while the memory is busy with others.
 """
 
-LEAST_STRIPS = 2
-"""Times AT_ONCE wide tiles, from which on it pays to unpack codes for them: 16 tokens are as fast without."""
+LEAST_UNPACKED = 4
+"""Wide tiles from which on it pays to unpack codes for them: 16 tokens are as fast without."""
 
 EARLIER, KEPT = 3, 4
 """The matrix unit counts a group so many groups before its sums are added up; sums that are kept for that.
@@ -312,17 +312,17 @@ def make_matrix_strip(unpack):
     @njit(**INNER)
     def strip(x, w, y, begin, stop):
         keep_apart()
-        n, G = wide_tiles(y.shape[0]) // 2, w.scales.shape[1]
-        if n < LEAST_STRIPS:
+        n, G = wide_tiles(y.shape[0]), w.scales.shape[1]
+        if n < LEAST_UNPACKED:
             return 0
         levels, sums = unpack(w, begin, stop), np.empty(KEPT * COUNTS + 15, np.int32)
         sums = sums[matrix_unit.to_line(sums) // 4 :]
         matrix_unit.configure()
-        for i in range(n):
+        for i in range(n // 2):
             for b in range(begin, stop):
                 matrix_tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, i * TOKENS, y, sums)
         matrix_unit.release()
-        return 2 * n
+        return n // 2 * 2
 
     return strip
 
@@ -334,14 +334,14 @@ def make_strip(unpack):
     @njit(**INNER)
     def strip(x, w, y, begin, stop):
         keep_apart()
-        n, G = wide_tiles(y.shape[0]) // AT_ONCE, w.scales.shape[1]
-        if n < LEAST_STRIPS:
+        n, G = wide_tiles(y.shape[0]), w.scales.shape[1]
+        if n < LEAST_UNPACKED:
             return 0
         levels = unpack(w, begin, stop)
-        for i in range(n):
+        for i in range(n // AT_ONCE):
             for b in range(begin, stop):
                 tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, i * AT_ONCE * TILE, y)
-        return AT_ONCE * n
+        return n // AT_ONCE * AT_ONCE
 
     return strip
 

@@ -56,7 +56,7 @@ UNASKED = CPU == "znver4"
 """Whether 8 and 16 bits per weight are read faster where memory is not asked for what comes next.
 
 Decoding on Zen 4: f16 1.03 to 1.15 times as fast unasked, q8 1.03 to 1.10, q4 0.93 to 0.96. On Zen 5 asking gains a
-tenth in f16, and a third in q4. No other CPU has been measured.
+tenth in f16, and a third in q4.
 """
 
 
