@@ -302,53 +302,52 @@ def make_unpack(unpack_group, group_bytes):
     return unpack
 
 
-# Strips: functions (x, w, y, begin, stop) that multiply the blocks begin .. stop-1, whose codes are unpacked once for
-# all tokens, with as many wide tiles as they take; how many those are.
+@njit(**INNER)
+def by_matrix_unit(w, levels, x, y, begin, stop, n):
+    """The first n wide tiles of the blocks begin .. stop-1, whose levels stand at levels[0]."""
+    keep_apart()
+    G, sums = w.scales.shape[1], np.empty(KEPT * COUNTS + 15, np.int32)
+    sums = sums[matrix_unit.to_line(sums) // 4 :]
+    matrix_unit.configure()
+    for first in range(0, n * TILE, TOKENS):
+        for b in range(begin, stop):
+            matrix_tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, first, y, sums)
+    matrix_unit.release()
 
 
-def make_matrix_strip(unpack):
-    """By the matrix unit, two tiles at once."""
+unpacked_tile = make_tile(dot_unpacked, LEVELS_BYTES, AT_ONCE * TILE, False)
+
+
+@njit(**INNER)
+def by_vectors(w, levels, x, y, begin, stop, n):
+    """The same by vectors."""
+    keep_apart()
+    G = w.scales.shape[1]
+    for first in range(0, n * TILE, AT_ONCE * TILE):
+        for b in range(begin, stop):
+            unpacked_tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, first, y)
+
+
+def make_strip(unpack, multiply, at_once):
+    """A function (x, w, y, begin, stop) that multiplies the blocks begin .. stop-1; how many wide tiles it has done.
+
+    Their codes are unpacked once for all tokens. multiply: takes so many tiles at once.
+    """
 
     @njit(**INNER)
     def strip(x, w, y, begin, stop):
-        keep_apart()
-        n, G = wide_tiles(y.shape[0]), w.scales.shape[1]
+        n = wide_tiles(y.shape[0]) // at_once * at_once
         if n < LEAST_UNPACKED:
             return 0
-        levels, sums = unpack(w, begin, stop), np.empty(KEPT * COUNTS + 15, np.int32)
-        sums = sums[matrix_unit.to_line(sums) // 4 :]
-        matrix_unit.configure()
-        for i in range(n // 2):
-            for b in range(begin, stop):
-                matrix_tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, i * TOKENS, y, sums)
-        matrix_unit.release()
-        return n // 2 * 2
-
-    return strip
-
-
-def make_strip(unpack):
-    """By vectors, AT_ONCE tiles at once."""
-    tile = make_tile(dot_unpacked, LEVELS_BYTES, AT_ONCE * TILE, False)
-
-    @njit(**INNER)
-    def strip(x, w, y, begin, stop):
-        keep_apart()
-        n, G = wide_tiles(y.shape[0]), w.scales.shape[1]
-        if n < LEAST_UNPACKED:
-            return 0
-        levels = unpack(w, begin, stop)
-        for i in range(n // AT_ONCE):
-            for b in range(begin, stop):
-                tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, i * AT_ONCE * TILE, y)
-        return n // AT_ONCE * AT_ONCE
+        multiply(w, unpack(w, begin, stop), x, y, begin, stop, n)
+        return n
 
     return strip
 
 
 @njit(**INLINE)
 def no_strip(x, w, y, begin, stop):
-    """None: where a tile finds nothing to unpack."""
+    """The same where there is nothing to unpack."""
     return 0
 
 
@@ -357,9 +356,9 @@ def make_linears(dot_group, unpack_group, code_bits, shift):
     group_bytes, asks = ROWS * GROUP * code_bits // 8, code_bits < 8 or not UNASKED
     wide_tile, single_tile = (make_tile(dot_group, group_bytes, M, asks) for M in (TILE, 1))
     if matrix_unit.USED:
-        whole_strip = make_matrix_strip(make_unpack(unpack_group, group_bytes))
+        whole_strip = make_strip(make_unpack(unpack_group, group_bytes), by_matrix_unit, TOKENS // TILE)
     elif group_bytes < LEVELS_BYTES:
-        whole_strip = make_strip(make_unpack(unpack_group, group_bytes))
+        whole_strip = make_strip(make_unpack(unpack_group, group_bytes), by_vectors, AT_ONCE)
     else:
         whole_strip = no_strip
 
