@@ -162,7 +162,7 @@ class Engine:
             return entry.compile_bind(bind_file, self._report)
 
         @functools.cache
-        def make_largest() -> Callable[[np.ndarray, np.ndarray], None]:
+        def make_largest() -> Callable[[np.ndarray, np.ndarray], bool]:
             largest_file = None if folder is None else folder / f"largest-logits{TWINS}-{sources_hash()}"
             return entry.compile_largest(largest_file, self._report)
 
@@ -189,7 +189,8 @@ class Engine:
             if k > min(MOST_KEPT, len(logits) // entry.largest.BLOCK):
                 return sampling.largest(logits, k)
             ids = np.empty(k, np.int64)
-            make_largest()(logits, ids)
+            if not make_largest()(logits, ids):
+                raise sampling.not_finite()
             return ids
 
         self._forward = forward

@@ -21,7 +21,19 @@ PENALTY_WINDOW = 64
 SEEDS = 1 << 64
 FIRST_TRY = 64
 """How many of the largest logits are sorted first when top-k does not say how many can be needed."""
-_PHILOX = np.random.Philox(0)  # given its state for each draw, in a fifth of the time that a new one takes to make
+_PHILOX = np.random.Philox(0)
+"""Given key and counter for each draw, in a tenth of the time that a new one takes to make. Its lock guards both."""
+_KEY, _COUNTER = np.zeros(2, np.uint64), np.zeros(4, np.uint64)
+_STATE: Any = {
+    "bit_generator": "Philox",
+    "state": {"key": _KEY, "counter": _COUNTER},
+    "buffer": np.zeros(4, np.uint64),
+    "buffer_pos": 4,  # nothing of it is left
+    "has_uint32": 0,
+    "uinteger": 0,
+}
+_LEAST_TEMPERATURE = 1e-200
+"""As good as any lower one: it takes every logit that is not the largest to a weight of 0, and overflows no float64."""
 _LARGEST = float(np.finfo(np.float32).max)
 BLOCK = 64
 """Most logits per block in the search for the largest: 500 blocks at V = 32,000."""
@@ -71,12 +83,29 @@ class SamplingOptions:
             object.__setattr__(self, name, number)
 
 
+def not_finite() -> ModelError:
+    """The error for logits of which one is NaN or infinite."""
+    return ModelError(
+        "the logits are not all finite (NaN or infinity): the weights are damaged, or the model overflows. "
+        "Finite logits are needed to choose a token; check the model's files, or export the checkpoint again."
+    )
+
+
+def check_finite(logits: np.ndarray) -> None:
+    """Raise ModelError unless all logits are finite."""
+    if not np.isfinite(logits).all():
+        raise not_finite()
+
+
 def largest(logits: np.ndarray, k: int) -> np.ndarray:
     """The ids (min(k, V),) of the k largest logits, the largest first, among equals the lower id.
+
+    Raises ModelError for logits that are not finite: a search sees them all anyway.
 
     Is np.argsort(-logits, kind="stable")[:k], without sorting all: at least k logits reach the k-th largest of the
     maxima of disjoint blocks, so whatever is below it is not among the k largest.
     """
+    check_finite(logits)
     n_ids = len(logits)
     if k >= n_ids:
         return np.argsort(-logits, kind="stable")
@@ -139,16 +168,9 @@ def uniform(seed: int, completion: int, position: int) -> float:
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3; NumPy's Philox steps the
     counter before its first block.
     """
-    state: Any = {
-        "bit_generator": "Philox",
-        "state": {"key": np.array([seed, completion], np.uint64), "counter": np.array([position, 0, 0, 0], np.uint64)},
-        "buffer": np.zeros(4, np.uint64),
-        "buffer_pos": 4,  # nothing of it is left
-        "has_uint32": 0,
-        "uinteger": 0,
-    }
     with _PHILOX.lock:
-        _PHILOX.state = state
+        _KEY[0], _KEY[1], _COUNTER[0] = seed, completion, position
+        _PHILOX.state = _STATE
         raw = _PHILOX.random_raw()
     return float(raw >> 11) * 2.0**-53
 
@@ -157,29 +179,25 @@ def _weighed(
     logits: np.ndarray, recent: Sequence[int], options: SamplingOptions, search: Search
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `probabilities` gives, the most probable id's weight 1 instead of the sum."""
-    if not np.isfinite(logits).all():
-        raise ModelError(
-            "the logits are not all finite (NaN or infinity): the weights are damaged, or the model overflows. "
-            "Finite logits are needed to choose a token; check the model's files, or export the checkpoint again."
-        )
-    logits = _penalised(logits, recent, options.repeat_penalty)
+    if options.repeat_penalty != 1 and len(recent):
+        check_finite(logits)  # the penalty would hide an infinity
+        logits = _penalised(logits, recent, options.repeat_penalty)
     if options.temperature == 0:
+        check_finite(logits)
         return np.array([logits.argmax()]), np.ones(1)
+    if _truncates(options, len(logits)):
+        ids, relative = _truncated(logits, options, search)
+        return ids, np.exp(relative / max(options.temperature, _LEAST_TEMPERATURE))
+    check_finite(logits)
+    # All V ids stay float32, where exp takes a fifteenth of the time, unless the temperature vanishes there.
+    wide = logits if options.temperature > 1e-30 else logits.astype(np.float64)
     with np.errstate(over="ignore"):  # what lies beyond the range below the largest goes to -inf: probability 0
-        if _truncates(options, len(logits)):
-            ids, relative = _truncated(logits, options, search)
-        else:
-            # All V ids stay float32, where exp takes a fifteenth of the time, unless the temperature vanishes there.
-            wide = logits if options.temperature > 1e-30 else logits.astype(np.float64)
-            ids, relative = np.arange(len(logits)), wide - wide.max()
-        weights = np.exp(relative / options.temperature).astype(np.float64, copy=False)
-    return ids, weights
+        weights = np.exp((wide - wide.max()) / options.temperature)
+    return np.arange(len(logits)), weights.astype(np.float64, copy=False)
 
 
 def _penalised(logits: np.ndarray, recent: Sequence[int], penalty: float) -> np.ndarray:
     """The logits with the repetition penalty: once for each id of the last 64, however often it is there."""
-    if penalty == 1 or not len(recent):
-        return logits
     ids = np.array(sorted(set(recent[-PENALTY_WINDOW:])), dtype=np.int64)
     old = logits[ids].astype(np.float64)
     with np.errstate(over="ignore"):
@@ -201,7 +219,11 @@ def _truncated(logits: np.ndarray, options: SamplingOptions, search: Search) -> 
     """
     by_top_k = 0 < options.top_k < len(logits)
     n = int(options.top_k) if by_top_k else FIRST_TRY
-    total = None if by_top_k else float(np.exp(logits - logits.max()).sum(dtype=np.float64))
+    total = None
+    if not by_top_k:
+        check_finite(logits)
+        with np.errstate(over="ignore"):
+            total = float(np.exp(logits - logits.max()).sum(dtype=np.float64))
     while True:
         ids = search(logits, n)
         relative = np.subtract(logits[ids], logits[ids[0]], dtype=np.float64)

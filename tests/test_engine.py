@@ -405,6 +405,19 @@ def test_the_largest_logits_are_found_in_both_executions(engine: Engine, n_logit
         assert np.array_equal(engine.largest(logits, k), expected), k
 
 
+@pytest.mark.parametrize("n_logits", [64, 1000, 32001])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_both_searches_see_every_logit_that_is_not_finite(engine: Engine, n_logits: int, value: float) -> None:
+    logits = np.full(n_logits, np.finfo(np.float32).max)
+    logits[::2] *= -1
+    engine.largest(logits, 1)  # sums of finite logits that overflow are no matter
+    for place in {0, 17, n_logits // 2, n_logits - 1}:
+        damaged = logits.copy()
+        damaged[place] = value
+        with pytest.raises(ModelError, match="the logits are not all finite"):
+            engine.largest(damaged, 1)
+
+
 @needs_numba
 def test_the_compiled_search_is_what_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = np.arange(5000, dtype=np.float32)

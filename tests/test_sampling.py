@@ -241,7 +241,17 @@ def test_a_seed_out_of_range_is_refused(seed: int) -> None:
 # --- what is refused
 
 
-@pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(temperature=0), SamplingOptions(**OFF)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        SamplingOptions(),
+        SamplingOptions(temperature=0),
+        SamplingOptions(top_k=0),
+        SamplingOptions(repeat_penalty=1.3),
+        SamplingOptions(temperature=0, repeat_penalty=1.3),
+        SamplingOptions(**OFF),
+    ],
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite_are_refused(value: float, options: SamplingOptions) -> None:
     logits = some_logits(1000, 6, 1.0, False)
