@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import NoReturn
 
 from npllama.commands import bench, export, generate, info, perplexity, quantize, verify, warmup
 from npllama.commands.terminal import Notes, say
@@ -31,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = _run(argv, notes)
             sys.stdout.flush()
-        except SystemExit as exit:  # argparse: 0 after --help and --version, 2 for what it does not understand
-            code = exit.code if isinstance(exit.code, int) else WRONG_USAGE
+        except SystemExit:  # argparse, after --help and --version
+            code = 0
         except BrokenPipeError:
             code = 0
         except KeyboardInterrupt:
@@ -51,9 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code if _settle_streams() else code or FAILED
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser, its commands' included, whose errors are one line like all others, without the list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; {self.prog} --help tells what can be given.")
+
+
+def build_parser() -> Parser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="npllama",
         description="LLaMA 2 in NumPy, compiled by Numba. Without -m, commands use the demo model that ships inside.",
         allow_abbrev=False,
