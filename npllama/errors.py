@@ -48,7 +48,9 @@ def quote(foreign: object) -> str:
 
 def whole_number(value: Any) -> int | None:
     """A whole number of any type (NumPy's too) as an int; None for what is none, True and False among it."""
-    if isinstance(value, bool) or getattr(value, "shape", ()) != ():  # an array of one number is a list
+    if isinstance(value, bool) or getattr(value, "dtype", None) == "bool":  # NumPy 1 counts its own as numbers
+        return None
+    if getattr(value, "shape", ()) != ():  # an array of one number is a list
         return None
     try:
         return operator.index(value)

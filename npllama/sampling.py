@@ -7,6 +7,7 @@ Axes: V ids of the vocabulary, C candidates that are left. A draw depends on its
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -22,7 +23,8 @@ SEEDS = 1 << 64
 FIRST_TRY = 64
 """How many of the largest logits are sorted first when top-k does not say how many can be needed."""
 _PHILOX = np.random.Philox(0)
-"""Given key and counter for each draw, in a tenth of the time that a new one takes to make. Its lock guards both."""
+"""Given key and counter for each draw, in a tenth of the time that a new one takes to make."""
+_DRAWING = threading.Lock()  # guards them; Philox's own is taken by its methods, and was not reentrant before NumPy 2
 _KEY, _COUNTER = np.zeros(2, np.uint64), np.zeros(4, np.uint64)
 _STATE: Any = {
     "bit_generator": "Philox",
@@ -168,7 +170,7 @@ def uniform(seed: int, completion: int, position: int) -> float:
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3; NumPy's Philox steps the
     counter before its first block.
     """
-    with _PHILOX.lock:
+    with _DRAWING:
         _KEY[0], _KEY[1], _COUNTER[0] = seed, completion, position
         _PHILOX.state = _STATE
         raw = _PHILOX.random_raw()
