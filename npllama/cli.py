@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = _run(argv, notes)
             sys.stdout.flush()
-        except SystemExit:  # argparse, after --help and --version
-            code = 0
+        except SystemExit as exit:  # argparse: 0 after --help and --version
+            code = exit.code if isinstance(exit.code, int) else FAILED
         except BrokenPipeError:
             code = 0
         except KeyboardInterrupt:

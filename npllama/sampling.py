@@ -184,13 +184,12 @@ def _weighed(
     if options.repeat_penalty != 1 and len(recent):
         check_finite(logits)  # the penalty would hide an infinity
         logits = _penalised(logits, recent, options.repeat_penalty)
-    if options.temperature == 0:
-        check_finite(logits)
-        return np.array([logits.argmax()]), np.ones(1)
-    if _truncates(options, len(logits)):
+    if options.temperature > 0 and _truncates(options, len(logits)):  # the search checks them
         ids, relative = _truncated(logits, options, search)
         return ids, np.exp(relative / max(options.temperature, _LEAST_TEMPERATURE))
     check_finite(logits)
+    if options.temperature == 0:
+        return np.array([logits.argmax()]), np.ones(1)
     # All V ids stay float32, where exp takes a fifteenth of the time, unless the temperature vanishes there.
     wide = logits if options.temperature > 1e-30 else logits.astype(np.float64)
     with np.errstate(over="ignore"):  # what lies beyond the range below the largest goes to -inf: probability 0
