@@ -15,6 +15,7 @@ import pytest
 
 numba = pytest.importorskip("numba", reason="compiled kernels: numba is not installed")
 
+# E402: these import numba, which may not be there.
 from npllama import ops  # noqa: E402
 from npllama.kernels import matrix_unit, quantized  # noqa: E402
 from npllama.kernels.codes import DOT  # noqa: E402
@@ -147,7 +148,10 @@ def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
     G = -(-columns // 32)
     into = quantized.Input(np.empty(16 * G * 32, np.int8), np.empty(16 * G, np.float32), np.empty(16 * G, np.int32))
     quantize_all_tiles(x, np.int32(-3), into)
-    wide = lambda a, *end: a.reshape(2, G, 8, *end).swapaxes(1, 2).reshape(16, G, *end)[:13]  # noqa: E731
+
+    def wide(a, *end):
+        return a.reshape(2, G, 8, *end).swapaxes(1, 2).reshape(16, G, *end)[:13]
+
     codes, scales = quantize_rows(x)
     assert np.array_equal(wide(into.codes, 32), codes)
     assert np.array_equal(wide(into.scales), scales)
