@@ -24,10 +24,11 @@ from npllama import machine, model, ops, sampling
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
 from npllama.kernels.flags import PLAIN
+from npllama.kinds import Weights, kind_shapes
+from npllama.numbers import format_of
 from npllama.places import Places
-from npllama.quant import Coded, grouped, widen
 from npllama.version import __version__
-from npllama.weights import OpenModel, Weights, kind_shapes
+from npllama.weights import OpenModel
 
 SMALL_MODEL_BYTES = 20_000_000
 TABULATED = 8192  # positions whose angles are kept; of later ones they are computed in each call
@@ -122,9 +123,7 @@ class Engine:
         if needed and needed <= machine.free_memory() // 2:
             if needed > SMALL_MODEL_BYTES:
                 self._report(f"widening the weights to float32 in memory ({needed / 1e6:,.0f} MB)")
-            wide: dict[str, Any] = {
-                kind: grouped(w) if isinstance(w, Coded) else widen(w) for kind, w in factors.items()
-            }
+            wide: dict[str, Any] = {kind: format_of(w).for_products(w) for kind, w in factors.items()}
             self._weights = weights._replace(**wide)
         elif needed:
             self._report(
@@ -396,13 +395,12 @@ def compiled_execution() -> dict[str, str]:
 
 def formats(opened: OpenModel) -> str:
     """The number formats of a model's matrices, as part of a file name: the compiled code depends on them."""
-    used = [type(w).__name__.lower() if isinstance(w, tuple) else "f32" for w in opened.weights]
-    return "+".join(sorted(set(used), key=used.index))
+    return "+".join(dict.fromkeys(format_of(w).name for w in opened.weights))
 
 
 def cache_name(opened: OpenModel, kv_dtype: str = "f32") -> str:
     """Name of the file of compiled code, without the CPU's part: formats and a hash of all that the code depends on."""
-    layout = hashlib.sha256(repr([type(w).__name__ for w in opened.weights]).encode()).hexdigest()[:8]
+    layout = hashlib.sha256(repr([format_of(w).name for w in opened.weights]).encode()).hexdigest()[:8]
     return f"forward-{formats(opened)}.{layout}.kv_{kv_dtype}{TWINS}-{sources_hash()}"
 
 
@@ -423,8 +421,9 @@ def sources_hash() -> str:
     digest.update(TWINS.encode())
     folder = Path(__file__).parent
     # A build without sources (frozen, or .pyc alone) changes with the version only.
-    names = ("model.py", "ops.py", "cache.py", "quant.py", "weights.py")
-    for path in [folder / name for name in names] + sorted((folder / "kernels").glob("*.py")):
+    names = ("model.py", "ops.py", "cache.py", "kinds.py")
+    parts = [*sorted((folder / "numbers").glob("*.py")), *sorted((folder / "kernels").glob("*.py"))]
+    for path in [folder / name for name in names] + parts:
         digest.update(path.name.encode() + (path.read_bytes() if path.exists() else __version__.encode()))
     return digest.hexdigest()[:16]
 

@@ -17,7 +17,7 @@ from npllama.numbers import Weight
 class Kind(NamedTuple):
     """One kind of weight. axes: of all its layers stacked. meta, hugging_face: its name there, without the layer.
 
-    split_columns: model-parallel shards hold columns of it, and rows of the other matrices (Meta's model.py, fairscale).
+    split_columns: model-parallel shards hold columns of it, and rows of the other matrices (Meta's model.py).
     """
 
     axes: str
@@ -37,10 +37,8 @@ class Kind(NamedTuple):
 
     def shape(self, c: ModelConfig) -> tuple[int, ...]:
         """Its shape in a model, all layers stacked."""
-        sizes = {
-            **{"L": c.n_layers, "D": c.dim, "H": c.n_heads, "G": c.n_kv_heads},
-            **{"E": c.head_dim, "F": c.hidden_dim, "V": c.vocab_size},
-        }
+        values = (c.n_layers, c.dim, c.n_heads, c.n_kv_heads, c.head_dim, c.hidden_dim, c.vocab_size)
+        sizes = dict(zip("LDHGEFV", values, strict=True))
         return tuple(math.prod(sizes[letter] for letter in axis.split("*")) for axis in self.axes.split())
 
 

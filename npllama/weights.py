@@ -20,17 +20,18 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from npllama import strict_json
 from npllama.config import ModelConfig
 from npllama.errors import ModelError, UsageError, quote
-from npllama.quant import BF16, F16, GROUP, Q4, Q6, Q8, ROWS, Coded, Weight
+from npllama.kinds import KINDS, Weights, kind_shapes
+from npllama.numbers import FORMATS, ArraySpec
 
 FORMAT = "npllama"
 VERSION = 1
@@ -49,107 +50,10 @@ Progress = Callable[[int, int, str], None]
 """Called with (bytes done, bytes in all, what is being worked on)."""
 
 
-class Weights(NamedTuple):
-    """All weights of a model, layers stacked; matrices (rows, columns) = (outputs, inputs) in any number format.
-
-    tok_embeddings (V, D), attention_norm (L, D) float32, wq (L, H*E, D), wk and wv (L, G*E, D), wo (L, D, H*E),
-    ffn_norm (L, D) float32, w1 (L, F, D), w2 (L, D, F), w3 (L, F, D), norm (D,) float32, output (V, D).
-    A tied output is the same object as tok_embeddings.
-    """
-
-    tok_embeddings: Weight
-    attention_norm: np.ndarray
-    wq: Weight
-    wk: Weight
-    wv: Weight
-    wo: Weight
-    ffn_norm: np.ndarray
-    w1: Weight
-    w2: Weight
-    w3: Weight
-    norm: np.ndarray
-    output: Weight
-
-
-NORMS = ("attention_norm", "ffn_norm", "norm")
-"""The kinds that are float32 in every model: a few thousand numbers that scale everything."""
-
-
-class ArraySpec(NamedTuple):
-    """What one .npy file must hold: dtype as NumPy writes it, and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        return math.prod(self.shape) * int(self.dtype[2:])
-
-
-def kind_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every kind of weight, in the order of Weights."""
-    c = config
-    L, D, F, V = c.n_layers, c.dim, c.hidden_dim, c.vocab_size
-    HE, GE = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    return {
-        "tok_embeddings": (V, D),
-        "attention_norm": (L, D),
-        "wq": (L, HE, D),
-        "wk": (L, GE, D),
-        "wv": (L, GE, D),
-        "wo": (L, D, HE),
-        "ffn_norm": (L, D),
-        "w1": (L, F, D),
-        "w2": (L, D, F),
-        "w3": (L, F, D),
-        "norm": (D,),
-        "output": (V, D),
-    }
-
-
-STORED = {
-    "f32": {"values": "<f4"},
-    "f16": {"bits": "<f2"},
-    "bf16": {"bits": "<u2"},
-    "q8": {"codes": "|i1", "scales": "|u1", "factors": "<u2"},
-    "q6": {"codes": "|u1", "scales": "|u1", "factors": "<u2"},
-    "q4": {"codes": "|u1", "scales": "|u1", "factors": "<u2"},
-}
-"""Number format -> its arrays and their dtype in the file."""
-
-GROUPED: dict[str, type[Coded]] = {"q8": Q8, "q6": Q6, "q4": Q4}
-"""The formats whose numbers stand in blocks of rows and groups of columns (see quant.py)."""
-
-CODE_BITS = {"q8": 8, "q6": 6, "q4": 4}
-
-
-def array_specs(number_format: str, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
-    """The arrays that store a weight of this shape in a number format."""
-    if number_format not in GROUPED:
-        return {part: ArraySpec(dtype, shape) for part, dtype in STORED[number_format].items()}
-    blocks, groups = (*shape[:-2], -(-shape[-2] // ROWS)), -(-shape[-1] // GROUP)
-    shapes = {
-        "codes": (*blocks, groups, ROWS * GROUP * CODE_BITS[number_format] // 8),
-        "scales": (*blocks, groups, ROWS),
-        "factors": (*blocks, ROWS),
-    }
-    return {part: ArraySpec(dtype, shapes[part]) for part, dtype in STORED[number_format].items()}
-
-
-def assemble(number_format: str, arrays: dict[str, np.ndarray], shape: tuple[int, ...]) -> Weight:
-    """Arrays as they are stored -> the weight as kernels take it (16-bit numbers as uint16); no copy."""
-    if number_format in GROUPED:
-        return GROUPED[number_format](arrays["codes"], arrays["scales"], arrays["factors"], shape[-2], shape[-1])
-    if number_format == "f16":
-        return F16(arrays["bits"].view(np.uint16))
-    if number_format == "bf16":
-        return BF16(arrays["bits"])
-    return arrays["values"]
-
-
-def array_file(kind: str, part: str, number_format: str) -> str:
-    """The name of the file that holds one array of a weight."""
-    return f"{kind}.npy" if len(STORED[number_format]) == 1 else f"{kind}.{part}.npy"
+def array_files(kind: str, parts: Iterable[str]) -> dict[str, str]:
+    """The names of the files that hold the arrays of a weight: its kind's alone where there is one."""
+    names = list(parts)
+    return {part: f"{kind}.npy" if len(names) == 1 else f"{kind}.{part}.npy" for part in names}
 
 
 def is_model_file(name: str) -> bool:
@@ -422,7 +326,7 @@ def _check_tensors(folder: Path, tensors: Any, config: ModelConfig) -> None:
     for kind, tensor in tensors.items():
         _check_keys(path, f"tensor {kind}", tensor, {"format", "shape", "arrays"})
         number_format = tensor["format"]
-        allowed = ("f32",) if kind in NORMS else tuple(STORED)
+        allowed = ("f32",) if KINDS[kind].is_norm else tuple(FORMATS)
         if not isinstance(number_format, str) or number_format not in allowed:
             raise ModelError(
                 f"{path}: tensor {kind} has number format {quote(number_format)}, "
@@ -433,12 +337,13 @@ def _check_tensors(folder: Path, tensors: Any, config: ModelConfig) -> None:
 
 
 def _check_arrays(path: Path, kind: str, arrays: Any, number_format: str, shape: tuple[int, ...]) -> None:
-    specs = array_specs(number_format, shape)
+    specs = FORMATS[number_format].arrays(shape)
+    files = array_files(kind, specs)
     _check_keys(path, f"tensor {kind}, arrays", arrays, set(specs))
     for part, spec in specs.items():
         where, record = f"tensor {kind}, array {part}", arrays[part]
         _check_keys(path, where, record, {"file", "dtype", "shape", "sha256"})
-        _require(path, f"{where}: file", record["file"], array_file(kind, part, number_format))
+        _require(path, f"{where}: file", record["file"], files[part])
         _require(path, f"{where}: dtype", record["dtype"], spec.dtype)
         _require(path, f"{where}: shape", record["shape"], list(spec.shape))
         _check_sha256(path, where, record["sha256"])
@@ -472,7 +377,7 @@ def _map_weights(folder: Path, manifest: dict[str, Any]) -> Weights:
             part: _map_array(folder / record["file"], ArraySpec(record["dtype"], tuple(record["shape"])))
             for part, record in tensor["arrays"].items()
         }
-        found[kind] = assemble(tensor["format"], arrays, tuple(tensor["shape"]))
+        found[kind] = FORMATS[tensor["format"]].assemble(arrays, tuple(tensor["shape"]))
     found.setdefault("output", found["tok_embeddings"])
     return Weights(**found)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from npllama.commands.info import matrix_formats
-from npllama.commands.terminal import Notes, ProgressLine, say
+from npllama.commands.terminal import Choices, Notes, ProgressLine, number_formats, say
 
 NAME = "export"
 SUMMARY = "turn a checkpoint into a model directory"
@@ -15,8 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama export`."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or file of the checkpoint")
     parser.add_argument("out", metavar="OUT", help="the model directory to make")
-    formats = ("f32", "f16", "bf16", "q8", "q6", "q4")
-    parser.add_argument("--dtype", choices=formats, help="number format (default: the checkpoint's own)")
+    parser.add_argument(
+        "--dtype",
+        metavar="FORMAT",
+        choices=Choices(number_formats),
+        help="number format: %(choices)s (default: the checkpoint's own)",
+    )
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",

@@ -83,9 +83,9 @@ def model_facts(path: str) -> dict[str, Any]:
 
 def matrix_formats(manifest: dict[str, Any]) -> list[str]:
     """The number formats of a model's matrices."""
-    from npllama.weights import NORMS
+    from npllama.kinds import KINDS
 
-    return sorted({tensor["format"] for kind, tensor in manifest["tensors"].items() if kind not in NORMS})
+    return sorted({tensor["format"] for kind, tensor in manifest["tensors"].items() if not KINDS[kind].is_norm})
 
 
 def machine_facts() -> dict[str, Any]:

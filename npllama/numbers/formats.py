@@ -82,7 +82,7 @@ class NumberFormat:
         """Some rows of a matrix (N, K): (T,) integers -> (T, K) float32, new."""
         return self.widen(type(w)(*(part[rows] for part in w)))
 
-    def for_products(self, w: Any) -> Weight:
+    def for_products(self, w: Any) -> Any:
         """A weight as NumPy multiplies by it: float32, or groups.Grouped for a quantized format."""
         return self.widen(w)
 
