@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 
 from npllama.kernels.flags import INNER
-from npllama.kernels.vector import brain
+from npllama.kernels.simd import bf16_to_f32
 from npllama.quant import GROUP, Q4_BYTES, Q4_LEVELS, Q6_LOWEST, ROWS, SCALES
 
 LEVELS = np.array(Q4_LEVELS, np.float32)
@@ -35,7 +35,7 @@ def level_q4(codes, b, g, r, k):
     return LEVELS[(pair >> shift) & 15]
 
 
-def make_embed(level):
+def make_grouped_embed(level):
     """ops.embed for a format whose levels `level` reads."""
 
     @njit(**INNER)
@@ -44,7 +44,7 @@ def make_embed(level):
         x = np.empty((T, D), np.float32)
         for t in range(T):
             b, r = tokens[t] // ROWS, tokens[t] % ROWS
-            factor = brain(table.factors[b, r])
+            factor = bf16_to_f32(table.factors[b, r])
             for g in range(table.scales.shape[1]):
                 scale = SCALES[table.scales[b, g, r]]
                 for k in range(min(GROUP, D - g * GROUP)):
@@ -54,4 +54,4 @@ def make_embed(level):
     return embed
 
 
-embed_q8, embed_q6, embed_q4 = make_embed(level_q8), make_embed(level_q6), make_embed(level_q4)
+embed_q8, embed_q6, embed_q4 = make_grouped_embed(level_q8), make_grouped_embed(level_q6), make_grouped_embed(level_q4)
