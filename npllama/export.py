@@ -25,7 +25,7 @@ import numpy as np
 from npllama.checkpoints import Checkpoint, open_checkpoint
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, ModelError, UsageError, quote
-from npllama.quant import BF16, ROWS, Weight, bf16_bits, f16_bits, quantize, widen
+from npllama.quant import BF16, BLOCK_ROWS, Weight, bf16_bits, f16_bits, quantize, widen
 from npllama.staging import check_target, staged
 from npllama.tokenizer import Tokenizer
 from npllama.weights import (
@@ -301,7 +301,7 @@ def _blocks(source: Source, kind: str) -> Iterator[tuple[str, int, np.ndarray, s
     for name in names:
         tensor = source.tensors[name]
         rows, row_bytes = tensor.shape[0], math.prod(tensor.shape[1:]) * 4
-        step = max(1, BLOCK_BYTES // row_bytes // ROWS) * ROWS  # whole blocks of the quantized formats
+        step = max(1, BLOCK_BYTES // row_bytes // BLOCK_ROWS) * BLOCK_ROWS  # whole blocks of the quantized formats
         for start in range(0, rows, step):
             yield name, start, tensor.rows(start, min(start + step, rows)), tensor.dtype
 

@@ -29,9 +29,10 @@ class BF16(NamedTuple):
     bits: np.ndarray
 
 
-# Grouped formats: GROUP neighbours of a row share a scale, and ROWS rows stand interleaved in a block, so that a vector
-# holds the same columns of many rows and no sum runs across it. Blocks (B) and groups (G) are whole: what is beyond the
-# last row or column is zero. The bytes of a block's group are vectors of 64. Byte 4 r + j of vector v is of row r and
+# Grouped formats: GROUP neighbours of a row share a scale, and BLOCK_ROWS rows stand interleaved in a block, so that a
+# vector holds the same columns of many rows and no sum runs across it. Blocks (B) and groups (G) are whole: zeros stand
+# beyond the last row and column. The bytes of a block's group are vectors of 64. Byte 4 r + j of vector v is of row r
+# and
 #
 #     in q8 of column 4 v + j;
 #     in q4 of the columns 8 v + j (lower four bits) and 8 v + 4 + j (upper four);
@@ -42,8 +43,8 @@ class BF16(NamedTuple):
 # weight, for 0.4 % (q4) to 6 % (q8) more squared error.
 
 GROUP = 32
-ROWS = 16
-Q4_BYTES = ROWS * GROUP // 2
+BLOCK_ROWS = 16
+Q4_BYTES = BLOCK_ROWS * GROUP // 2
 
 
 class Q8(NamedTuple):
@@ -74,7 +75,7 @@ class Q6(NamedTuple):
 
 
 class Q4(NamedTuple):
-    """4.25 bits per weight, and 16 per row: w = Q4_LEVELS[code] * scale * factor, two codes to a byte.
+    """4.25 bits per weight, and 16 per row: w = Q4_CODEBOOK[code] * scale * factor, two codes to a byte.
 
     codes (..., B, G, 256) uint8, the rest as in Q8.
     """
@@ -89,7 +90,7 @@ class Q4(NamedTuple):
 Q6_LOWEST = -32
 """What the code 0 of q6 stands for. Its levels span 64 as those of q4 do, and are multiplied in the same way."""
 
-Q4_LEVELS = (-34, -26, -20, -16, -12, -8, -5, -2, 0, 3, 6, 9, 13, 17, 22, 28)
+Q4_CODEBOOK = (-34, -26, -20, -16, -12, -8, -5, -2, 0, 3, 6, 9, 13, 17, 22, 28)
 """What the codes of q4 stand for.
 
 Levels are closer where weights are more frequent; scales have either sign. Against evenly spaced levels the squared
@@ -143,10 +144,10 @@ def bf16_bits(x: np.ndarray) -> np.ndarray:
 
 def grouped(w: Coded) -> Grouped:
     """Unpack a matrix for products in NumPy."""
-    in_blocks = np.moveaxis(_levels(w), -4, -2)  # (..., B, G, ROWS, GROUP) -> (..., G, ROWS, B, GROUP)
-    levels = np.moveaxis(in_blocks, (-1, -2), (-3, -2))  # -> (..., G, GROUP, B, ROWS)
-    scales = np.swapaxes(SCALES[w.scales], -3, -2)  # (..., B, G, ROWS) -> (..., G, B, ROWS)
-    factors = widen(BF16(w.factors))  # (..., B, ROWS)
+    in_blocks = np.moveaxis(_levels(w), -4, -2)  # (..., B, G, BLOCK_ROWS, GROUP) -> (..., G, BLOCK_ROWS, B, GROUP)
+    levels = np.moveaxis(in_blocks, (-1, -2), (-3, -2))  # -> (..., G, GROUP, B, BLOCK_ROWS)
+    scales = np.swapaxes(SCALES[w.scales], -3, -2)  # (..., B, G, BLOCK_ROWS) -> (..., G, B, BLOCK_ROWS)
+    factors = widen(BF16(w.factors))  # (..., B, BLOCK_ROWS)
     parts = (part.reshape(*part.shape[:-2], -1)[..., : w.rows] for part in (levels, scales, factors))
     return Grouped(*(np.ascontiguousarray(part) for part in parts))
 
@@ -158,11 +159,11 @@ def widen(w: np.ndarray | F16 | BF16 | Coded) -> np.ndarray:
     if isinstance(w, BF16):
         return (w.bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if isinstance(w, Coded):
-        groups = _levels(w)  # (..., B, G, ROWS, GROUP)
+        groups = _levels(w)  # (..., B, G, BLOCK_ROWS, GROUP)
         groups *= SCALES[w.scales][..., None]  # exact: a level has 8 bits, a scale 6
         groups *= widen(BF16(w.factors))[..., None, :, None]
-        rows = np.swapaxes(groups, -3, -2)  # (..., B, ROWS, G, GROUP)
-        whole = rows.reshape(*rows.shape[:-4], rows.shape[-4] * ROWS, rows.shape[-2] * GROUP)
+        rows = np.swapaxes(groups, -3, -2)  # (..., B, BLOCK_ROWS, G, GROUP)
+        whole = rows.reshape(*rows.shape[:-4], rows.shape[-4] * BLOCK_ROWS, rows.shape[-2] * GROUP)
         return np.ascontiguousarray(whole[..., : w.rows, : w.columns])
     return w
 
@@ -173,32 +174,32 @@ def widen_rows(w: Weight, rows: np.ndarray) -> np.ndarray:
         return w[rows]
     assert not isinstance(w, Grouped)  # made for products only
     if isinstance(w, Coded):
-        codes, scales, factors = (part[rows // ROWS] for part in (w.codes, w.scales, w.factors))
-        blocks = type(w)(codes, scales, factors, ROWS * len(rows), w.columns)
-        return widen(blocks)[np.arange(len(rows)) * ROWS + rows % ROWS]
+        codes, scales, factors = (part[rows // BLOCK_ROWS] for part in (w.codes, w.scales, w.factors))
+        blocks = type(w)(codes, scales, factors, BLOCK_ROWS * len(rows), w.columns)
+        return widen(blocks)[np.arange(len(rows)) * BLOCK_ROWS + rows % BLOCK_ROWS]
     return widen(type(w)(*(part[rows] for part in w)))
 
 
 def _levels(w: Coded) -> np.ndarray:
-    """Codes -> the integers they stand for, in the order of rows and columns: (..., B, G, ROWS, GROUP) float32."""
+    """Codes -> the integers they stand for, in the order of rows and columns: (..., B, G, 16, GROUP) float32."""
     groups = w.codes.shape[:-1]
     if isinstance(w, Q8):
         vectors = w.codes.astype(np.float32)
     elif isinstance(w, Q4):
-        vectors = np.array(Q4_LEVELS, np.float32)[_nibbles(w.codes)]
+        vectors = np.array(Q4_CODEBOOK, np.float32)[_nibbles(w.codes)]
     else:
-        low, tops = _nibbles(w.codes[..., :Q4_BYTES]), w.codes[..., Q4_BYTES:].reshape(*groups, -1, 1, 4 * ROWS)
+        low, tops = _nibbles(w.codes[..., :Q4_BYTES]), w.codes[..., Q4_BYTES:].reshape(*groups, -1, 1, 4 * BLOCK_ROWS)
         high = tops >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3  # (..., 2, 4, 64)
         vectors = (low | high.reshape(low.shape) << 4).astype(np.float32) + np.float32(Q6_LOWEST)
-    vectors = vectors.reshape(*groups, GROUP // 4, ROWS, 4)
-    return np.swapaxes(vectors, -3, -2).reshape(*groups, ROWS, GROUP)  # (..., 8, ROWS, 4) -> (..., ROWS, 8, 4)
+    vectors = vectors.reshape(*groups, GROUP // 4, BLOCK_ROWS, 4)
+    return np.swapaxes(vectors, -3, -2).reshape(*groups, BLOCK_ROWS, GROUP)  # (..., 8, 16, 4) -> (..., 16, 8, 4)
 
 
 def _nibbles(packed: np.ndarray) -> np.ndarray:
     """Two codes to a byte -> a byte each, lower ones of a vector before its upper ones: (..., 256) -> (..., 8, 64)."""
-    vectors = packed.reshape(*packed.shape[:-1], -1, 1, 4 * ROWS)
+    vectors = packed.reshape(*packed.shape[:-1], -1, 1, 4 * BLOCK_ROWS)
     both = np.concatenate([vectors & 15, vectors >> 4], axis=-2)  # (..., 4, 2, 64)
-    return both.reshape(*packed.shape[:-1], -1, 4 * ROWS)
+    return both.reshape(*packed.shape[:-1], -1, 4 * BLOCK_ROWS)
 
 
 # ---------------------------------------------------------------- activations
@@ -236,15 +237,15 @@ CHUNK_NUMBERS = 1 << 17
 LARGEST_WEIGHT = 1e6  # beyond, a model is broken; and the sums below stay far from the largest float32
 MOST_WORKERS = 8
 # Levels are integers, so borders between them are multiples of a half: floor(2 w / scale) tells the nearest level.
-_Q4_CELLS = (np.arange(2 * Q4_LEVELS[0], 2 * Q4_LEVELS[-1] + 1) + 0.5) / 2
-_Q4_NEAREST = np.array(Q4_LEVELS, np.float32)[np.abs(_Q4_CELLS[:, None] - Q4_LEVELS).argmin(axis=1)]
-_Q4_CODE = np.searchsorted(Q4_LEVELS, np.arange(Q4_LEVELS[0], Q4_LEVELS[-1] + 1)).astype(np.uint8)
+_Q4_CELLS = (np.arange(2 * Q4_CODEBOOK[0], 2 * Q4_CODEBOOK[-1] + 1) + 0.5) / 2
+_Q4_NEAREST = np.array(Q4_CODEBOOK, np.float32)[np.abs(_Q4_CELLS[:, None] - Q4_CODEBOOK).argmin(axis=1)]
+_Q4_CODE = np.searchsorted(Q4_CODEBOOK, np.arange(Q4_CODEBOOK[0], Q4_CODEBOOK[-1] + 1)).astype(np.uint8)
 
 
 def _nearest_q4(w: np.ndarray, inverse: np.ndarray) -> np.ndarray:
     """The level nearest to w * inverse: (n, GROUP), (n,) -> (n, GROUP) float32."""
     cell = w * (np.float32(2) * inverse)[:, None]
-    cell -= np.float32(2 * Q4_LEVELS[0])
+    cell -= np.float32(2 * Q4_CODEBOOK[0])
     np.clip(cell, 0, len(_Q4_NEAREST) - 1, out=cell)
     return _Q4_NEAREST.take(cell.astype(np.uint8))
 
@@ -260,13 +261,17 @@ def _nearest_integer(low: int, high: int) -> Callable[[np.ndarray, np.ndarray], 
 
 
 def _vectors(codes: np.ndarray) -> np.ndarray:
-    """Codes in the order of rows and columns (b, ROWS, G, GROUP) -> vectors of four columns (b, G, 8, 64)."""
+    """Codes in the order of rows and columns (b, BLOCK_ROWS, G, GROUP) -> vectors of four columns (b, G, 8, 64)."""
     b, _, G, _ = codes.shape
-    return codes.reshape(b, ROWS, G, GROUP // 4, 4).transpose(0, 2, 3, 1, 4).reshape(b, G, GROUP // 4, 4 * ROWS)
+    return (
+        codes.reshape(b, BLOCK_ROWS, G, GROUP // 4, 4)
+        .transpose(0, 2, 3, 1, 4)
+        .reshape(b, G, GROUP // 4, 4 * BLOCK_ROWS)
+    )
 
 
 def _pack_q8(levels: np.ndarray) -> np.ndarray:
-    """Levels (b, ROWS, G, GROUP) -> codes of the blocks (b, G, 512) int8."""
+    """Levels (b, BLOCK_ROWS, G, GROUP) -> codes of the blocks (b, G, 512) int8."""
     vectors = _vectors(levels.astype(np.int8))
     return vectors.reshape(*vectors.shape[:2], -1)
 
@@ -278,12 +283,12 @@ def _pack_nibbles(vectors: np.ndarray) -> np.ndarray:
 
 
 def _pack_q4(levels: np.ndarray) -> np.ndarray:
-    """Levels (b, ROWS, G, GROUP) -> codes of the blocks (b, G, 256) uint8."""
-    return _pack_nibbles(_vectors(_Q4_CODE[levels.astype(np.int8) - Q4_LEVELS[0]]))
+    """Levels (b, BLOCK_ROWS, G, GROUP) -> codes of the blocks (b, G, 256) uint8."""
+    return _pack_nibbles(_vectors(_Q4_CODE[levels.astype(np.int8) - Q4_CODEBOOK[0]]))
 
 
 def _pack_q6(levels: np.ndarray) -> np.ndarray:
-    """Levels (b, ROWS, G, GROUP) -> codes of the blocks (b, G, 384) uint8."""
+    """Levels (b, BLOCK_ROWS, G, GROUP) -> codes of the blocks (b, G, 384) uint8."""
     vectors = _vectors((levels - np.float32(Q6_LOWEST)).astype(np.uint8))
     tops = (vectors >> 4).reshape(*vectors.shape[:2], 2, 4, -1) << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     tops = np.bitwise_or.reduce(tops, axis=3)  # (b, G, 2, 4, 64) -> (b, G, 2, 64)
@@ -309,14 +314,14 @@ _GRIDS = {
 def quantize(w: np.ndarray, number_format: str) -> Coded:
     """float32 (..., N, K) -> "q8", "q6" or "q4", with scales that make the squared error small.
 
-    Blocks of rows are independent: a matrix may be quantized in pieces, cut at multiples of ROWS rows, and the parts
-    joined along the axis of blocks. Raises UsageError for a number that is not finite, or beyond LARGEST_WEIGHT.
+    Blocks of rows are independent: a matrix may be quantized in pieces, cut at multiples of BLOCK_ROWS rows, and the
+    parts joined along the axis of blocks. Raises UsageError for a number that is not finite, or beyond LARGEST_WEIGHT.
     """
     grid = _GRIDS[number_format]
     N, K = w.shape[-2:]
-    B, G = -(-N // ROWS), -(-K // GROUP)
+    B, G = -(-N // BLOCK_ROWS), -(-K // GROUP)
     stacked = w.reshape(-1, N, K)
-    step = max(1, CHUNK_NUMBERS // (ROWS * G * GROUP))
+    step = max(1, CHUNK_NUMBERS // (BLOCK_ROWS * G * GROUP))
     pieces = list(itertools.product(range(len(stacked)), range(0, B, step)))
     with ThreadPoolExecutor(min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
         done = list(pool.map(lambda p: _quantize_blocks(stacked[p[0]], p[1], p[1] + step, grid), pieces))
@@ -324,26 +329,26 @@ def quantize(w: np.ndarray, number_format: str) -> Coded:
     blocks = (*w.shape[:-2], B)
     return grid.form(
         np.ascontiguousarray(codes.reshape(*blocks, G, -1)),
-        np.ascontiguousarray(scales.reshape(*blocks, G, ROWS)),
-        factors.reshape(*blocks, ROWS),
+        np.ascontiguousarray(scales.reshape(*blocks, G, BLOCK_ROWS)),
+        factors.reshape(*blocks, BLOCK_ROWS),
         N,
         K,
     )
 
 
 def _quantize_blocks(w: np.ndarray, begin: int, stop: int, grid: _Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Blocks begin .. stop-1 of a matrix (N, K): codes (b, G, bytes), scales (b, G, ROWS), factors (b, ROWS)."""
-    part = w[begin * ROWS : stop * ROWS]
-    b, G = -(-len(part) // ROWS), -(-part.shape[1] // GROUP)
-    whole = np.zeros((b * ROWS, G * GROUP), np.float32)
+    """Blocks begin .. stop-1 of a matrix (N, K): codes (b, G, bytes), scales (b, G, 16), factors (b, 16)."""
+    part = w[begin * BLOCK_ROWS : stop * BLOCK_ROWS]
+    b, G = -(-len(part) // BLOCK_ROWS), -(-part.shape[1] // GROUP)
+    whole = np.zeros((b * BLOCK_ROWS, G * GROUP), np.float32)
     whole[: len(part), : part.shape[1]] = part
-    _check_range(whole, begin * ROWS)
+    _check_range(whole, begin * BLOCK_ROWS)
     groups = whole.reshape(-1, GROUP)
     wanted = _best_scales(groups, grid)
     factors = bf16_bits(np.abs(wanted).reshape(-1, G).max(axis=1) / SCALES[127])
     scale, levels = _with_stored_scales(groups, wanted, widen(BF16(factors)).repeat(G), grid)
-    in_blocks = scale.reshape(b, ROWS, G).transpose(0, 2, 1)
-    return grid.pack(levels.reshape(b, ROWS, G, GROUP)), in_blocks, factors.reshape(b, ROWS)
+    in_blocks = scale.reshape(b, BLOCK_ROWS, G).transpose(0, 2, 1)
+    return grid.pack(levels.reshape(b, BLOCK_ROWS, G, GROUP)), in_blocks, factors.reshape(b, BLOCK_ROWS)
 
 
 def _with_stored_scales(

@@ -30,7 +30,7 @@ import numpy as np
 from npllama import strict_json
 from npllama.config import ModelConfig
 from npllama.errors import ModelError, UsageError, quote
-from npllama.quant import BF16, F16, GROUP, Q4, Q6, Q8, ROWS, Coded, Weight
+from npllama.quant import BF16, BLOCK_ROWS, F16, GROUP, Q4, Q6, Q8, Coded, Weight
 
 FORMAT = "npllama"
 VERSION = 1
@@ -127,11 +127,11 @@ def array_specs(number_format: str, shape: tuple[int, ...]) -> dict[str, ArraySp
     """The arrays that store a weight of this shape in a number format."""
     if number_format not in GROUPED:
         return {part: ArraySpec(dtype, shape) for part, dtype in STORED[number_format].items()}
-    blocks, groups = (*shape[:-2], -(-shape[-2] // ROWS)), -(-shape[-1] // GROUP)
+    blocks, groups = (*shape[:-2], -(-shape[-2] // BLOCK_ROWS)), -(-shape[-1] // GROUP)
     shapes = {
-        "codes": (*blocks, groups, ROWS * GROUP * CODE_BITS[number_format] // 8),
-        "scales": (*blocks, groups, ROWS),
-        "factors": (*blocks, ROWS),
+        "codes": (*blocks, groups, BLOCK_ROWS * GROUP * CODE_BITS[number_format] // 8),
+        "scales": (*blocks, groups, BLOCK_ROWS),
+        "factors": (*blocks, BLOCK_ROWS),
     }
     return {part: ArraySpec(dtype, shapes[part]) for part, dtype in STORED[number_format].items()}
 

@@ -27,20 +27,20 @@ from npllama.kernels.int8_dot import (
     token_pointer,
 )
 from npllama.kernels.simd import TRIPLE, address, call, constant, has, i8, i64, read, write
-from npllama.quant import GROUP, ROWS
+from npllama.quant import BLOCK_ROWS, GROUP
 
 TOKENS = 2 * TOKEN_TILE
 """Tokens that the unit takes at once."""
 
-LEVELS_BYTES = ROWS * GROUP
-COUNTS = TOKENS * ROWS
+LEVELS_BYTES = BLOCK_ROWS * GROUP
+COUNTS = TOKENS * BLOCK_ROWS
 """Bytes of a block's group as the unit reads it, and numbers in its sums."""
 
 SUMS, INPUT, WEIGHTS = (0, 1), (2, 3), 4
 SHAPES = (
-    dict.fromkeys(SUMS, (TOKEN_TILE, 4 * ROWS))
+    dict.fromkeys(SUMS, (TOKEN_TILE, 4 * BLOCK_ROWS))
     | dict.fromkeys(INPUT, (TOKEN_TILE, GROUP))
-    | {WEIGHTS: (GROUP // 4, 4 * ROWS)}
+    | {WEIGHTS: (GROUP // 4, 4 * BLOCK_ROWS)}
 )
 """What the registers are used for; lines, and bytes of a line."""
 
@@ -103,7 +103,7 @@ def count_products(typingctx, x, at, tile_stride, levels, begin, sums, i):
             call(builder, f"llvm.x86.{name}", ir.VoidType(), ir.Constant(i8, register), *operands)
 
         x_type, levels_type, sums_type = signature.args[0], signature.args[3], signature.args[5]
-        unit("tileloadd64", WEIGHTS, line(levels_type, levels, begin), ir.Constant(i64, 4 * ROWS))
+        unit("tileloadd64", WEIGHTS, line(levels_type, levels, begin), ir.Constant(i64, 4 * BLOCK_ROWS))
         for tile in range(2):
             unit("tilezero", SUMS[tile])
             unit("tileloadd64", INPUT[tile], line(x_type, x, at), ir.Constant(i64, GROUP))
@@ -112,7 +112,7 @@ def count_products(typingctx, x, at, tile_stride, levels, begin, sums, i):
         start = builder.mul(i, ir.Constant(i64, COUNTS))
         for tile in range(2):
             into = builder.add(start, ir.Constant(i64, tile * COUNTS // 2))
-            unit("tilestored64", SUMS[tile], line(sums_type, sums, into), ir.Constant(i64, 4 * ROWS))
+            unit("tilestored64", SUMS[tile], line(sums_type, sums, into), ir.Constant(i64, 4 * BLOCK_ROWS))
         return context.get_dummy_value()
 
     return types.void(x, types.intp, types.intp, levels, types.intp, sums, types.intp), generate
@@ -128,7 +128,7 @@ def add_scaled_products(typingctx, total, sums, i, scale, array, offset, tile_st
         scales = address(context, builder, signature.args[4], array, offset)
 
         def add(total_m, m):
-            count = read(builder, element(builder, start, m * ROWS), int32x16.llvm, 4)
+            count = read(builder, element(builder, start, m * BLOCK_ROWS), int32x16.llvm, 4)
             return add_scaled_ir(builder, total_m, count, scale, token_pointer(builder, scales, m, tile_stride))
 
         return map_tokens(builder, add, total)

@@ -7,22 +7,22 @@ from numba import njit
 
 from npllama.kernels.flags import INNER
 from npllama.kernels.simd import bf16_to_f32
-from npllama.quant import GROUP, Q4_BYTES, Q4_LEVELS, Q6_LOWEST, ROWS, SCALES
+from npllama.quant import BLOCK_ROWS, GROUP, Q4_BYTES, Q4_CODEBOOK, Q6_LOWEST, SCALES
 
-LEVELS = np.array(Q4_LEVELS, np.float32)
+LEVELS = np.array(Q4_CODEBOOK, np.float32)
 
 
 @njit(**INNER)
 def level_q8(codes, b, g, r, k):
     """The integer that row r of block b has in column k of group g."""
-    return np.float32(codes[b, g, k // 4 * 4 * ROWS + r * 4 + k % 4])
+    return np.float32(codes[b, g, k // 4 * 4 * BLOCK_ROWS + r * 4 + k % 4])
 
 
 @njit(**INNER)
 def level_q6(codes, b, g, r, k):
     """The integer that row r of block b has in column k of group g."""
-    pair = np.int64(codes[b, g, k // 8 * 4 * ROWS + r * 4 + k % 4])
-    tops = np.int64(codes[b, g, Q4_BYTES + k // 16 * 4 * ROWS + r * 4 + k % 4])
+    pair = np.int64(codes[b, g, k // 8 * 4 * BLOCK_ROWS + r * 4 + k % 4])
+    tops = np.int64(codes[b, g, Q4_BYTES + k // 16 * 4 * BLOCK_ROWS + r * 4 + k % 4])
     low, top = pair >> (k // 4 % 2 * 4) & 15, tops >> (k // 4 % 4 * 2) & 3
     return np.float32((low | top << 4) + Q6_LOWEST)
 
@@ -30,7 +30,7 @@ def level_q6(codes, b, g, r, k):
 @njit(**INNER)
 def level_q4(codes, b, g, r, k):
     """The integer that row r of block b has in column k of group g."""
-    pair = codes[b, g, k // 8 * 4 * ROWS + r * 4 + k % 4]
+    pair = codes[b, g, k // 8 * 4 * BLOCK_ROWS + r * 4 + k % 4]
     shift = 4 if k % 8 >= 4 else 0  # two expressions of unlike integers would be unified to a float
     return LEVELS[(pair >> shift) & 15]
 
@@ -43,7 +43,7 @@ def make_grouped_embed(level):
         T, D = tokens.shape[0], table.columns
         x = np.empty((T, D), np.float32)
         for t in range(T):
-            b, r = tokens[t] // ROWS, tokens[t] % ROWS
+            b, r = tokens[t] // BLOCK_ROWS, tokens[t] % BLOCK_ROWS
             factor = bf16_to_f32(table.factors[b, r])
             for g in range(table.scales.shape[1]):
                 scale = SCALES[table.scales[b, g, r]]

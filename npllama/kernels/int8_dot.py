@@ -39,11 +39,11 @@ from npllama.kernels.simd import (
     widen_f16,
     write,
 )
-from npllama.quant import GROUP, Q4_LEVELS, ROWS
+from npllama.quant import BLOCK_ROWS, GROUP, Q4_CODEBOOK
 
-int8x64 = VectorType(i8, 4 * ROWS)
-int32x16 = VectorType(i32, ROWS)
-float32x16 = VectorType(f32, ROWS)
+int8x64 = VectorType(i8, 4 * BLOCK_ROWS)
+int32x16 = VectorType(i32, BLOCK_ROWS)
+float32x16 = VectorType(f32, BLOCK_ROWS)
 
 TOKEN_TILE = 8
 """Tokens whose input stands together, group by group: see `token`."""
@@ -161,8 +161,8 @@ def dot_signed(builder, total, w, x):
 
 
 def codebook_lookup(builder, index):
-    """Q4_LEVELS of each lane's index, less the lowest level: 0 to 64."""
-    table = [level - Q4_LEVELS[0] for level in Q4_LEVELS]
+    """Q4_CODEBOOK of each lane's index, less the lowest level: 0 to 64."""
+    table = [level - Q4_CODEBOOK[0] for level in Q4_CODEBOOK]
     if has("avx512bw"):
         return codebook_lookup_with(builder, "llvm.x86.avx512.pshuf.b.512", table, index)
     if has("avx2"):
@@ -201,7 +201,7 @@ def map_tokens(builder, function, many):
 
 def add_scaled_ir(builder, total, count, scale, x_scale):
     """total + count * (scale * x_scale), rounded after each operation. x_scale: pointer to one float32."""
-    both = builder.fmul(scale, broadcast(builder, builder.load(x_scale), ROWS))
+    both = builder.fmul(scale, broadcast(builder, builder.load(x_scale), BLOCK_ROWS))
     return builder.fadd(total, builder.fmul(builder.sitofp(count, float32x16.llvm), both))
 
 
@@ -319,7 +319,7 @@ def load_scales(typingctx, array, offset):
 
     def generate(context, builder, signature, args):
         pointer = address(context, builder, signature.args[0], *args)
-        signed = builder.sext(read(builder, pointer, ir.VectorType(i8, ROWS)), ir.VectorType(i16, ROWS))
+        signed = builder.sext(read(builder, pointer, ir.VectorType(i8, BLOCK_ROWS)), ir.VectorType(i16, BLOCK_ROWS))
         bits = builder.and_(builder.shl(signed, constant(signed.type, 5)), constant(signed.type, 0x8FE0))
         return widen_f16(builder, bits)
 
@@ -346,7 +346,7 @@ def load_corrections(typingctx, array, offset, tile_stride, n_tokens):
         pointer = address(context, builder, signature.args[0], *args[:2])
 
         def start(_, m):
-            return broadcast(builder, builder.load(token_pointer(builder, pointer, m, args[2])), ROWS)
+            return broadcast(builder, builder.load(token_pointer(builder, pointer, m, args[2])), BLOCK_ROWS)
 
         return map_tokens(builder, start, ir.Constant(context.get_value_type(many), ir.Undefined))
 
@@ -360,7 +360,7 @@ def token_codes(builder, pointer, m, tile_stride, column):
     )
     four = builder.load(at)
     four.align = 4
-    return as_element(builder, broadcast(builder, four, ROWS), i8)
+    return as_element(builder, broadcast(builder, four, BLOCK_ROWS), i8)
 
 
 @intrinsic
@@ -419,7 +419,9 @@ def scale_rows(typingctx, total, array, offset):
 
     def generate(context, builder, signature, args):
         total, array, offset = args
-        bits = read(builder, address(context, builder, signature.args[1], array, offset), ir.VectorType(i16, ROWS), 2)
+        bits = read(
+            builder, address(context, builder, signature.args[1], array, offset), ir.VectorType(i16, BLOCK_ROWS), 2
+        )
         rows = widen_bf16(builder, bits)
         return map_tokens(builder, lambda total_m, m: builder.fmul(total_m, rows), total)
 
@@ -434,7 +436,7 @@ def store_tile(typingctx, array, offset, stride, values, n_tokens, n_rows):
         array, offset, stride, values, n_tokens, n_rows = args
         start = address(context, builder, signature.args[0], array, offset)
         buffer = cgutils.alloca_once(builder, float32x16.llvm)
-        whole = builder.icmp_signed(">=", n_rows, ir.Constant(i64, ROWS))
+        whole = builder.icmp_signed(">=", n_rows, ir.Constant(i64, BLOCK_ROWS))
         for m in range(values.type.count):
             index = ir.Constant(i64, m)
             value, row = builder.extract_value(values, m), builder.gep(start, [builder.mul(stride, index)])

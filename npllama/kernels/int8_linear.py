@@ -43,7 +43,7 @@ from npllama.kernels.int8_dot import (
     zeros,
 )
 from npllama.kernels.simd import NO_PREFETCH, PREFETCH_LINES, REGISTERS, noinline, num_threads
-from npllama.quant import GROUP, Q4_BYTES, Q4_LEVELS, Q6_LOWEST, ROWS, SMALLEST_MAGNITUDE
+from npllama.quant import BLOCK_ROWS, GROUP, Q4_BYTES, Q4_CODEBOOK, Q6_LOWEST, SMALLEST_MAGNITUDE
 
 TILES_AT_ONCE = 2 if REGISTERS >= 32 else 1
 """Wide tiles that a strip of codes meets at the same time, where registers hold their sums.
@@ -93,7 +93,7 @@ class QuantizedInput(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """What a tile needs of a matrix: codes (B, G, bytes), scales (B, G, ROWS), factors (B, ROWS)."""
+    """What a tile needs of a matrix: codes (B, G, bytes), scales (B, G, BLOCK_ROWS), factors (B, BLOCK_ROWS)."""
 
     codes: np.ndarray
     scales: np.ndarray
@@ -213,7 +213,7 @@ def dot_unpacked(count, levels, begin, x, at, tile_stride):
 # A group's codes, from codes[begin] on, unpacked to what they stand for, four columns of its rows to 64 bytes, from
 # levels[at] on: as integers for the matrix unit, else less the lowest, as `dot_levels` takes them.
 
-LOWEST_Q4, LOWEST_Q6 = (Q4_LEVELS[0], Q6_LOWEST) if amx.USED else (0, 0)
+LOWEST_Q4, LOWEST_Q6 = (Q4_CODEBOOK[0], Q6_LOWEST) if amx.USED else (0, 0)
 
 
 @njit(**INLINE)
@@ -259,10 +259,10 @@ def make_int8_tile(dot_group, group_bytes, M, prefetches):
             count = dot_group(
                 load_corrections(x.corrections, at, tile_stride, M), codes, here, x.codes, at * GROUP, tile_stride
             )
-            total = add_scaled(total, count, load_scales(w.scales, (b * G + g) * ROWS), x.scales, at, tile_stride)
+            total = add_scaled(total, count, load_scales(w.scales, (b * G + g) * BLOCK_ROWS), x.scales, at, tile_stride)
         T, N = y.shape
-        total = scale_rows(total, w.factors, b * ROWS)
-        store_tile(y, first * N + b * ROWS, N, total, T - first, N - b * ROWS)
+        total = scale_rows(total, w.factors, b * BLOCK_ROWS)
+        store_tile(y, first * N + b * BLOCK_ROWS, N, total, T - first, N - b * BLOCK_ROWS)
 
     return tile
 
@@ -289,11 +289,11 @@ def amx_tile(w, b, levels, begin, x, first, y, sums):
             )
         if g >= 0:
             group, at = b * G + g, first * G + g * TOKEN_TILE
-            scale = load_scales(w.scales, group * ROWS)
+            scale = load_scales(w.scales, group * BLOCK_ROWS)
             total = add_scaled_products(total, sums, g % SUM_BUFFERS, scale, x.scales, at, tile_stride)
     T, N = y.shape
-    total = scale_rows(total, w.factors, b * ROWS)
-    store_tile(y, first * N + b * ROWS, N, total, T - first, N - b * ROWS)
+    total = scale_rows(total, w.factors, b * BLOCK_ROWS)
+    store_tile(y, first * N + b * BLOCK_ROWS, N, total, T - first, N - b * BLOCK_ROWS)
 
 
 def make_unpack(unpack_group, group_bytes):
@@ -366,7 +366,7 @@ def nothing_unpacked(x, w, y, begin, stop):
 
 def make_int8_linears(dot_group, unpack_group, code_bits, lowest):
     """ops.linears for a format. shift: what is to be added to its codes, as the tiles see them."""
-    group_bytes, prefetches = ROWS * GROUP * code_bits // 8, code_bits < 8 or not NO_PREFETCH
+    group_bytes, prefetches = BLOCK_ROWS * GROUP * code_bits // 8, code_bits < 8 or not NO_PREFETCH
     wide_tile, single_tile = (make_int8_tile(dot_group, group_bytes, M, prefetches) for M in (TOKEN_TILE, 1))
     if amx.USED:
         whole_strip = make_unpacked_strip(make_unpack(unpack_group, group_bytes), multiply_amx, TOKENS // TOKEN_TILE)
@@ -426,6 +426,6 @@ def make_int8_linears(dot_group, unpack_group, code_bits, lowest):
     return linears
 
 
-linears_q4 = make_int8_linears(dot_q4, unpack_q4, 4, Q4_LEVELS[0])
+linears_q4 = make_int8_linears(dot_q4, unpack_q4, 4, Q4_CODEBOOK[0])
 linears_q6 = make_int8_linears(dot_q6, unpack_q6, 6, Q6_LOWEST)
 linears_q8 = make_int8_linears(dot_q8, unpack_q8, 8, -UNSIGNED_BIAS)
