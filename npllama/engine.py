@@ -137,7 +137,7 @@ class Engine:
         import_numba(self._opened.size_bytes)
         import numba
 
-        from npllama.kernels import entry
+        from npllama.kernels import compile as compiler
 
         self.import_s = time.perf_counter() - started
         most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined] # set when numba is imported
@@ -154,16 +154,16 @@ class Engine:
         if not compiled_exists(self._opened, self.kv_dtype):
             self._report(f"compiling kernels for {formats(self._opened)} (once; 10 to 20 s) ...")
         arguments = self._arguments(self.new_cache(1, 1), *(np.zeros(1, np.int64) for _ in range(4)))
-        compiled, loaded = entry.compile_forward(arguments, file, self._report)
+        compiled, loaded = compiler.compile_forward(arguments, file, self._report)
 
         def make_bind() -> Callable[[np.ndarray], None]:
             bind_file = None if folder is None else folder / f"bind-threads{TWINS}-{sources_hash()}"
-            return entry.compile_bind(bind_file, self._report)
+            return compiler.compile_pin_threads(bind_file, self._report)
 
         @functools.cache
         def make_largest() -> Callable[[np.ndarray, np.ndarray], bool]:
             largest_file = None if folder is None else folder / f"largest-logits{TWINS}-{sources_hash()}"
-            return entry.compile_largest(largest_file, self._report)
+            return compiler.compile_top_k(largest_file, self._report)
 
         places = Places(make_bind, numba.threading_layer)
         if not loaded:
@@ -185,7 +185,7 @@ class Engine:
             return places.run(self.threads, compiled, arguments)
 
         def largest(logits: np.ndarray, k: int) -> np.ndarray:
-            if k > min(MOST_KEPT, len(logits) // entry.largest.BLOCK):
+            if k > min(MOST_KEPT, len(logits) // compiler.top_k.BLOCK_LOGITS):
                 return sampling.largest(logits, k)
             ids = np.empty(k, np.int64)
             if not make_largest()(logits, ids):
@@ -215,11 +215,11 @@ class Engine:
             return lambda data: data.reshape(-1, 4096) @ np.ones(4096, np.float32)
         import numba
 
-        from npllama.kernels.bandwidth import read
+        from npllama.kernels.bandwidth import stream_memory
 
         def reader(data: np.ndarray) -> object:
             numba.set_num_threads(self.threads)
-            return read(data)
+            return stream_memory(data)
 
         return reader
 
@@ -227,9 +227,9 @@ class Engine:
         """Every step of ops.py compiled on its own. Raises UsageError for the NumPy execution, which has no kernels."""
         if self.backend != "numba":
             raise UsageError("the NumPy execution has no kernels to look at; it needs numba, and backend numba.")
-        from npllama.kernels import single
+        from npllama.kernels import per_op
 
-        return single.STEPS
+        return per_op.OPS
 
     def run_stepwise(
         self, forward: Callable[..., np.ndarray], cache: KVCache, tokens: np.ndarray, pos: np.ndarray
@@ -387,10 +387,10 @@ def compiled_execution() -> dict[str, str]:
     import numba
     from numba.np.ufunc.parallel import _launch_threads
 
-    from npllama.kernels import entry
+    from npllama.kernels import compile as compiler
 
     _launch_threads()  # the layer is chosen here
-    return {"compiled_for": entry.target().split("|")[1], "threading_layer": numba.threading_layer()}
+    return {"compiled_for": compiler.target().split("|")[1], "threading_layer": numba.threading_layer()}
 
 
 def formats(opened: OpenModel) -> str:
@@ -411,7 +411,7 @@ def compiled_exists(opened: OpenModel, kv_dtype: str = "f32") -> bool:
 
 
 def sources_hash() -> str:
-    """Hash of everything compiled code depends on but entry.target: sources, versions, switches."""
+    """Hash of everything compiled code depends on but compiler.target: sources, versions, switches."""
     digest = hashlib.sha256(sys.version.encode())
     for package in ("numba", "llvmlite", "numpy"):
         try:

@@ -33,11 +33,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from npllama.engine import import_numba
 
     import_numba()
-    from npllama.kernels import codes, matrix_unit, vector
+    from npllama.kernels import amx, int8_dot, simd
 
     terminalreporter.write_line(
-        f"kernels: vectors of {vector.WIDTH}, products of codes {codes.DOT}, matrix unit {matrix_unit.USED}, "
-        f"FMA {vector.FMA}, F16C {vector.HALF}"
+        f"kernels: vectors of {simd.WIDTH}, products of codes {int8_dot.DOT}, AMX {amx.USED}, "
+        f"FMA {simd.FMA}, F16C {simd.HAS_F16}"
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 def products() -> dict[str, np.ndarray]:
     """Products of all formats, of awkward sizes, with a zero group."""
-    from npllama.kernels.single import linear_alone
+    from npllama.kernels.per_op import linear_alone
     from npllama.quant import quantize
 
     rng, found = np.random.default_rng(0), {}
@@ -25,8 +25,8 @@ def products() -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    from npllama.kernels.codes import DOT
-    from npllama.kernels.matrix_unit import USED
+    from npllama.kernels.amx import USED
+    from npllama.kernels.int8_dot import DOT
 
     y = products()
     digests = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in y.items()}

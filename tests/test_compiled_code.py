@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 def test_code_that_holds_an_address_of_this_process_is_not_kept(tmp_path: Path) -> None:
     """numba.get_num_threads in a kernel is such code: in the next process it ends in a segmentation fault."""
     numba = pytest.importorskip("numba")
-    from npllama.kernels.entry import DiskCache
+    from npllama.kernels.compile import DiskCache
 
     @numba.njit
     def kernel() -> int:
@@ -38,8 +38,8 @@ def test_what_only_compiled_code_calls_becomes_machine_code_once(monkeypatch: py
     numba = pytest.importorskip("numba")
     from numba.core import codegen
 
-    from npllama.kernels.deferred import compiled_as_one
     from npllama.kernels.flags import INNER, SERIAL
+    from npllama.kernels.link_once import compiled_as_one
 
     numba.njit(**SERIAL)(lambda x: x).compile((numba.float64,))  # and with it, once, Numba's own run-time library
     assembled: list[str] = []
@@ -78,16 +78,16 @@ def test_code_from_a_file_runs_its_own_functions_and_not_others_of_the_same_name
     program = """
 import sys
 import numba
-from npllama.kernels.deferred import compiled_as_one
-from npllama.kernels.entry import DiskCache
+from npllama.kernels.link_once import compiled_as_one
+from npllama.kernels.compile import DiskCache
 from npllama.kernels.flags import INNER, SERIAL
-from npllama.kernels.vector import keep_apart
+from npllama.kernels.simd import noinline
 from pathlib import Path
 
 def make(number):
     @numba.njit(**INNER)
     def inner(x):
-        keep_apart()
+        noinline()
         return x + number
 
     @numba.njit(**SERIAL)
@@ -116,34 +116,35 @@ for number in map(int, sys.argv[2:]):
 def test_the_kernels_compiled_are_those_asked_for() -> None:
     """NPLLAMA_PLAIN_KERNELS=1 in the environment of the whole run: no instruction of one family of CPUs is used."""
     pytest.importorskip("numba")
-    from npllama.kernels import codes, vector
+    from npllama.kernels import int8_dot, simd
 
     if os.environ.get("NPLLAMA_PLAIN_KERNELS", "0") != "0":
-        assert (codes.DOT, vector.WIDTH, vector.FMA, vector.HALF) == ("plain", 8, False, False)
+        assert (int8_dot.DOT, simd.WIDTH, simd.FMA, simd.HAS_F16) == ("plain", 8, False, False)
         return
-    features = vector.FEATURES.split(",")
+    features = simd.FEATURES.split(",")
     forms = {"vnni": "+avx512vnni", "avxvnni": "+avxvnni", "avx2": "+avx2"}
     best = [dot for dot, needed in forms.items() if needed in features]
-    assert [*best, "plain"][0] == codes.DOT
-    assert ("+fma" in features or vector.ARM64) == vector.FMA
-    assert ("+f16c" in features or vector.ARM64) == vector.HALF
+    assert [*best, "plain"][0] == int8_dot.DOT
+    assert ("+fma" in features or simd.ARM64) == simd.FMA
+    assert ("+f16c" in features or simd.ARM64) == simd.HAS_F16
 
 
 def test_code_for_the_matrix_unit_is_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that the system does not let use it must not load what another has compiled for it."""
     pytest.importorskip("numba")
-    from npllama.kernels import entry, matrix_unit
+    from npllama.kernels import amx
+    from npllama.kernels import compile as compiler
 
     def target(used: bool) -> str:
-        monkeypatch.setattr(matrix_unit, "USED", used)
-        return entry.target()
+        monkeypatch.setattr(amx, "USED", used)
+        return compiler.target()
 
     assert target(True) != target(False)
 
 
 def test_two_hundred_flipped_bits_and_cut_files_cost_a_compilation_each(tmp_path: Path) -> None:
     numba = pytest.importorskip("numba")
-    from npllama.kernels.entry import DiskCache
+    from npllama.kernels.compile import DiskCache
     from npllama.kernels.flags import SERIAL
 
     file, said = tmp_path / "forward-f32-0-0", []

@@ -11,13 +11,13 @@ from npllama import ops, quant
 from npllama.errors import UsageError
 from npllama.quant import (
     BF16,
+    BLOCK_ROWS,
     F16,
     GROUP,
     Q4,
-    Q4_LEVELS,
+    Q4_CODEBOOK,
     Q6,
     Q8,
-    ROWS,
     SCALES,
     Coded,
     bf16_bits,
@@ -71,11 +71,11 @@ def test_a_q8_code_belongs_to_the_row_and_column_that_the_layout_names():
 
 @pytest.mark.parametrize(("half", "shift"), [(0, 0), (4, 4)])
 def test_a_q4_code_belongs_to_the_row_and_column_that_the_layout_names(half, shift):
-    zero = Q4_LEVELS.index(0)
+    zero = Q4_CODEBOOK.index(0)
     w = whole_numbers(Q4, 256, zero | zero << 4)
     w.codes[1, 2, 64 * 3 + 4 * 9 + 2] ^= (zero ^ 13) << shift
     expected = np.zeros((32, 96), np.float32)
-    expected[16 + 9, 64 + 8 * 3 + half + 2] = Q4_LEVELS[13]
+    expected[16 + 9, 64 + 8 * 3 + half + 2] = Q4_CODEBOOK[13]
     assert np.array_equal(widen(w), expected)
 
 
@@ -207,7 +207,7 @@ def test_a_row_much_smaller_than_its_neighbours_is_as_precise(number_format):
 def test_numbers_that_are_levels_times_a_scale_stay_within_the_rounding_of_the_factor():
     codes = np.random.default_rng(9).integers(0, 16, (32, 64))
     codes[:, ::32], codes[:, 1::32] = 0, 15  # the outermost levels occur in every group
-    w = np.array(Q4_LEVELS, np.float32)[codes] * np.float32(0.25)
+    w = np.array(Q4_CODEBOOK, np.float32)[codes] * np.float32(0.25)
     for sign in (1, -1):
         assert np.allclose(widen(quantize(sign * w, "q4")), sign * w, rtol=2.0**-8)
 
@@ -309,8 +309,8 @@ def test_a_widened_matrix_multiplies_as_the_quantized_one_does(number_format):
 
 
 def test_the_levels_of_q4_are_sorted_hold_zero_and_span_at_most_64():
-    assert list(Q4_LEVELS) == sorted(set(Q4_LEVELS))
-    assert len(Q4_LEVELS) == 16
-    assert 0 in Q4_LEVELS
-    assert Q4_LEVELS[-1] - Q4_LEVELS[0] <= 64
-    assert ROWS * GROUP == 512
+    assert list(Q4_CODEBOOK) == sorted(set(Q4_CODEBOOK))
+    assert len(Q4_CODEBOOK) == 16
+    assert 0 in Q4_CODEBOOK
+    assert Q4_CODEBOOK[-1] - Q4_CODEBOOK[0] <= 64
+    assert BLOCK_ROWS * GROUP == 512

@@ -14,13 +14,13 @@ from numba.extending import overload
 
 from npllama import ops
 from npllama.kernels.flags import INNER, INNER_PARALLEL
-from npllama.kernels.vector import (
+from npllama.kernels.simd import (
     WIDTH,
     add,
-    bounds,
     div,
     exp,
     fma,
+    horizontal_sum,
     load,
     load_last,
     load_twice,
@@ -33,12 +33,16 @@ from npllama.kernels.vector import (
     store_last,
     sub,
     swap_pairs,
-    total,
+    thread_bounds,
     widened,
 )
-from npllama.quant import BF16, F16, Q4, Q6, Q8
+from npllama.numbers.bf16 import BF16
+from npllama.numbers.f16 import F16
+from npllama.numbers.q4 import Q4
+from npllama.numbers.q6 import Q6
+from npllama.numbers.q8 import Q8
 
-ALONE = 1 << 14
+SERIAL_BELOW = 1 << 14
 """Numbers of a step below which one thread is sooner done than two have met."""
 
 
@@ -79,7 +83,7 @@ def rms_norm(x, gain, eps):
             rest = load_last(x, at + last, D - whole)
             low = fma(widened(rest, 0), widened(rest, 0), low)
             high = fma(widened(rest, 1), widened(rest, 1), high)
-        scale = splat(np.float32(1.0 / math.sqrt(total(add(low, high)) / D + eps)))
+        scale = splat(np.float32(1.0 / math.sqrt(horizontal_sum(add(low, high)) / D + eps)))
         for d in range(0, whole, WIDTH):
             store(y, at + d, mul(load(gain, d), mul(load(x, at + d), scale)))
         if whole < D:
@@ -100,8 +104,8 @@ def rope(x, cos, sin):
             at = (t * H + h) * E
             for e in range(0, whole, WIDTH):
                 numbers = load(x, at + e)
-                turned = mul(swap_pairs(numbers), negate_even(load_twice(sin, angle + e // 2)))
-                store(y, at + e, add(mul(numbers, load_twice(cos, angle + e // 2)), turned))
+                swapped = mul(swap_pairs(numbers), negate_even(load_twice(sin, angle + e // 2)))
+                store(y, at + e, add(mul(numbers, load_twice(cos, angle + e // 2)), swapped))
             for i in range(whole // 2, E // 2):
                 even, odd = x[t, h, 2 * i], x[t, h, 2 * i + 1]
                 y[t, h, 2 * i] = even * cos[t, i] - odd * sin[t, i]
@@ -136,7 +140,7 @@ def swiglu_part(gate, up, y, begin, stop):
 @njit(**INNER_PARALLEL)
 def swiglu_in_threads(gate, up, y, parts):
     for p in prange(parts):
-        begin, stop = bounds(np.int64(p), parts, gate.shape[0] * gate.shape[1])
+        begin, stop = thread_bounds(np.int64(p), parts, gate.shape[0] * gate.shape[1])
         swiglu_part(gate, up, y, begin, stop)
 
 
@@ -145,7 +149,7 @@ def swiglu(gate, up):
     """ops.swiglu."""
     T, F = gate.shape
     y = np.empty((T, F), np.float32)
-    if T * F < ALONE:
+    if T * F < SERIAL_BELOW:
         swiglu_part(gate, up, y, 0, T * F)
     else:
         swiglu_in_threads(gate, up, y, num_threads())

@@ -25,9 +25,9 @@ from numba.extending import register_jitable
 
 from npllama import model
 from npllama.errors import ModelError
-from npllama.kernels import attention, largest, linear, matrix_unit, places, steps  # noqa: F401 (importing registers the overloads)
-from npllama.kernels.deferred import POSSIBLE, compiled_as_one
+from npllama.kernels import affinity, amx, attention, elementwise, linear, top_k  # noqa: F401 (importing registers the overloads)
 from npllama.kernels.flags import SERIAL
+from npllama.kernels.link_once import POSSIBLE, compiled_as_one
 
 register_jitable(model.attention)
 register_jitable(model.feed_forward)
@@ -103,7 +103,7 @@ def target() -> str:
 
     And whether the system lets this process use its matrix unit.
     """
-    return "|".join((*numba.core.registry.cpu_target.target_context.codegen().magic_tuple(), str(matrix_unit.USED)))
+    return "|".join((*numba.core.registry.cpu_target.target_context.codegen().magic_tuple(), str(amx.USED)))
 
 
 def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callable[[str], None]) -> tuple[Any, bool]:
@@ -124,17 +124,17 @@ def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callabl
         ) from error
 
 
-def compile_bind(file: Path | None, warn: Callable[[str], None]) -> Any:
+def compile_pin_threads(file: Path | None, warn: Callable[[str], None]) -> Any:
     """places.bind, compiled or from the cache file (see compile_forward)."""
-    _compile(places.bind, (types.Array(types.uint64, 2, "C"),), file, warn)
-    return places.bind
+    _compile(affinity.pin_threads, (types.Array(types.uint64, 2, "C"),), file, warn)
+    return affinity.pin_threads
 
 
-def compile_largest(file: Path | None, warn: Callable[[str], None]) -> Any:
+def compile_top_k(file: Path | None, warn: Callable[[str], None]) -> Any:
     """largest.largest, compiled or from the cache file (see compile_forward)."""
     arguments = types.Array(types.float32, 1, "C"), types.Array(types.int64, 1, "C")
-    _compile(largest.largest, arguments, file, warn)
-    return largest.largest
+    _compile(top_k.top_k, arguments, file, warn)
+    return top_k.top_k
 
 
 def _compile(function: Any, arguments: tuple[Any, ...], file: Path | None, warn: Callable[[str], None]) -> bool:

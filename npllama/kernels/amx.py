@@ -15,32 +15,46 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from npllama.kernels.codes import DOT, TILE, codes, counts, each, element, numbers, plus_scaled, token
-from npllama.kernels.vector import TRIPLE, address, call, constant, has, i8, i64, read, write
-from npllama.quant import GROUP, ROWS
+from npllama.kernels.int8_dot import (
+    DOT,
+    TOKEN_TILE,
+    add_scaled_ir,
+    element,
+    float32x16,
+    int8x64,
+    int32x16,
+    map_tokens,
+    token_pointer,
+)
+from npllama.kernels.simd import TRIPLE, address, call, constant, has, i8, i64, read, write
+from npllama.numbers.groups import BLOCK_ROWS, GROUP
 
-TOKENS = 2 * TILE
+TOKENS = 2 * TOKEN_TILE
 """Tokens that the unit takes at once."""
 
-LEVELS_BYTES = ROWS * GROUP
-COUNTS = TOKENS * ROWS
+LEVELS_BYTES = BLOCK_ROWS * GROUP
+COUNTS = TOKENS * BLOCK_ROWS
 """Bytes of a block's group as the unit reads it, and numbers in its sums."""
 
 SUMS, INPUT, WEIGHTS = (0, 1), (2, 3), 4
-SHAPES = dict.fromkeys(SUMS, (TILE, 4 * ROWS)) | dict.fromkeys(INPUT, (TILE, GROUP)) | {WEIGHTS: (GROUP // 4, 4 * ROWS)}
+SHAPES = (
+    dict.fromkeys(SUMS, (TOKEN_TILE, 4 * BLOCK_ROWS))
+    | dict.fromkeys(INPUT, (TOKEN_TILE, GROUP))
+    | {WEIGHTS: (GROUP // 4, 4 * BLOCK_ROWS)}
+)
 """What the registers are used for; lines, and bytes of a line."""
 
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
-def permitted() -> bool:
+def request_permission() -> bool:
     """Ask Linux for the unit, which a process may use only after that. It is asked at every start."""
     if not sys.platform.startswith("linux") or not TRIPLE.startswith("x86_64"):
         return False
     return ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
 
 
-USED = DOT == "vnni" and has("amx-tile") and has("amx-int8") and permitted()
+USED = DOT == "vnni" and has("amx-tile") and has("amx-int8") and request_permission()
 """Whether kernels are compiled for the unit. The target's features do not say it all: the system decides too."""
 
 
@@ -73,14 +87,14 @@ def release(typingctx):
 
 
 @intrinsic
-def count_products(typingctx, x, at, further, levels, begin, sums, i):
+def count_products(typingctx, x, at, tile_stride, levels, begin, sums, i):
     """Set the i-th COUNTS numbers of sums, token by token: sum_k x[m, k] * the levels of row n from `begin` on.
 
     Tokens m = 0 .. TILE-1 stand in x[at ...], the next TILE so much further.
     """
 
     def generate(context, builder, signature, args):
-        x, at, further, levels, begin, sums, i = args
+        x, at, tile_stride, levels, begin, sums, i = args
 
         def line(array_type, array, offset):
             return builder.bitcast(address(context, builder, array_type, array, offset), i8.as_pointer())
@@ -89,37 +103,37 @@ def count_products(typingctx, x, at, further, levels, begin, sums, i):
             call(builder, f"llvm.x86.{name}", ir.VoidType(), ir.Constant(i8, register), *operands)
 
         x_type, levels_type, sums_type = signature.args[0], signature.args[3], signature.args[5]
-        unit("tileloadd64", WEIGHTS, line(levels_type, levels, begin), ir.Constant(i64, 4 * ROWS))
+        unit("tileloadd64", WEIGHTS, line(levels_type, levels, begin), ir.Constant(i64, 4 * BLOCK_ROWS))
         for tile in range(2):
             unit("tilezero", SUMS[tile])
             unit("tileloadd64", INPUT[tile], line(x_type, x, at), ir.Constant(i64, GROUP))
             unit("tdpbssd", SUMS[tile], ir.Constant(i8, INPUT[tile]), ir.Constant(i8, WEIGHTS))
-            at = builder.add(at, further)
+            at = builder.add(at, tile_stride)
         start = builder.mul(i, ir.Constant(i64, COUNTS))
         for tile in range(2):
             into = builder.add(start, ir.Constant(i64, tile * COUNTS // 2))
-            unit("tilestored64", SUMS[tile], line(sums_type, sums, into), ir.Constant(i64, 4 * ROWS))
+            unit("tilestored64", SUMS[tile], line(sums_type, sums, into), ir.Constant(i64, 4 * BLOCK_ROWS))
         return context.get_dummy_value()
 
     return types.void(x, types.intp, types.intp, levels, types.intp, sums, types.intp), generate
 
 
 @intrinsic
-def add_scaled_products(typingctx, total, sums, i, scale, array, offset, further):
+def add_scaled_products(typingctx, total, sums, i, scale, array, offset, tile_stride):
     """codes.add_scaled with the i-th COUNTS numbers of sums; the scales of the second tile stand so much further."""
 
     def generate(context, builder, signature, args):
-        total, sums, i, scale, array, offset, further = args
+        total, sums, i, scale, array, offset, tile_stride = args
         start = address(context, builder, signature.args[1], sums, builder.mul(i, ir.Constant(i64, COUNTS)))
         scales = address(context, builder, signature.args[4], array, offset)
 
         def add(total_m, m):
-            count = read(builder, element(builder, start, m * ROWS), counts.llvm, 4)
-            return plus_scaled(builder, total_m, count, scale, token(builder, scales, m, further))
+            count = read(builder, element(builder, start, m * BLOCK_ROWS), int32x16.llvm, 4)
+            return add_scaled_ir(builder, total_m, count, scale, token_pointer(builder, scales, m, tile_stride))
 
-        return each(builder, add, total)
+        return map_tokens(builder, add, total)
 
-    return total(total, sums, types.intp, numbers, array, types.intp, types.intp), generate
+    return total(total, sums, types.intp, float32x16, array, types.intp, types.intp), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -128,15 +142,15 @@ def store_levels(typingctx, array, offset, value, shift):
 
     def generate(context, builder, signature, args):
         array, offset, value, _ = args
-        levels = builder.add(value, constant(codes.llvm, shift.literal_value))
+        levels = builder.add(value, constant(int8x64.llvm, shift.literal_value))
         write(builder, levels, address(context, builder, signature.args[0], array, offset))
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, codes, shift), generate
+    return types.void(array, types.intp, int8x64, shift), generate
 
 
 @intrinsic
-def to_line(typingctx, array):
+def bytes_to_line(typingctx, array):
     """Bytes from an array's beginning to the next line of memory: what crosses lines is read at half the speed."""
 
     def generate(context, builder, signature, args):

@@ -36,15 +36,15 @@ def has(feature: str) -> bool:
 
 
 FMA = has("fma") or (ARM64 and not PLAIN)
-HALF = has("f16c") or (ARM64 and not PLAIN)
-WIDE = has("avx512f") and has("avx512vl") and has("avx512bw") and has("avx512dq")
-WIDTH = 16 if WIDE else 8
-REGISTERS = 32 if WIDE else 16
+HAS_F16 = has("f16c") or (ARM64 and not PLAIN)
+AVX512 = has("avx512f") and has("avx512vl") and has("avx512bw") and has("avx512dq")
+WIDTH = 16 if AVX512 else 8
+REGISTERS = 32 if AVX512 else 16
 """Vector registers of WIDTH float32 that a tile may fill."""
-DOUBLES = WIDTH // 2
+WIDTH64 = WIDTH // 2
 """float64 numbers in such a register."""
 
-LINE_BY_LINE = not CPU.startswith("znver")
+PREFETCH_LINES = not CPU.startswith("znver")
 """Whether quantized kernels ask for memory as they go, a line at a time and into the second cache, in small loops.
 
 Else they ask for a group at once, into all caches, and their loops are written out. Single tokens of the 1.1B shape on
@@ -53,7 +53,7 @@ and 22.1. What fits into its third cache loses: the 110M shape in q4 0.95, in q8
 equally fast (0.97 to 1.01); on Zen 5 groups were measured, lines not; on Arm neither.
 """
 
-UNASKED = CPU == "znver4"
+NO_PREFETCH = CPU == "znver4"
 """Whether 8 and 16 bits per weight are read faster where memory is not asked for what comes next.
 
 Decoding on Zen 4: f16 1.03 to 1.15 times as fast unasked, q8 1.03 to 1.10, q4 0.93 to 0.96. On Zen 5 asking gains a
@@ -78,8 +78,8 @@ class VectorModel(models.PrimitiveModel):
 
 
 floats = VectorType(f32, WIDTH)
-doubles = VectorType(f64, DOUBLES)
-halves = ir.VectorType(i16, WIDTH)
+doubles = VectorType(f64, WIDTH64)
+bits16 = ir.VectorType(i16, WIDTH)
 
 
 # What the operations below are made of: functions of an LLVM builder, also for intrinsics that stand elsewhere.
@@ -129,7 +129,7 @@ def call(builder, name, result, *arguments):
     return builder.call(function, arguments)
 
 
-def prefetch_line(builder, pointer, offset, nearness=3):
+def prefetch(builder, pointer, offset, nearness=3):
     """Ask for the line of memory so many bytes from a pointer to bytes; it may lie outside of what is mapped.
 
     nearness: 3 for all caches, 2 for all but the first.
@@ -145,10 +145,10 @@ def multiply_add(builder, a, b, c):
     return builder.fadd(builder.fmul(a, b), c)
 
 
-def half_to_float(builder, bits):
+def widen_f16(builder, bits):
     """The float32 values of a vector of float16 bits."""
     lanes = bits.type.count
-    if HALF:
+    if HAS_F16:
         return builder.fpext(builder.bitcast(bits, ir.VectorType(f16, lanes)), ir.VectorType(f32, lanes))
     # Shifted into place the exponent is 112 too small: one exact multiplication puts it right, subnormals included.
     # Infinity and NaN (exponent 31) get the exponent of a float32's.
@@ -163,9 +163,9 @@ def half_to_float(builder, bits):
     return builder.bitcast(builder.or_(value, sign), numbers)
 
 
-def float_to_half(builder, number):
+def narrow_to_f16(builder, number):
     """The bits of the float16 nearest to a float32, half to even; beyond 65,504 infinity."""
-    if HALF:
+    if HAS_F16:
         return builder.bitcast(builder.fptrunc(number, f16), i16)
 
     def c(bits):
@@ -186,14 +186,14 @@ def float_to_half(builder, number):
     return builder.trunc(builder.or_(value, sign), i16)
 
 
-def brain_to_float(builder, bits):
+def widen_bf16(builder, bits):
     """The float32 values of a vector of bfloat16 bits."""
     ints = ir.VectorType(i32, bits.type.count)
     wide = builder.shl(builder.zext(bits, ints), constant(ints, 16))
     return builder.bitcast(wide, ir.VectorType(f32, bits.type.count))
 
 
-def larger(builder, a, b):
+def lane_max(builder, a, b):
     """The larger of two vectors' numbers in each lane."""
     return builder.select(builder.fcmp_ordered("<", a, b), b, a)
 
@@ -216,7 +216,7 @@ LOG2_HIGH, LOG2_LOW = 0.693147180369123816490, 1.90821492927058770002e-10  # the
 ROUND = 1.5 * 2.0**52  # adding it rounds to an integer, which then stands in the low bits
 
 
-def exponential(builder, x):
+def exp_ir(builder, x):
     """e^x = 2^n e^r of float64 with x = n log(2) + r: 0 below -708 and infinite above 709, NaN for NaN."""
     numbers, ints = x.type, ir.VectorType(i64, x.type.count)
 
@@ -237,7 +237,7 @@ def exponential(builder, x):
     return builder.select(builder.fcmp_ordered(">", x, c(709.0)), c(float("inf")), value)
 
 
-def fold(builder, a, lanes):
+def reduce_add(builder, a, lanes):
     """Halve a vector by adding its upper half to its lower half, until `lanes` are left."""
     while a.type.count > lanes:
         half = a.type.count // 2
@@ -279,8 +279,8 @@ def _loads(bits, widen, what):
 
 
 load, load_last = _loads(floats.llvm, lambda builder, value: value, "float32")
-load_half, load_last_half = _loads(halves, half_to_float, "float16, bits in a uint16 array, widened to float32,")
-load_brain, load_last_brain = _loads(halves, brain_to_float, "bfloat16, bits in a uint16 array, widened to float32,")
+load_f16, load_last_f16 = _loads(bits16, widen_f16, "float16, bits in a uint16 array, widened to float32,")
+load_bf16, load_last_bf16 = _loads(bits16, widen_bf16, "bfloat16, bits in a uint16 array, widened to float32,")
 
 
 @intrinsic
@@ -298,7 +298,7 @@ def narrow(typingctx, low, high):
     """The float32 nearest to the float64 of two vectors, end to end."""
 
     def generate(context, builder, signature, args):
-        few = ir.VectorType(f32, DOUBLES)
+        few = ir.VectorType(f32, WIDTH64)
         low, high = (builder.fptrunc(a, few) for a in args)
         return shuffle(builder, low, high, range(WIDTH))
 
@@ -308,10 +308,10 @@ def narrow(typingctx, low, high):
 @intrinsic(prefer_literal=True)
 def widened(typingctx, a, half):
     """The lower (half 0) or the upper (1) half of a vector's float32, as float64."""
-    start = half.literal_value * DOUBLES
+    start = half.literal_value * WIDTH64
 
     def generate(context, builder, signature, args):
-        return builder.fpext(shuffle(builder, args[0], args[0], range(start, start + DOUBLES)), doubles.llvm)
+        return builder.fpext(shuffle(builder, args[0], args[0], range(start, start + WIDTH64)), doubles.llvm)
 
     return doubles(floats, types.literal(half.literal_value)), generate
 
@@ -421,17 +421,17 @@ def _number(vector):
 
 
 @intrinsic
-def total(typingctx, a):
+def horizontal_sum(typingctx, a):
     """The sum of all lanes, by halves: lane i + lane i + n/2, and so on."""
 
     def generate(context, builder, signature, args):
-        return builder.extract_element(fold(builder, args[0], 1), ir.Constant(i32, 0))
+        return builder.extract_element(reduce_add(builder, args[0], 1), ir.Constant(i32, 0))
 
     return _number(a)(a), generate
 
 
 @intrinsic
-def keep_apart(typingctx):
+def noinline(typingctx):
     """Forbid to copy the function that calls this into its callers: large code is compiled again with every copy."""
 
     def generate(context, builder, signature, args):
@@ -452,7 +452,7 @@ def pointer(typingctx, array, offset):
 
 
 @intrinsic
-def element(typingctx, array, offset):
+def load_scalar(typingctx, array, offset):
     """The one number at array[offset], as it is stored."""
 
     def generate(context, builder, signature, args):
@@ -462,7 +462,7 @@ def element(typingctx, array, offset):
 
 
 @intrinsic
-def set_element(typingctx, array, offset, number):
+def store_scalar(typingctx, array, offset, number):
     """Write one number to array[offset]."""
 
     def generate(context, builder, signature, args):
@@ -473,14 +473,14 @@ def set_element(typingctx, array, offset, number):
 
 
 @intrinsic
-def highest(typingctx, a):
+def horizontal_max(typingctx, a):
     """The largest of all lanes."""
 
     def generate(context, builder, signature, args):
         a = args[0]
         while a.type.count > 1:
             half = a.type.count // 2
-            a = larger(builder, shuffle(builder, a, a, range(half)), shuffle(builder, a, a, range(half, 2 * half)))
+            a = lane_max(builder, shuffle(builder, a, a, range(half)), shuffle(builder, a, a, range(half, 2 * half)))
         return builder.extract_element(a, ir.Constant(i32, 0))
 
     return _number(a)(a), generate
@@ -491,7 +491,7 @@ def maximum(typingctx, a, b):
     """The larger of a and b in each lane."""
 
     def generate(context, builder, signature, args):
-        return larger(builder, *args)
+        return lane_max(builder, *args)
 
     return a(a, a), generate
 
@@ -501,23 +501,23 @@ def exp(typingctx, a):
     """e^a in each lane."""
 
     def generate(context, builder, signature, args):
-        return exponential(builder, args[0])
+        return exp_ir(builder, args[0])
 
     return doubles(doubles), generate
 
 
 @intrinsic
-def exp_one(typingctx, a):
+def exp_scalar(typingctx, a):
     """e^a of one number, as `exp` gives it."""
 
     def generate(context, builder, signature, args):
-        return builder.extract_element(exponential(builder, broadcast(builder, args[0], DOUBLES)), ir.Constant(i32, 0))
+        return builder.extract_element(exp_ir(builder, broadcast(builder, args[0], WIDTH64)), ir.Constant(i32, 0))
 
     return types.float64(types.float64), generate
 
 
 @intrinsic
-def brain(typingctx, bits):
+def bf16_to_f32(typingctx, bits):
     """The float32 value of one bfloat16's bits."""
 
     def generate(context, builder, signature, args):
@@ -527,22 +527,22 @@ def brain(typingctx, bits):
 
 
 @intrinsic
-def half(typingctx, bits):
+def f16_to_f32(typingctx, bits):
     """The float32 value of one float16's bits."""
 
     def generate(context, builder, signature, args):
         one = builder.bitcast(args[0], ir.VectorType(i16, 1))
-        return builder.extract_element(half_to_float(builder, one), ir.Constant(i32, 0))
+        return builder.extract_element(widen_f16(builder, one), ir.Constant(i32, 0))
 
     return types.float32(types.uint16), generate
 
 
 @intrinsic
-def half_bits(typingctx, number):
+def f32_to_f16(typingctx, number):
     """The bits of the float16 nearest to one float32."""
 
     def generate(context, builder, signature, args):
-        return float_to_half(builder, args[0])
+        return narrow_to_f16(builder, args[0])
 
     return types.uint16(types.float32), generate
 
@@ -576,13 +576,13 @@ def num_threads(typingctx):
 
 
 @njit(**INNER)
-def whole_vectors(n):
+def round_to_width(n):
     """n rounded up to a multiple of WIDTH."""
     return (n + WIDTH - 1) // WIDTH * WIDTH
 
 
 @njit(**INNER)
-def bounds(part, parts, N):
+def thread_bounds(part, parts, N):
     """A thread's part of N columns: whole vectors, as equal as can be."""
     vectors = (N + WIDTH - 1) // WIDTH
     return min(part * vectors // parts * WIDTH, N), min((part + 1) * vectors // parts * WIDTH, N)

@@ -1,6 +1,6 @@
 """Several matrices at once, as a parallel loop of Numba takes them: a tuple of arrays for each part of their format.
 
-Always MOST of them, the last ones without rows where there are fewer: one kernel, compiled once, serves any number.
+Always MAX_FUSED of them, the last ones empty where there are fewer: one kernel, compiled once, serves any number.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from numba import types
 from numba.core import imputils
 from numba.extending import intrinsic, overload, register_jitable
 
-MOST = 3
+MAX_FUSED = 3
 """Matrices at once: queries, keys and values."""
 
 
@@ -52,7 +52,7 @@ def _n_rows(w):
 
 @register_jitable
 def outputs(T, weights):
-    """An array for the products of T tokens with each of MOST weights."""
+    """An array for the products of T tokens with each of MAX_FUSED weights."""
     return (
         np.empty((T, n_rows(weights[0])), np.float32),
         np.empty((T, n_rows(weights[1])), np.float32),
@@ -60,10 +60,10 @@ def outputs(T, weights):
     )
 
 
-def filled(linears, weights):
-    """A function (x, weights) that gives MOST weights to `linears`, a kernel, and returns the products asked for.
+def padded_to_max(linears, weights):
+    """A function (x, weights) that gives MAX_FUSED weights to `linears`, a kernel, and returns the products asked for.
 
-    weights: the type of a tuple of 1 to MOST weights of one format.
+    weights: the type of a tuple of 1 to MAX_FUSED weights of one format.
     """
     if len(weights) == 1:
         return lambda x, ws: linears(x, (ws[0], no_rows(ws[0]), no_rows(ws[0])))[:1]

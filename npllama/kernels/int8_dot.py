@@ -17,54 +17,55 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from npllama.kernels.vector import (
+from npllama.kernels.simd import (
     ARM64,
-    LINE_BY_LINE,
     PLAIN,
+    PREFETCH_LINES,
     VectorType,
     address,
-    brain_to_float,
     broadcast,
     call,
     constant,
     f32,
-    half_to_float,
     has,
     i8,
     i16,
     i32,
     i64,
-    prefetch_line,
+    prefetch,
     read,
     shuffle,
+    widen_bf16,
+    widen_f16,
     write,
 )
-from npllama.quant import GROUP, Q4_LEVELS, ROWS
+from npllama.numbers.groups import BLOCK_ROWS, GROUP
+from npllama.numbers.q4 import Q4_CODEBOOK
 
-codes = VectorType(i8, 4 * ROWS)
-counts = VectorType(i32, ROWS)
-numbers = VectorType(f32, ROWS)
+int8x64 = VectorType(i8, 4 * BLOCK_ROWS)
+int32x16 = VectorType(i32, BLOCK_ROWS)
+float32x16 = VectorType(f32, BLOCK_ROWS)
 
-TILE = 8
+TOKEN_TILE = 8
 """Tokens whose input stands together, group by group: see `token`."""
 
 DOT = "vnni" if has("avx512vnni") else "avxvnni" if has("avxvnni") else "avx2" if has("avx2") else "plain"
 """Which form of the dot product is compiled."""
 
-SIGN_FLIP = 128 if DOT in ("vnni", "avxvnni") else 0
+UNSIGNED_BIAS = 128 if DOT in ("vnni", "avxvnni") else 0
 """What these instructions, which want unsigned codes of a row, need added to signed ones."""
 
 
 # What the operations are made of: functions of an LLVM builder.
 
 
-def parts(builder, a, n):
+def split(builder, a, n):
     """A vector cut into n equal ones."""
     lanes = a.type.count // n
     return [shuffle(builder, a, a, range(i * lanes, (i + 1) * lanes)) for i in range(n)]
 
 
-def joined(builder, vectors):
+def concat(builder, vectors):
     """Vectors end to end; their number is a power of two."""
     while len(vectors) > 1:
         lanes = range(2 * vectors[0].type.count)
@@ -72,15 +73,15 @@ def joined(builder, vectors):
     return vectors[0]
 
 
-def narrower(n):
+def in_parts(n):
     """Makes a function of a builder and vectors work on n parts of each: for instructions narrower than a vector."""
 
     def decorate(function):
-        def in_parts(builder, *vectors):
-            pieces = zip(*(parts(builder, v, n) for v in vectors), strict=True)
-            return joined(builder, [function(builder, *piece) for piece in pieces])
+        def on_parts(builder, *vectors):
+            pieces = zip(*(split(builder, v, n) for v in vectors), strict=True)
+            return concat(builder, [function(builder, *piece) for piece in pieces])
 
-        return in_parts
+        return on_parts
 
     return decorate
 
@@ -106,14 +107,14 @@ def add_pairs(builder, total, narrow):
     return builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", total.type, narrow, constant(narrow.type, 1)))
 
 
-@narrower(2)
+@in_parts(2)
 def dot_small_avx2(builder, total, low, low_x, high, high_x):
     """For unsigned codes up to 64: four products stay in 16 bits, 4 * 64 * 127 = 32,512 < 2^15."""
     narrow = builder.add(multiply_pairs(builder, low, low_x), multiply_pairs(builder, high, high_x))
     return add_pairs(builder, total, narrow)
 
 
-@narrower(2)
+@in_parts(2)
 def dot_signed_avx2(builder, total, w, x):
     """For signed codes: |w| times x with w's sign; two products stay in 16 bits, 2 * 127 * 127 < 2^15."""
     magnitude = call(builder, f"llvm.abs.v{w.type.count}i8", w.type, w, ir.Constant(ir.IntType(1), 0))
@@ -147,7 +148,7 @@ def dot_unsigned(builder, total, w, x):
     if DOT == "vnni":
         return dot_vnni(builder, total, w, x)
     if DOT == "avxvnni":
-        return narrower(2)(dot_vnni)(builder, total, w, x)
+        return in_parts(2)(dot_vnni)(builder, total, w, x)
     return dot_plain(builder, total, w, x, signed=False)
 
 
@@ -155,20 +156,22 @@ def dot_signed(builder, total, w, x):
     """total + w . x for signed row codes; where SIGN_FLIP is not 0: for w + SIGN_FLIP."""
     if DOT == "avx2":
         return dot_signed_avx2(builder, total, w, x)
-    if SIGN_FLIP:
+    if UNSIGNED_BIAS:
         return dot_unsigned(builder, total, w, x)
     return dot_plain(builder, total, w, x, signed=True)
 
 
-def look_up(builder, index):
-    """Q4_LEVELS of each lane's index, less the lowest level: 0 to 64."""
-    table = [level - Q4_LEVELS[0] for level in Q4_LEVELS]
+def codebook_lookup(builder, index):
+    """Q4_CODEBOOK of each lane's index, less the lowest level: 0 to 64."""
+    table = [level - Q4_CODEBOOK[0] for level in Q4_CODEBOOK]
     if has("avx512bw"):
-        return look_up_with(builder, "llvm.x86.avx512.pshuf.b.512", table, index)
+        return codebook_lookup_with(builder, "llvm.x86.avx512.pshuf.b.512", table, index)
     if has("avx2"):
-        return narrower(2)(lambda b, i: look_up_with(b, "llvm.x86.avx2.pshuf.b", table, i))(builder, index)
+        return in_parts(2)(lambda b, i: codebook_lookup_with(b, "llvm.x86.avx2.pshuf.b", table, i))(builder, index)
     if ARM64 and not PLAIN:
-        return narrower(4)(lambda b, i: look_up_with(b, "llvm.aarch64.neon.tbl1.v16i8", table, i))(builder, index)
+        return in_parts(4)(lambda b, i: codebook_lookup_with(b, "llvm.aarch64.neon.tbl1.v16i8", table, i))(
+            builder, index
+        )
     value = constant(index.type, table[0])
     for i in range(1, len(table)):
         step = builder.select(
@@ -180,7 +183,7 @@ def look_up(builder, index):
     return value
 
 
-def look_up_with(builder, name, table, index):
+def codebook_lookup_with(builder, name, table, index):
     """The instruction of this name: a table of 16 bytes for each 16 bytes of the index."""
     return call(builder, name, index.type, ir.Constant(index.type, table * (index.type.count // 16)), index)
 
@@ -190,17 +193,17 @@ def group_of(element):
     return ir.VectorType(element, GROUP)
 
 
-def each(builder, function, many):
+def map_tokens(builder, function, many):
     """A tuple of M vectors, as LLVM sees it, with function(vector, m) of each."""
     for m in range(many.type.count):
         many = builder.insert_value(many, function(builder.extract_value(many, m), m), m)
     return many
 
 
-def plus_scaled(builder, total, count, scale, x_scale):
+def add_scaled_ir(builder, total, count, scale, x_scale):
     """total + count * (scale * x_scale), rounded after each operation. x_scale: pointer to one float32."""
-    both = builder.fmul(scale, broadcast(builder, builder.load(x_scale), ROWS))
-    return builder.fadd(total, builder.fmul(builder.sitofp(count, numbers.llvm), both))
+    both = builder.fmul(scale, broadcast(builder, builder.load(x_scale), BLOCK_ROWS))
+    return builder.fadd(total, builder.fmul(builder.sitofp(count, float32x16.llvm), both))
 
 
 def element(builder, pointer, i):
@@ -208,14 +211,14 @@ def element(builder, pointer, i):
     return builder.gep(pointer, [ir.Constant(i64, i)])
 
 
-def token(builder, pointer, m, further, size=1):
+def token_pointer(builder, pointer, m, tile_stride, size=1):
     """Pointer to what belongs to token m, from one to what belongs to token 0; for each token it has so many numbers.
 
     The tokens of a tile stand together, those of the next so many tokens' numbers further.
     """
-    if m >= TILE:
-        pointer = builder.gep(pointer, [builder.mul(further, ir.Constant(i64, m // TILE * size))])
-    return element(builder, pointer, m % TILE * size)
+    if m >= TOKEN_TILE:
+        pointer = builder.gep(pointer, [builder.mul(tile_stride, ir.Constant(i64, m // TOKEN_TILE * size))])
+    return element(builder, pointer, m % TOKEN_TILE * size)
 
 
 # The operations.
@@ -226,9 +229,9 @@ def load_codes(typingctx, array, offset):
     """16 rows times 4 columns of codes from array[offset] on."""
 
     def generate(context, builder, signature, args):
-        return read(builder, address(context, builder, signature.args[0], *args), codes.llvm)
+        return read(builder, address(context, builder, signature.args[0], *args), int8x64.llvm)
 
-    return codes(array, types.intp), generate
+    return int8x64(array, types.intp), generate
 
 
 @intrinsic
@@ -236,9 +239,9 @@ def low_levels(typingctx, packed):
     """The levels that the lower four bits of each byte stand for, 0 to 64."""
 
     def generate(context, builder, signature, args):
-        return look_up(builder, builder.and_(args[0], constant(codes.llvm, 15)))
+        return codebook_lookup(builder, builder.and_(args[0], constant(int8x64.llvm, 15)))
 
-    return codes(codes), generate
+    return int8x64(int8x64), generate
 
 
 @intrinsic
@@ -248,13 +251,13 @@ def high_levels(typingctx, packed):
     def generate(context, builder, signature, args):
         pairs = as_element(builder, args[0], i16)  # x86 shifts no bytes
         shifted = as_element(builder, builder.lshr(pairs, constant(pairs.type, 4)), i8)
-        return look_up(builder, builder.and_(shifted, constant(codes.llvm, 15)))
+        return codebook_lookup(builder, builder.and_(shifted, constant(int8x64.llvm, 15)))
 
-    return codes(codes), generate
+    return int8x64(int8x64), generate
 
 
 @intrinsic(prefer_literal=True)
-def six_bits(typingctx, packed, tops, i):
+def unpack_6bit(typingctx, packed, tops, i):
     """Codes of six bits, 0 to 63: the lower (i even) or upper half of each byte, and above it bits 2 i and 2 i + 1."""
     i = i.literal_value
 
@@ -264,30 +267,30 @@ def six_bits(typingctx, packed, tops, i):
             packed = builder.lshr(packed, constant(packed.type, 4))
         shift = builder.shl if i < 2 else builder.lshr
         tops = shift(tops, constant(tops.type, abs(4 - 2 * i)))
-        low = builder.and_(as_element(builder, packed, i8), constant(codes.llvm, 15))
-        return builder.or_(low, builder.and_(as_element(builder, tops, i8), constant(codes.llvm, 0x30)))
+        low = builder.and_(as_element(builder, packed, i8), constant(int8x64.llvm, 15))
+        return builder.or_(low, builder.and_(as_element(builder, tops, i8), constant(int8x64.llvm, 0x30)))
 
-    return codes(codes, codes, types.literal(i)), generate
+    return int8x64(int8x64, int8x64, types.literal(i)), generate
 
 
 @intrinsic
-def flip_sign(typingctx, signed):
+def to_unsigned(typingctx, signed):
     """Signed codes as `dot_signed_codes` wants them: plus SIGN_FLIP."""
 
     def generate(context, builder, signature, args):
-        return builder.xor(args[0], constant(codes.llvm, SIGN_FLIP)) if SIGN_FLIP else args[0]
+        return builder.xor(args[0], constant(int8x64.llvm, UNSIGNED_BIAS)) if UNSIGNED_BIAS else args[0]
 
-    return codes(codes), generate
+    return int8x64(int8x64), generate
 
 
-def _asks(where, nearness):
+def _prefetches(where, nearness):
     """Makes an operation that asks for memory where that is how it is done, and does nothing elsewhere."""
 
     def operation(typingctx, array, offset, n_bytes):
         def generate(context, builder, signature, args):
             pointer = builder.bitcast(address(context, builder, signature.args[0], *args[:2]), i8.as_pointer())
             for line in range(0, n_bytes.literal_value if where else 0, 64):
-                prefetch_line(builder, pointer, line, nearness)
+                prefetch(builder, pointer, line, nearness)
             return context.get_dummy_value()
 
         return types.void(array, types.intp, n_bytes), generate
@@ -296,15 +299,15 @@ def _asks(where, nearness):
     return intrinsic(prefer_literal=True)(operation)
 
 
-ask_group, ask_line = _asks(not LINE_BY_LINE, 3), _asks(LINE_BY_LINE, 2)
+prefetch_group, prefetch_line = _prefetches(not PREFETCH_LINES, 3), _prefetches(PREFETCH_LINES, 2)
 
 
 @intrinsic
-def turns(typingctx, n):
+def opaque_count(typingctx, n):
     """n turns of a loop over a group's codes: hidden from the compiler where that is to stay a loop (LINE_BY_LINE)."""
 
     def generate(context, builder, signature, args):
-        if not LINE_BY_LINE:
+        if not PREFETCH_LINES:
             return args[0]
         return builder.asm(ir.FunctionType(i64, [i64]), "", "=r,0", [args[0]], side_effect=True)
 
@@ -313,21 +316,21 @@ def turns(typingctx, n):
 
 @intrinsic
 def load_scales(typingctx, array, offset):
-    """The 8-bit scales of 16 rows from array[offset] on, widened: see quant.SCALES."""
+    """The 8-bit scales of 16 rows from array[offset] on, widened: see groups.SCALES."""
 
     def generate(context, builder, signature, args):
         pointer = address(context, builder, signature.args[0], *args)
-        signed = builder.sext(read(builder, pointer, ir.VectorType(i8, ROWS)), ir.VectorType(i16, ROWS))
+        signed = builder.sext(read(builder, pointer, ir.VectorType(i8, BLOCK_ROWS)), ir.VectorType(i16, BLOCK_ROWS))
         bits = builder.and_(builder.shl(signed, constant(signed.type, 5)), constant(signed.type, 0x8FE0))
-        return half_to_float(builder, bits)
+        return widen_f16(builder, bits)
 
-    return numbers(array, types.intp), generate
+    return float32x16(array, types.intp), generate
 
 
 @intrinsic(prefer_literal=True)
 def zeros(typingctx, n_tokens):
     """0 for each token and row."""
-    many = types.UniTuple(numbers, n_tokens.literal_value)
+    many = types.UniTuple(float32x16, n_tokens.literal_value)
 
     def generate(context, builder, signature, args):
         return ir.Constant(context.get_value_type(many), None)
@@ -336,101 +339,105 @@ def zeros(typingctx, n_tokens):
 
 
 @intrinsic(prefer_literal=True)
-def start_counts(typingctx, array, offset, further, n_tokens):
+def load_corrections(typingctx, array, offset, tile_stride, n_tokens):
     """For each token its integer, token 0's at array[offset], in every row."""
-    many = types.UniTuple(counts, n_tokens.literal_value)
+    many = types.UniTuple(int32x16, n_tokens.literal_value)
 
     def generate(context, builder, signature, args):
         pointer = address(context, builder, signature.args[0], *args[:2])
 
         def start(_, m):
-            return broadcast(builder, builder.load(token(builder, pointer, m, args[2])), ROWS)
+            return broadcast(builder, builder.load(token_pointer(builder, pointer, m, args[2])), BLOCK_ROWS)
 
-        return each(builder, start, ir.Constant(context.get_value_type(many), ir.Undefined))
+        return map_tokens(builder, start, ir.Constant(context.get_value_type(many), ir.Undefined))
 
     return many(array, types.intp, types.intp, n_tokens), generate
 
 
-def token_codes(builder, pointer, m, further, column):
+def token_codes(builder, pointer, m, tile_stride, column):
     """Four codes of token m from a column of the group on, repeated for every row."""
-    at = builder.bitcast(element(builder, token(builder, pointer, m, further, GROUP), column), i32.as_pointer())
+    at = builder.bitcast(
+        element(builder, token_pointer(builder, pointer, m, tile_stride, GROUP), column), i32.as_pointer()
+    )
     four = builder.load(at)
     four.align = 4
-    return as_element(builder, broadcast(builder, four, ROWS), i8)
+    return as_element(builder, broadcast(builder, four, BLOCK_ROWS), i8)
 
 
 @intrinsic
-def dot_levels(typingctx, total, low, high, array, offset, further):
+def dot8(typingctx, total, low, high, array, offset, tile_stride):
     """For each token: total + its codes, token 0's from array[offset] on, times four low and four high levels."""
 
     def generate(context, builder, signature, args):
-        total, low, high, array, offset, further = args
+        total, low, high, array, offset, tile_stride = args
         pointer = address(context, builder, signature.args[3], array, offset)
 
         def dot(sum_m, m):
-            x = [token_codes(builder, pointer, m, further, column) for column in (0, 4)]
+            x = [token_codes(builder, pointer, m, tile_stride, column) for column in (0, 4)]
             return dot_small(builder, sum_m, low, x[0], high, x[1])
 
-        return each(builder, dot, total)
+        return map_tokens(builder, dot, total)
 
-    return total(total, codes, codes, array, types.intp, types.intp), generate
+    return total(total, int8x64, int8x64, array, types.intp, types.intp), generate
 
 
 @intrinsic
-def dot_signed_codes(typingctx, total, w, array, offset, further):
+def dot4_signed(typingctx, total, w, array, offset, tile_stride):
     """For each token: total + its four codes, token 0's from array[offset] on, times w's (see `flip_sign`)."""
 
     def generate(context, builder, signature, args):
-        total, w, array, offset, further = args
+        total, w, array, offset, tile_stride = args
         pointer = address(context, builder, signature.args[2], array, offset)
 
         def dot(sum_m, m):
-            return dot_signed(builder, sum_m, w, token_codes(builder, pointer, m, further, 0))
+            return dot_signed(builder, sum_m, w, token_codes(builder, pointer, m, tile_stride, 0))
 
-        return each(builder, dot, total)
+        return map_tokens(builder, dot, total)
 
-    return total(total, codes, array, types.intp, types.intp), generate
+    return total(total, int8x64, array, types.intp, types.intp), generate
 
 
 @intrinsic
-def add_scaled(typingctx, total, count, scale, array, offset, further):
+def add_scaled(typingctx, total, count, scale, array, offset, tile_stride):
     """For each token: total + count * (scale * its number), token 0's at array[offset]; each rounded as in NumPy."""
 
     def generate(context, builder, signature, args):
-        total, count, scale, array, offset, further = args
+        total, count, scale, array, offset, tile_stride = args
         pointer = address(context, builder, signature.args[3], array, offset)
 
         def add(total_m, m):
-            x_scale = token(builder, pointer, m, further)
-            return plus_scaled(builder, total_m, builder.extract_value(count, m), scale, x_scale)
+            x_scale = token_pointer(builder, pointer, m, tile_stride)
+            return add_scaled_ir(builder, total_m, builder.extract_value(count, m), scale, x_scale)
 
-        return each(builder, add, total)
+        return map_tokens(builder, add, total)
 
-    return total(total, count, numbers, array, types.intp, types.intp), generate
+    return total(total, count, float32x16, array, types.intp, types.intp), generate
 
 
 @intrinsic
-def times_rows(typingctx, total, array, offset):
+def scale_rows(typingctx, total, array, offset):
     """For each token: total times the bfloat16 of 16 rows from array[offset] on."""
 
     def generate(context, builder, signature, args):
         total, array, offset = args
-        bits = read(builder, address(context, builder, signature.args[1], array, offset), ir.VectorType(i16, ROWS), 2)
-        rows = brain_to_float(builder, bits)
-        return each(builder, lambda total_m, m: builder.fmul(total_m, rows), total)
+        bits = read(
+            builder, address(context, builder, signature.args[1], array, offset), ir.VectorType(i16, BLOCK_ROWS), 2
+        )
+        rows = widen_bf16(builder, bits)
+        return map_tokens(builder, lambda total_m, m: builder.fmul(total_m, rows), total)
 
     return total(total, array, types.intp), generate
 
 
 @intrinsic
-def store_rows(typingctx, array, offset, stride, values, n_tokens, n_rows):
+def store_tile(typingctx, array, offset, stride, values, n_tokens, n_rows):
     """Write the first n_rows (or all) rows of the first n_tokens (or all) tokens m to array[offset + stride * m] on."""
 
     def generate(context, builder, signature, args):
         array, offset, stride, values, n_tokens, n_rows = args
         start = address(context, builder, signature.args[0], array, offset)
-        buffer = cgutils.alloca_once(builder, numbers.llvm)
-        whole = builder.icmp_signed(">=", n_rows, ir.Constant(i64, ROWS))
+        buffer = cgutils.alloca_once(builder, float32x16.llvm)
+        whole = builder.icmp_signed(">=", n_rows, ir.Constant(i64, BLOCK_ROWS))
         for m in range(values.type.count):
             index = ir.Constant(i64, m)
             value, row = builder.extract_value(values, m), builder.gep(start, [builder.mul(stride, index)])
@@ -446,7 +453,7 @@ def store_rows(typingctx, array, offset, stride, values, n_tokens, n_rows):
 
 
 @intrinsic
-def largest(typingctx, array, offset):
+def abs_max(typingctx, array, offset):
     """max |x| of the group of float32 from array[offset] on; NaN if one is NaN."""
 
     def generate(context, builder, signature, args):

@@ -16,12 +16,12 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from npllama.kernels import vector
+from npllama.kernels import simd
 from npllama.kernels.flags import INNER
-from npllama.kernels.vector import WIDTH, floats, halves, i64, load, load_last, store
+from npllama.kernels.simd import WIDTH, bits16, floats, i64, load, load_last, store
 
 
-class Rows(NamedTuple):
+class StridedRows(NamedTuple):
     """Rows of a matrix: where the first begins, and how many elements further the next does.
 
     The pointer does not keep its array alive: take it from an argument of the function, whose caller holds it.
@@ -31,35 +31,35 @@ class Rows(NamedTuple):
     stride: int
 
 
-def read_float(builder, pointer):
+def read_f32(builder, pointer):
     """WIDTH float32."""
-    return vector.read(builder, pointer, floats.llvm, 4)
+    return simd.read(builder, pointer, floats.llvm, 4)
 
 
-def read_half(builder, pointer):
+def read_f16(builder, pointer):
     """WIDTH float16 -> float32."""
-    return vector.half_to_float(builder, vector.read(builder, pointer, halves, 2))
+    return simd.widen_f16(builder, simd.read(builder, pointer, bits16, 2))
 
 
-def read_brain(builder, pointer):
+def read_bf16(builder, pointer):
     """WIDTH bfloat16 -> float32."""
-    return vector.brain_to_float(builder, vector.read(builder, pointer, halves, 2))
+    return simd.widen_bf16(builder, simd.read(builder, pointer, bits16, 2))
 
 
-AHEAD = 4096
+PREFETCH_BYTES = 4096
 """Bytes from the numbers that are read to those that are asked for."""
 
 
-def ahead(read):
+def with_prefetch(read):
     """The same reading, and memory asked for what comes AHEAD bytes later."""
-    if vector.UNASKED:
+    if simd.NO_PREFETCH:
         return read
 
-    def read_ahead(builder, pointer):
-        vector.prefetch_line(builder, builder.bitcast(pointer, vector.i8.as_pointer()), AHEAD)
+    def read_and_prefetch(builder, pointer):
+        simd.prefetch(builder, builder.bitcast(pointer, simd.i8.as_pointer()), PREFETCH_BYTES)
         return read(builder, pointer)
 
-    return read_ahead
+    return read_and_prefetch
 
 
 def make_dots(rows, read):
@@ -71,8 +71,8 @@ def make_dots(rows, read):
             x, w, y, columns = args
             sums = _sums(builder, _rows(builder, x, 1)[0], _rows(builder, w, rows), columns, read)
             for one, place in zip(sums, _rows(builder, y, rows), strict=True):
-                lanes = vector.fold(builder, builder.load(one), 1)
-                builder.store(builder.extract_element(lanes, ir.Constant(vector.i32, 0)), place)
+                lanes = simd.reduce_add(builder, builder.load(one), 1)
+                builder.store(builder.extract_element(lanes, ir.Constant(simd.i32, 0)), place)
             return context.get_dummy_value()
 
         return types.void(x, w, y, types.intp), generate
@@ -88,21 +88,21 @@ def _rows(builder, rows, n):
 
 def _sums(builder, x_row, w_rows, columns, read):
     """sums[r] = the lanes of the product of x's row and w's row r, after a loop over the columns."""
-    zero = vector.constant(floats.llvm, 0.0)
+    zero = simd.constant(floats.llvm, 0.0)
     sums = [cgutils.alloca_once_value(builder, zero) for _ in w_rows]
     width = ir.Constant(i64, WIDTH)
     last = builder.sub(columns, width)  # where w's last, perhaps overlapping, vector begins
     with cgutils.for_range_slice(builder, ir.Constant(i64, 0), columns, width, inc=True) as (k, _):
         j = builder.select(builder.icmp_signed("<", k, last), k, last)
-        numbers = read_float(builder, builder.gep(x_row, [k]))
+        numbers = read_f32(builder, builder.gep(x_row, [k]))
         for one, row in zip(sums, w_rows, strict=True):
             weights = read(builder, builder.gep(row, [j]))
-            builder.store(vector.multiply_add(builder, numbers, weights, builder.load(one)), one)
+            builder.store(simd.multiply_add(builder, numbers, weights, builder.load(one)), one)
     return sums
 
 
 @intrinsic
-def below(typingctx, rows, n):
+def skip_rows(typingctx, rows, n):
     """The rows from the n-th on."""
 
     def generate(context, builder, signature, args):
@@ -114,7 +114,7 @@ def below(typingctx, rows, n):
 
 
 @intrinsic
-def along(typingctx, rows, k):
+def skip_columns(typingctx, rows, k):
     """The rows from their column k on."""
 
     def generate(context, builder, signature, args):
@@ -127,7 +127,7 @@ def along(typingctx, rows, k):
 @njit(**INNER)
 def copy_row(x, at, columns, out, out_at):
     """Copy a row for tiles: whole vectors, then the rest at the end of a vector of zeros."""
-    vector.keep_apart()
+    simd.noinline()
     whole = columns // WIDTH * WIDTH
     for k in range(0, whole, WIDTH):
         store(out, out_at + k, load(x, at + k))

@@ -8,7 +8,7 @@ from typing import Any
 from numba import njit
 
 from npllama import ops
-from npllama.kernels import attention, linear, steps  # noqa: F401 (importing registers the overloads)
+from npllama.kernels import attention, elementwise, linear  # noqa: F401 (importing registers the overloads)
 from npllama.kernels.flags import SERIAL
 
 
@@ -57,7 +57,7 @@ def swiglu_alone(gate, up):
     return ops.swiglu(gate, up)
 
 
-STEPS: dict[str, Callable[..., Any]] = {
+OPS: dict[str, Callable[..., Any]] = {
     "embed": embed_alone,
     "rms_norm": rms_norm_alone,
     "linear": linear_alone,

@@ -22,7 +22,7 @@ POSSIBLE = all(
 """Whether this version of Numba has the parts that are replaced here; without them it compiles as it always does."""
 
 
-class DeferredLibrary(codegen.JITCodeLibrary):
+class LinkOnceLibrary(codegen.JITCodeLibrary):
     """The code of one function, with that of all it calls linked in; machine code when its address is asked for."""
 
     _deferred = False
@@ -79,7 +79,7 @@ def compiled_as_one() -> Iterator[None]:
         def set_env(name: str, env: Any) -> None:
             environments.append((name, env))  # written into the code, which is not there yet
 
-        generator._library_class, generator.set_env = DeferredLibrary, set_env
+        generator._library_class, generator.set_env = LinkOnceLibrary, set_env
         try:
             yield
         finally:
