@@ -19,14 +19,15 @@ from typing import NamedTuple
 import numpy as np
 
 from npllama.errors import UsageError, quote
+from npllama.numbers.activations import quantize_rows
+from npllama.numbers.blocks import GROUP
 from npllama.numbers.f16 import F16, f16_bits, from_f16
-from npllama.numbers.groups import GROUP, quantize_rows
 
 EMPTY = -1
 
 
 class Rounded(NamedTuple):
-    """Keys or values in 8 bits, each head's row rounded in groups as groups.quantize_rows does it.
+    """Keys or values in 8 bits, each head's row rounded in groups as activations.quantize_rows does it.
 
     codes (L, N, G, S, E) int8, scales (L, N, G, S, groups) float32.
     """

@@ -15,7 +15,8 @@ import numpy as np
 
 from npllama.cache import KVCache, read, run_stop, store
 from npllama.numbers import Weight, format_of, widen_rows
-from npllama.numbers.groups import Grouped, quantize_rows
+from npllama.numbers.activations import quantize_rows
+from npllama.numbers.groups import Grouped
 
 # Scores of one attention step: at most this many, so that memory does not grow with T x S.
 MOST_SCORES = 1 << 21
@@ -70,7 +71,7 @@ def linear(x: np.ndarray, w: Weight) -> np.ndarray:
 
 
 def _grouped_linear(x: np.ndarray, w: Grouped) -> np.ndarray:
-    """Multiply rows, rounded by groups.quantize_rows, by a quantized matrix of Q groups of columns.
+    """Multiply rows, rounded by activations.quantize_rows, by a quantized matrix of Q groups of columns.
 
         y[t, n] = factor[n] * sum_q (sum_k level[n, q, k] * code[t, q, k]) * (scale[n, q] * x_scale[t, q])
 

@@ -6,14 +6,15 @@ import hashlib
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tiny_sentencepiece import BYTES, NORMAL, USUAL, written
 
 from npllama.config import ModelConfig
 from npllama.export import quantize_model
-from npllama.quant import bf16_bits
-from npllama.weights import GROUPED
+from npllama.numbers import FORMATS, named
+from npllama.numbers.bf16 import bf16_bits
 
 TINY = ModelConfig(
     dim=24,
@@ -100,11 +101,17 @@ def write_model_directory(
 
 def write_any_model(folder: Path, dtype: str, config: ModelConfig = TINY) -> None:
     """A tiny random model directory in any number format; the quantized ones are made of float32 by the exporter."""
-    if dtype not in GROUPED:
+    if not FORMATS[dtype].quantized:
         write_model_directory(folder, config, dtype=dtype)
         return
     write_model_directory(folder.with_name(f"{folder.name}-f32"), config)
     quantize_model(folder.with_name(f"{folder.name}-f32"), folder, dtype)
+
+
+def quantize(w: np.ndarray, number_format: str) -> Any:
+    """float32 (..., N, K) as the NamedTuple of a quantized format."""
+    found = named(number_format, quantized_only=True)
+    return found.assemble(found.encode(w, "f32"), w.shape)
 
 
 def stacked(weights: dict[str, np.ndarray], n_layers: int) -> dict[str, np.ndarray]:

@@ -6,12 +6,12 @@ import hashlib
 import json
 
 import numpy as np
+from helpers import quantize
 
 
 def products() -> dict[str, np.ndarray]:
     """Products of all formats, of awkward sizes, with a zero group."""
     from npllama.kernels.per_op import linear_alone
-    from npllama.quant import quantize
 
     rng, found = np.random.default_rng(0), {}
     for rows, columns in ((300, 172), (1030, 288)):

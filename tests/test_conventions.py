@@ -22,8 +22,9 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding
 # modules may import each other as long as there is no cycle.
 LAYERS = (
     {"errors"},
-    {"quant", "config", "strict_json", "version", "machine", "places", "sampling"},
-    {"checkpoints", "tokenizer", "staging"},
+    {"numbers", "config", "strict_json", "version", "machine", "places", "sampling"},
+    {"kinds", "tokenizer", "staging"},
+    {"checkpoints"},
     {"cache", "weights"},
     {"ops"},
     {"model"},

@@ -19,10 +19,13 @@ from helpers import TINY, as_dtype, random_weights, stacked, write_safetensors_c
 from npllama import export as module
 from npllama.errors import CheckpointError, NpllamaError, UsageError
 from npllama.export import encode, export
-from npllama.quant import BF16, F16, widen
-from npllama.weights import Weights, check_hashes, open_model
+from npllama.kinds import Weights
+from npllama.numbers import FORMATS, widen
+from npllama.numbers.bf16 import BF16
+from npllama.numbers.f16 import F16
+from npllama.weights import check_hashes, open_model
 
-FORMATS = ("f32", "f16", "bf16")
+PLAIN_FORMATS = ("f32", "f16", "bf16")
 
 
 @pytest.fixture
@@ -46,8 +49,8 @@ def files(folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("target", FORMATS)
-@pytest.mark.parametrize("source", [*FORMATS, "f64"])
+@pytest.mark.parametrize("target", PLAIN_FORMATS)
+@pytest.mark.parametrize("source", [*PLAIN_FORMATS, "f64"])
 def test_every_weight_arrives_rounded_once_to_the_format_asked_for(tmp_path: Path, source: str, target: str):
     weights = write_safetensors_checkpoint(tmp_path / "c", dtype=source)
     export(tmp_path / "c", tmp_path / "m", dtype=target)
@@ -127,7 +130,7 @@ def test_a_number_that_is_not_finite_is_found_without_conversion_too(tmp_path: P
 
 def test_the_largest_float16_is_accepted():
     block = np.array([[65504.0, -65519.0]], np.float32)
-    bits = encode("f16", block, "f32", "w", 0)["bits"]
+    bits = encode(FORMATS["f16"], block, "f32", "w", 0)["bits"]
     assert bits.view(np.float16).tolist() == [[65504.0, -65504.0]]
 
 
@@ -162,7 +165,7 @@ def test_numpy_reads_the_files(tmp_path: Path, checkpoint: Path):
         np.testing.assert_array_equal(np.load(tmp_path / "m" / f"{kind}.npy"), expected)
 
 
-@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("target", PLAIN_FORMATS)
 def test_memory_stays_below_twice_the_largest_tensor(tmp_path: Path, target: str):
     write_safetensors_checkpoint(tmp_path / "c", replace(TINY, n_layers=1, dim=600, hidden_dim=10_000))
     tracemalloc.start()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import quantize
 
 numba = pytest.importorskip("numba", reason="compiled kernels: numba is not installed")
 
@@ -22,7 +23,10 @@ from npllama.kernels.flags import SERIAL  # noqa: E402
 from npllama.kernels.int8_dot import DOT  # noqa: E402
 from npllama.kernels.per_op import linear_alone  # noqa: E402
 from npllama.kernels.simd import FEATURES, X86  # noqa: E402
-from npllama.quant import Q4, Q6, Q8, Coded, quantize, quantize_rows  # noqa: E402
+from npllama.numbers.activations import quantize_rows  # noqa: E402
+from npllama.numbers.q4 import Q4  # noqa: E402
+from npllama.numbers.q6 import Q6  # noqa: E402
+from npllama.numbers.q8 import Q8  # noqa: E402
 
 SHAPES = [(1, 1), (7, 8), (16, 32), (17, 33), (512, 64), (64, 172), (172, 64), (48, 288)]
 MANY = 43
@@ -38,7 +42,7 @@ def _same_number_of_threads() -> Iterator[None]:
     numba.set_num_threads(before)
 
 
-def problem(number_format: str, rows: int, columns: int, tokens: int) -> tuple[np.ndarray, Coded]:
+def problem(number_format: str, rows: int, columns: int, tokens: int) -> tuple[np.ndarray, Q8 | Q6 | Q4]:
     rng = np.random.default_rng(rows * 1000 + columns)
     w = rng.standard_normal((rows, columns), dtype=np.float32)
     return rng.standard_normal((tokens, columns), dtype=np.float32), quantize(w, number_format)
@@ -83,7 +87,7 @@ def test_zero_groups_of_weights_add_nothing(number_format):
     assert np.array_equal(linear_alone(x, w), ops.linear(x, w))
 
 
-def extreme_codes(number_format: str) -> tuple[np.ndarray, Coded]:
+def extreme_codes(number_format: str) -> tuple[np.ndarray, Q8 | Q6 | Q4]:
     """The largest codes of either sign on both sides: where sums of 16 bits would overflow if any did."""
     x = np.where(np.random.default_rng(0).random((MANY, 64)) < 0.5, np.float32(-1), np.float32(1))
     x[:2] = [[1], [-1]]

@@ -27,7 +27,8 @@ from torch_files import (
 
 from npllama.checkpoints import Checkpoint, open_checkpoint
 from npllama.errors import CheckpointError
-from npllama.quant import BF16, widen
+from npllama.numbers import widen
+from npllama.numbers.bf16 import BF16
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 

@@ -9,10 +9,13 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
+from helpers import quantize
 
 from npllama import cache as kv
 from npllama import ops
-from npllama.quant import BF16, F16, bf16_bits, f16_bits, quantize, widen
+from npllama.numbers import widen
+from npllama.numbers.bf16 import BF16, bf16_bits
+from npllama.numbers.f16 import F16, f16_bits
 
 THETA = 10000.0
 # float32 sums of up to a few hundred products of ordinary numbers: relative to the largest value of the result.

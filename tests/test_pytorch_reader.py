@@ -16,7 +16,8 @@ from npllama.checkpoints.layouts import read_tree
 from npllama.checkpoints.opcodes import Opaque
 from npllama.checkpoints.tensors import LARGEST_READ, Tensor, View
 from npllama.errors import CheckpointError
-from npllama.quant import BF16, widen
+from npllama.numbers import widen
+from npllama.numbers.bf16 import BF16
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 BASE = (np.arange(24, dtype=np.float32) / 4 - 3).reshape(4, 6)

@@ -15,7 +15,8 @@ from npllama.checkpoints.files import InputFile, Pool
 from npllama.checkpoints.layouts import read_tree
 from npllama.checkpoints.tensors import Tensor, View
 from npllama.errors import CheckpointError
-from npllama.quant import BF16, widen
+from npllama.numbers import widen
+from npllama.numbers.bf16 import BF16
 
 BASE = (np.arange(24, dtype=np.float32) / 4 - 3).reshape(4, 6)
 POOL = Pool()

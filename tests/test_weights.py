@@ -13,13 +13,13 @@ import pytest
 from helpers import TINY, as_dtype, stacked, write_model_directory
 
 from npllama.errors import ModelError, NpllamaError, UsageError
-from npllama.quant import BF16, F16
+from npllama.kinds import Weights, kind_shapes
+from npllama.numbers import ArraySpec
+from npllama.numbers.bf16 import BF16
+from npllama.numbers.f16 import F16
 from npllama.weights import (
     MOST_PADDING_ROWS,
-    ArraySpec,
-    Weights,
     check_hashes,
-    kind_shapes,
     npy_header,
     open_model,
     vocabulary_fits,

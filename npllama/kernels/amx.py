@@ -27,7 +27,7 @@ from npllama.kernels.int8_dot import (
     token_pointer,
 )
 from npllama.kernels.simd import TRIPLE, address, call, constant, has, i8, i64, read, write
-from npllama.numbers.groups import BLOCK_ROWS, GROUP
+from npllama.numbers.blocks import BLOCK_ROWS, GROUP
 
 TOKENS = 2 * TOKEN_TILE
 """Tokens that the unit takes at once."""

@@ -1,4 +1,4 @@
-"""ops.embed for q8, q6 and q4: one row out of the blocks that it stands in, interleaved with others (see numbers/groups.py)."""
+"""ops.embed for q8, q6 and q4: one row out of the block in which it stands, interleaved with others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numba import njit
 
 from npllama.kernels.flags import INNER
 from npllama.kernels.simd import bf16_to_f32
-from npllama.numbers.groups import BLOCK_ROWS, GROUP, SCALES
+from npllama.numbers.blocks import BLOCK_ROWS, GROUP, SCALES
 from npllama.numbers.q4 import Q4_CODEBOOK
 from npllama.numbers.q6 import NIBBLE_BYTES, Q6_LOWEST
 

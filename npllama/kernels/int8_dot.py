@@ -39,7 +39,7 @@ from npllama.kernels.simd import (
     widen_f16,
     write,
 )
-from npllama.numbers.groups import BLOCK_ROWS, GROUP
+from npllama.numbers.blocks import BLOCK_ROWS, GROUP
 from npllama.numbers.q4 import Q4_CODEBOOK
 
 int8x64 = VectorType(i8, 4 * BLOCK_ROWS)
@@ -316,7 +316,7 @@ def opaque_count(typingctx, n):
 
 @intrinsic
 def load_scales(typingctx, array, offset):
-    """The 8-bit scales of 16 rows from array[offset] on, widened: see groups.SCALES."""
+    """The 8-bit scales of 16 rows from array[offset] on, widened: see blocks.SCALES."""
 
     def generate(context, builder, signature, args):
         pointer = address(context, builder, signature.args[0], *args)

@@ -43,7 +43,8 @@ from npllama.kernels.int8_dot import (
     zeros,
 )
 from npllama.kernels.simd import NO_PREFETCH, PREFETCH_LINES, REGISTERS, noinline, num_threads
-from npllama.numbers.groups import BLOCK_ROWS, GROUP, SMALLEST_MAGNITUDE
+from npllama.numbers.activations import SMALLEST_MAGNITUDE
+from npllama.numbers.blocks import BLOCK_ROWS, GROUP
 from npllama.numbers.q4 import Q4_CODEBOOK
 from npllama.numbers.q6 import NIBBLE_BYTES, Q6_LOWEST
 
@@ -104,7 +105,7 @@ class Blocks(NamedTuple):
 
 @njit(**INNER)
 def group_scale(x, begin):
-    """The scale that groups.quantize_rows gives the group from x[begin] on, and what its numbers are multiplied by."""
+    """quantize_rows for the group from x[begin] on: its scale, and the factor of its numbers."""
     magnitude = abs_max(x, begin)
     if magnitude < np.float32(SMALLEST_MAGNITUDE):
         return np.float32(0), np.float32(0)
@@ -113,7 +114,7 @@ def group_scale(x, begin):
 
 @njit(**INNER)
 def quantize_group(x, begin, lowest, into, at):
-    """One group of groups.quantize_rows: the numbers from x[begin] on become group `at`."""
+    """One group of activations.quantize_rows: the numbers from x[begin] on become group `at`."""
     scale, factor = group_scale(x, begin)
     into.corrections[at] = lowest * round_group(x, begin, factor, into.codes, at * GROUP)
     into.scales[at] = scale
@@ -133,7 +134,7 @@ def n_tiles(T):
 
 @njit(**INNER)
 def quantize_tiles(x, lowest, into, begin, stop):
-    """groups.quantize_rows for the tiles begin .. stop-1."""
+    """activations.quantize_rows for the tiles begin .. stop-1."""
     T, K = x.shape
     whole, G, wide = K // GROUP, (K + GROUP - 1) // GROUP, n_wide_tiles(T)
     rest = np.zeros((1, GROUP), np.float32)

@@ -30,8 +30,8 @@ from npllama.kernels.simd import (
     store,
     store_scalar,
 )
+from npllama.numbers.blocks import GROUP
 from npllama.numbers.f16 import F16
-from npllama.numbers.groups import GROUP
 
 
 def pointers(stored):

@@ -6,8 +6,10 @@ Read in this order:
     f32.py          float32: a plain array
     f16.py          IEEE half precision
     bf16.py         bfloat16
-    groups.py       what q8, q6 and q4 share: blocks, groups, 8-bit scales; the input of their products
-    rounding.py     float32 to such a format: the search for scales
+    blocks.py       how numbers stand in a quantized matrix: groups of columns, blocks of rows, 8-bit scales
+    activations.py  the input of its products, rounded to 8 bits
+    rounding.py     float32 to such a matrix: the search for scales
+    groups.py       what q8, q6 and q4 share
     q8.py           8 bits
     q6.py           6 bits
     q4.py           4 bits

@@ -1,4 +1,4 @@
-"""What q8, q6 and q4 share: blocks of rows, groups of columns, 8-bit scales, and the 8-bit input of their products.
+"""What q8, q6 and q4 share: blocks of rows, groups of columns, 8-bit scales.
 
 GROUP neighbours of a row share a scale, and BLOCK_ROWS rows stand interleaved in a block, so that a vector holds the
 same columns of many rows and no sum runs across it. Blocks (B) and groups (Q) are whole: what is beyond the last row or
@@ -14,23 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from npllama.numbers.bf16 import bf16_bits, from_bf16
+from npllama.numbers.bf16 import from_bf16
+from npllama.numbers.blocks import BLOCK_ROWS, GROUP, SCALES
 from npllama.numbers.formats import ArraySpec, NumberFormat, UnstorableError, Weight, as_float32
-
-GROUP = 32
-"""Columns of a row that share a scale."""
-
-BLOCK_ROWS = 16
-"""Rows that stand interleaved."""
-
-_SCALE_CODES = np.arange(256, dtype=np.uint16)
-
-SCALES = ((_SCALE_CODES & 0x80) << 8 | (_SCALE_CODES & 0x7F) << 5).view(np.float16).astype(np.float32)
-"""What an 8-bit scale stands for: a float16 of its sign, the exponent's last two and the mantissa's first five bits.
-
-0 to 4.8e-4 in 127 steps that grow from 1.9e-6 fourfold, then the negative ones. A step is at most 1/32 of the scale
-down to an eighth of the largest scale of a row, then always the same.
-"""
+from npllama.numbers.rounding import LARGEST_WEIGHT, quantize
 
 
 class Grouped(NamedTuple):
@@ -86,8 +73,6 @@ class GroupedFormat(NumberFormat):
 
     def encode(self, block: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
         """As NumberFormat.encode says; `block` begins at a whole block of rows."""
-        from npllama.numbers.rounding import LARGEST_WEIGHT, quantize
-
         wide = as_float32(block, dtype)
         storable = np.abs(wide) <= LARGEST_WEIGHT  # not true for NaN
         if not storable.all():
@@ -142,40 +127,7 @@ def pack_nibbles(vectors: np.ndarray) -> np.ndarray:
     return packed.reshape(*vectors.shape[:2], -1)
 
 
-# ---------------------------------------------------------------- the input of products
-
-
-SMALLEST_MAGNITUDE = 1e-30
-"""A group of activations below it counts as zero: the quotient 127 / magnitude must not overflow."""
-
-
-def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Round the input of a product with a quantized matrix to 8 bits.
-
-        scale[t, q] = max_k |x[t, q, k]| / 127        code[t, q, k] = rint(x[t, q, k] * (127 / max_k |x[t, q, k]|))
-
-    x (T, K) float32. Every operation is float32, half rounds to even; a group that is not finite gets a scale that is
-    not finite. Returns codes (T, Q, GROUP) int8, zero beyond column K, and scales (T, Q) float32.
-    """
-    T, K = x.shape
-    n_groups = -(-K // GROUP)
-    groups = np.zeros((T, n_groups * GROUP), np.float32)
-    groups[:, :K] = x
-    groups = groups.reshape(T, n_groups, GROUP)  # (T, K) -> (T, Q, GROUP)
-    magnitude = np.abs(groups).max(axis=-1)
-    zero = magnitude < np.float32(SMALLEST_MAGNITUDE)
-    scale = np.where(zero, np.float32(0), magnitude / np.float32(127))
-    with np.errstate(invalid="ignore"):  # infinity times 0, and NaN as an integer: their scale is not finite either
-        factor = np.where(zero, np.float32(0), np.float32(127) / np.where(zero, np.float32(1), magnitude))
-        return np.rint(groups * factor[..., None]).astype(np.int8), scale
-
-
 def integers_nearest(w: np.ndarray, inverse: np.ndarray, low: int, high: int) -> np.ndarray:
     """`nearest` of a format whose levels are all integers from low to high."""
     level = np.rint(w * inverse[:, None])
     return np.clip(level, low, high, out=level)
-
-
-def factor_bits(largest_scales: np.ndarray) -> np.ndarray:
-    """The factor of each row, bfloat16 bits: its largest scale is then the largest that 8 bits stand for."""
-    return bf16_bits(largest_scales / SCALES[127])

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npllama.numbers.groups import BLOCK_ROWS, GROUP, GroupedFormat, integers_nearest, pack_nibbles, unpack_nibbles
+from npllama.numbers.blocks import BLOCK_ROWS, GROUP
+from npllama.numbers.groups import GroupedFormat, integers_nearest, pack_nibbles, unpack_nibbles
 
 Q6_LOWEST = -32
 """What the code 0 stands for. Levels span 64 as those of q4 do, and are multiplied in the same way."""

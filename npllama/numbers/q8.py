@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npllama.numbers.groups import BLOCK_ROWS, GROUP, GroupedFormat, integers_nearest
+from npllama.numbers.blocks import BLOCK_ROWS, GROUP
+from npllama.numbers.groups import GroupedFormat, integers_nearest
 
 
 class Q8(NamedTuple):
     """w = code * scale * factor, codes from -127 to 127, of `rows` rows and `columns` columns.
 
     codes (..., B, Q, 512) int8: byte 4 r + j of vector v is of row r, column 4 v + j. scales (..., B, Q, 16) uint8 (see
-    groups.SCALES), factors (..., B, 16) uint16 (bfloat16 bits).
+    blocks.SCALES), factors (..., B, 16) uint16 (bfloat16 bits).
     """
 
     codes: np.ndarray

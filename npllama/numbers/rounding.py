@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 
-from npllama.numbers.bf16 import from_bf16
-from npllama.numbers.groups import BLOCK_ROWS, GROUP, SCALES, GroupedFormat, factor_bits
+from npllama.numbers.bf16 import bf16_bits, from_bf16
+from npllama.numbers.blocks import BLOCK_ROWS, GROUP, SCALES
 
 CHUNK_NUMBERS = 1 << 17
 LARGEST_WEIGHT = 1e6
@@ -18,8 +19,17 @@ LARGEST_WEIGHT = 1e6
 MOST_WORKERS = 8
 
 
-def quantize(w: np.ndarray, grid: GroupedFormat) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float32 (..., N, K), finite and at most LARGEST_WEIGHT -> codes, scales, factors as GroupedFormat.arrays says."""
+class Grid(Protocol):
+    """What the search needs of a format (groups.GroupedFormat): its levels and how they are packed."""
+
+    @property
+    def targets(self) -> tuple[float, ...]: ...
+    def nearest(self, w: np.ndarray, inverse: np.ndarray) -> np.ndarray: ...
+    def pack(self, levels: np.ndarray) -> np.ndarray: ...
+
+
+def quantize(w: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float32 (..., N, K), finite, at most LARGEST_WEIGHT -> codes, scales, factors (see GroupedFormat)."""
     N, K = w.shape[-2:]
     B, Q = -(-N // BLOCK_ROWS), -(-K // GROUP)
     stacked = w.reshape(-1, N, K)
@@ -36,9 +46,7 @@ def quantize(w: np.ndarray, grid: GroupedFormat) -> tuple[np.ndarray, np.ndarray
     )
 
 
-def _quantize_blocks(
-    w: np.ndarray, begin: int, stop: int, grid: GroupedFormat
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _quantize_blocks(w: np.ndarray, begin: int, stop: int, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Blocks begin .. stop-1 of a matrix (N, K): codes (b, Q, bytes), scales (b, Q, ROWS), factors (b, ROWS)."""
     part = w[begin * BLOCK_ROWS : stop * BLOCK_ROWS]
     b, Q = -(-len(part) // BLOCK_ROWS), -(-part.shape[1] // GROUP)
@@ -46,7 +54,7 @@ def _quantize_blocks(
     whole[: len(part), : part.shape[1]] = part
     groups = whole.reshape(-1, GROUP)
     wanted = _best_scales(groups, grid)
-    factors = factor_bits(np.abs(wanted).reshape(-1, Q).max(axis=1))
+    factors = bf16_bits(np.abs(wanted).reshape(-1, Q).max(axis=1) / SCALES[127])
     scale, levels = _with_stored_scales(groups, wanted, from_bf16(factors).repeat(Q), grid)
     in_blocks = scale.reshape(b, BLOCK_ROWS, Q).transpose(0, 2, 1)
     return grid.pack(_vectors(levels, b, Q)), in_blocks, factors.reshape(b, BLOCK_ROWS)
@@ -59,7 +67,7 @@ def _vectors(levels: np.ndarray, b: int, Q: int) -> np.ndarray:
 
 
 def _with_stored_scales(
-    w: np.ndarray, wanted: np.ndarray, factors: np.ndarray, grid: GroupedFormat
+    w: np.ndarray, wanted: np.ndarray, factors: np.ndarray, grid: Grid
 ) -> tuple[np.ndarray, np.ndarray]:
     """The 8-bit scale above or below the wanted one, whichever leaves the smaller error, and its levels.
 
@@ -78,7 +86,7 @@ def _with_stored_scales(
     return np.where(below, codes[1], codes[0]), np.where(below[:, None], levels[1], levels[0])
 
 
-def _best_scales(w: np.ndarray, grid: GroupedFormat) -> np.ndarray:
+def _best_scales(w: np.ndarray, grid: Grid) -> np.ndarray:
     """The scale of each group: (n, GROUP) -> (n,) float32.
 
     For given levels q the best scale is w.q / q.q, and leaves the squared error w.w - (w.q)^2 / q.q. So candidates
