@@ -1,12 +1,14 @@
 """A table of odd checkpoints, as people have them: each row makes one, and says what is right for it.
 
-A row is a function of an empty folder with a decorator. `@loads` takes it into READ: the checkpoint must open, and its
-logits must be, to the bit, those of the weights that the row returns. `@refuses(what)` takes it into REFUSED: the error
-must be one line that contains `what`, a regular expression. A row may return (weights or None, the file to open).
+A row is a function of an empty folder with a decorator. `@loads(says)` takes it into READ: the checkpoint must be read, its
+logits must be, to the bit, those of the weights that the row returns, and a note must contain `says`. `@refuses(what)`
+takes it into REFUSED: the error must be one line that contains `what`, a regular expression. A row may return (weights or
+None, the file to open). A tokenizer of 300 pieces lies one folder above.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -28,14 +30,18 @@ from torch_files import (
 Weights = dict[str, np.ndarray]
 Maker = Callable[[Path], object]
 
-READ: dict[str, Maker] = {}
+READ: dict[str, tuple[Maker, str]] = {}
 REFUSED: dict[str, tuple[Maker, str]] = {}
 
 
-def loads(maker: Maker) -> Maker:
-    """Take a row into the table of checkpoints that are read."""
-    READ[maker.__name__] = maker
-    return maker
+def loads(says: str = "") -> Callable[[Maker], Maker]:
+    """Take a row into the table of checkpoints that are read, with a note that contains `says`."""
+
+    def take(maker: Maker) -> Maker:
+        READ[maker.__name__] = (maker, says)
+        return maker
+
+    return take
 
 
 def refuses(what: str) -> Callable[[Maker], Maker]:
@@ -115,13 +121,13 @@ def tied(weights: Weights) -> Weights:
 # Which file is the model ----------------------------------------------------------------------------------------------
 
 
-@loads
+@loads("model.safetensors is read; model.safetensors.index.json beside it is not")
 def an_index_of_an_older_model_with_its_shards(folder: Path) -> Weights:
     write_hugging_face(folder, seed=9, files=2)
     return write_hugging_face(folder, seed=1)
 
 
-@loads
+@loads("model.safetensors is read; model.safetensors.index.json beside it is not")
 def an_index_of_an_older_model_without_its_shards(folder: Path) -> Weights:
     write_hugging_face(folder, seed=9, files=2)
     for part in folder.glob("model-*"):
@@ -129,40 +135,34 @@ def an_index_of_an_older_model_without_its_shards(folder: Path) -> Weights:
     return write_hugging_face(folder, seed=1)
 
 
-@loads
+@loads("pytorch_model.bin is read; pytorch_model.bin.index.json beside it is not")
 def a_bin_index_of_an_older_model(folder: Path) -> Weights:
     write_hugging_face(folder, seed=9, files=2, suffix="bin")
     return write_hugging_face(folder, seed=1, suffix="bin")
 
 
-@loads
+@loads("index.json is read; pytorch_model.bin, pytorch_model.bin.index.json beside it is not")
 def a_bin_index_beside_safetensors_in_shards(folder: Path) -> Weights:
     write_hugging_face(folder, seed=9, suffix="bin")
     write_hugging_face(folder, seed=8, files=2, suffix="bin")
     return write_hugging_face(folder, seed=1, files=3)
 
 
-@loads
-def an_older_index_that_is_given_as_a_file(folder: Path) -> tuple[Weights, Path]:
-    write_hugging_face(folder, seed=9)
-    return write_hugging_face(folder, seed=1, files=2), folder / INDEX
-
-
-@loads
+@loads("the LoRA adapter beside it (adapter_model.safetensors) is not: merge it first")
 def an_adapter_beside_a_whole_model(folder: Path) -> Weights:
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(noted({"lora_A": np.ones((2, 2))}, {}))
     return write_hugging_face(folder)
 
 
-@loads
+@loads()
 def one_part_of_one_without_an_index(folder: Path) -> Weights:
     weights = write_hugging_face(folder)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     return weights
 
 
-@loads
+@loads()
 def one_part_of_one_in_the_older_format_given_as_a_file(folder: Path) -> tuple[Weights, Path]:
     weights = write_hugging_face(folder, suffix="bin")
     part = folder / "pytorch_model-00001-of-00001.bin"
@@ -170,14 +170,14 @@ def one_part_of_one_in_the_older_format_given_as_a_file(folder: Path) -> tuple[W
     return weights, part
 
 
-@loads
+@loads("model.safetensors is read; consolidated.safetensors beside it is not")
 def a_release_of_mistral_with_both_formats(folder: Path) -> Weights:
     (folder / "params.json").write_text(json.dumps(PARAMS))
     (folder / "consolidated.safetensors").write_bytes(noted({"x": np.ones(2)}, {}))
     return write_hugging_face(folder)
 
 
-@loads
+@loads()
 def consolidated_safetensors_alone(folder: Path) -> Weights:
     weights = random_weights(SMALL, 4)
     (folder / "params.json").write_text(json.dumps(PARAMS))
@@ -224,21 +224,21 @@ def a_checkpoint_one_folder_further(folder: Path) -> None:
 # Indexes and tensors --------------------------------------------------------------------------------------------------
 
 
-@loads
+@loads()
 def buffers_in_the_index_alone(folder: Path) -> Weights:
     weights, first, second = halves(folder)
     indexed(folder, first, second, ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.cos_cached"))
     return weights
 
 
-@loads
+@loads()
 def a_tied_head_in_the_index_alone(folder: Path) -> Weights:
     weights, first, second = halves(folder, tied=True)
     indexed(folder, first, second, ("lm_head.weight",))
     return tied(weights)
 
 
-@loads
+@loads()
 def a_shard_of_buffers_that_is_missing(folder: Path) -> Weights:
     weights, first, second = halves(folder)
     indexed(folder, first, second)
@@ -248,7 +248,7 @@ def a_shard_of_buffers_that_is_missing(folder: Path) -> Weights:
     return weights
 
 
-@loads
+@loads()
 def a_tensor_that_the_index_forgets(folder: Path) -> Weights:
     weights, first, second = halves(folder)
     indexed(folder, first, second)
@@ -258,7 +258,7 @@ def a_tensor_that_the_index_forgets(folder: Path) -> Weights:
     return weights
 
 
-@loads
+@loads()
 def equal_tensors_in_two_shards(folder: Path) -> Weights:
     weights, first, second = halves(folder)
     same = "model.embed_tokens.weight"
@@ -272,14 +272,7 @@ def unequal_tensors_in_two_shards(folder: Path) -> None:
     indexed(folder, first, {**second, "model.embed_tokens.weight": first["model.embed_tokens.weight"] * 2})
 
 
-@refuses("tensor 'model.norm.weight' is missing, though model.safetensors.index.json says it is there")
-def a_weight_in_the_index_alone(folder: Path) -> None:
-    _, first, second = halves(folder)
-    del second["model.norm.weight"]
-    indexed(folder, first, second, ("model.norm.weight",))
-
-
-@loads
+@loads()
 def tied_weights_of_save_model(folder: Path) -> Weights:
     """It keeps the first of the names in alphabetical order, and notes the other."""
     weights = write_hugging_face(folder, tied=True)
@@ -290,14 +283,14 @@ def tied_weights_of_save_model(folder: Path) -> Weights:
     return tied(weights)
 
 
-@loads
+@loads()
 def tied_weights_of_save_model_of_which_config_json_knows_nothing(folder: Path) -> Weights:
     weights = tied_weights_of_save_model(folder)
     (folder / "config.json").write_text(json.dumps(hugging_face_config(SMALL, tied=False)))
     return weights
 
 
-@loads
+@loads()
 def a_tied_embedding_under_the_name_of_the_head(folder: Path) -> Weights:
     weights = write_hugging_face(folder, tied=True)
     tensors = hugging_face_tensors(tied(weights))
@@ -324,12 +317,12 @@ BUFFERS: dict[str, np.ndarray] = {
 }
 
 
-@loads
+@loads()
 def buffers_of_all_versions(folder: Path) -> Weights:
     return hugging_face(folder, BUFFERS)
 
 
-@loads
+@loads()
 def masks_of_llama2c(folder: Path) -> Weights:
     weights = write_llama2c(folder, tied=False)
     tree = {f"_orig_mod.{name}.weight": stored(w) for name, w in weights.items()}
@@ -346,24 +339,24 @@ def zeros(part: str, modules: dict[str, int]) -> dict[str, np.ndarray]:
     return {f"model.layers.{l}.{part}.{m}.bias": np.zeros(n) for l in range(2) for m, n in modules.items()}
 
 
-@loads
+@loads("model.safetensors: 8 biases are all zero and were left out")
 def biases_that_are_all_zero(folder: Path) -> Weights:
     return hugging_face(folder, zeros("self_attn", ATTENTION))
 
 
-@loads
+@loads("14 biases are all zero and were left out")
 def biases_that_config_json_announces_and_are_all_zero(folder: Path) -> Weights:
     extra = {**zeros("self_attn", ATTENTION), **zeros("mlp", MLP)}
     return hugging_face(folder, extra, attention_bias=True, mlp_bias=True)
 
 
-@loads
+@loads()
 def biases_of_norms_and_head_that_are_minus_zero(folder: Path) -> Weights:
     extra = {"model.norm.bias": -np.zeros(24), "lm_head.bias": np.zeros(300)}
     return hugging_face(folder, extra, suffix="bin")
 
 
-@loads
+@loads()
 def zero_biases_of_a_release_of_meta(folder: Path) -> Weights:
     weights = write_meta(folder, use_biases=True)
     tree = {f"{name}.weight": stored(w) for name, w in weights.items()}
@@ -387,12 +380,12 @@ def biases_that_are_announced_and_missing(folder: Path) -> None:
 # Names that wrappers change -------------------------------------------------------------------------------------------
 
 
-@loads
+@loads("the names of its tensors begin with 'base_model.model.', which was left out")
 def names_of_a_merged_adapter(folder: Path) -> Weights:
     return hugging_face(folder, rename=lambda name: f"base_model.model.{name}")
 
 
-@loads
+@loads()
 def names_of_fsdp_and_activation_checkpointing(folder: Path) -> Weights:
     def rename(name: str) -> str:
         return "_fsdp_wrapped_module." + name.replace(".self_attn", "._checkpoint_wrapped_module.self_attn")
@@ -400,12 +393,12 @@ def names_of_fsdp_and_activation_checkpointing(folder: Path) -> Weights:
     return hugging_face(folder, rename=rename, suffix="bin")
 
 
-@loads
+@loads()
 def names_of_several_wrappers(folder: Path) -> Weights:
     return hugging_face(folder, rename=lambda name: f"_forward_module.module._orig_mod.model.{name}", suffix="bin")
 
 
-@loads
+@loads("last.ckpt: the names of its tensors begin with 'model.', which was left out")
 def a_lightning_checkpoint(folder: Path) -> tuple[Weights, Path]:
     weights = write_hugging_face(folder)
     (folder / "model.safetensors").unlink()
@@ -415,12 +408,12 @@ def a_lightning_checkpoint(folder: Path) -> tuple[Weights, Path]:
     return weights, path
 
 
-@loads
+@loads()
 def the_body_without_its_prefix(folder: Path) -> Weights:
     return hugging_face(folder, rename=lambda name: name.removeprefix("model."))
 
 
-@loads
+@loads("the names of its tensors begin with 'llm.', which was left out")
 def another_prefix_before_metas_names(folder: Path) -> Weights:
     weights = write_meta(folder)
     tree = {f"llm.module.{name}.weight": stored(w) for name, w in weights.items()}
@@ -428,7 +421,7 @@ def another_prefix_before_metas_names(folder: Path) -> Weights:
     return weights
 
 
-@loads
+@loads()
 def a_tensor_under_two_names_that_are_one(folder: Path) -> Weights:
     weights = write_hugging_face(folder)
     tensors = hugging_face_tensors(weights)
@@ -458,60 +451,52 @@ def quantized_tensors_without_a_word_in_the_config(folder: Path) -> None:
 # What config.json says ------------------------------------------------------------------------------------------------
 
 
-@loads
+@loads()
 def positions_scaled_by_one(folder: Path) -> Weights:
     return config(folder, rope_scaling={"type": "linear", "factor": 1.0})
 
 
-@loads
+@loads()
 def yarn_by_one(folder: Path) -> Weights:
     said = {"rope_type": "yarn", "factor": 1, "beta_fast": 32, "original_max_position_embeddings": 4096}
     return config(folder, rope_scaling=said)
 
 
-@loads
+@loads()
 def llama_3s_scaling_by_one(folder: Path) -> Weights:
     said = {"rope_type": "llama3", "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     return config(folder, rope_theta=None, rope_parameters={**said, "rope_theta": 10000.0})
 
 
-@loads
+@loads()
 def a_factor_of_one_and_no_type(folder: Path) -> Weights:
     return config(folder, rope_scaling={"rope_type": None, "factor": 1.0})
 
 
-@refuses("config.json: rope_scaling asks for rotary positions of type 'yarn'")
-def yarn_with_another_attention_factor(folder: Path) -> None:
-    config(folder, rope_scaling={"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.2})
-
-
-@loads
+@loads()
 def bitsandbytes_switched_off(folder: Path) -> Weights:
     said = {"load_in_8bit": False, "load_in_4bit": False, "llm_int8_threshold": 6.0, "bnb_4bit_quant_type": "fp4"}
     return config(folder, quantization_config={**said, "quant_method": "bitsandbytes", "_load_in_8bit": False})
 
 
-@loads
+@loads()
 def a_quantization_config_of_nothing(folder: Path) -> Weights:
     return config(
         folder, quantization_config={"quant_method": "compressed-tensors", "config_groups": {}, "ignore": ["x"]}
     )
 
 
-@loads
+@loads()
 def an_empty_quantization_config(folder: Path) -> Weights:
     return config(folder, quantization_config={})
 
 
-@refuses("config.json: quantization_config is a dict: quantized weights")
-def bitsandbytes_switched_on(folder: Path) -> None:
-    config(folder, quantization_config={"load_in_8bit": False, "load_in_4bit": True, "quant_method": "bitsandbytes"})
-
-
-@loads
+@loads("vocabulary: the last 413 of 713 rows have no piece in the tokenizer")
 def a_vocabulary_padded_by_many_rows(folder: Path) -> Weights:
-    write_tokenizer(folder / "tokenizer.model", 260)
-    return write_hugging_face(folder)
+    weights = random_weights(dataclasses.replace(SMALL, vocab_size=713), 5)
+    write_hugging_face(folder, vocab_size=713)
+    (folder / "model.safetensors").write_bytes(noted(hugging_face_tensors(weights), {"format": "pt"}))
+    return weights
 
 
 @refuses("has 301 pieces, but the checkpoint's vocabulary has 300 rows: more pieces than rows")
@@ -523,12 +508,12 @@ def a_tokenizer_with_more_pieces_than_rows(folder: Path) -> None:
 # Files that are something else ----------------------------------------------------------------------------------------
 
 
-@loads
+@loads()
 def metadata_null(folder: Path) -> Weights:
     return hugging_face(folder, note=None)
 
 
-@loads
+@loads()
 def a_header_of_five_megabytes(folder: Path) -> Weights:
     return hugging_face(folder, note={"ss_tag_frequency": json.dumps({"a": 1}) * 10, "notes": "x" * (5 << 20)})
 
@@ -575,6 +560,19 @@ def a_page_for_the_tokenizer(folder: Path) -> None:
 @refuses("model.safetensors is a web page")
 def a_page_for_the_weights(folder: Path) -> None:
     replaced(folder, write_hugging_face, "model.safetensors", PAGE)
+
+
+@refuses("stories.bin looks like a llama2.c run.c file, whose first kind has no magic number; give the ckpt.pt")
+def a_file_of_llama2c_without_a_magic_number(folder: Path) -> tuple[None, Path]:
+    sizes = np.array([24, 64, 2, 6, 2, -300, 64], "<i4")
+    (folder / "stories.bin").write_bytes(sizes.tobytes() + bytes(4000))
+    return None, folder / "stories.bin"
+
+
+@refuses("model.safetensors is a text that begins with 'Access to model meta-llama/Llama-2-7b-hf is restricted")
+def words_of_a_server_for_the_weights(folder: Path) -> None:
+    text = b"Access to model meta-llama/Llama-2-7b-hf is restricted.\nPlease log in."
+    replaced(folder, write_hugging_face, "model.safetensors", text)
 
 
 @refuses("looked for .*; its SentencePiece file is needed, and tokenizer.json is another kind: take tokenizer.model of")

@@ -494,6 +494,16 @@ def test_two_checkpoints_in_one_folder_are_refused_until_one_is_named(tmp_path: 
     check(tmp_path / "ckpt.pt", llama2c, tied=True)
 
 
+def test_a_file_that_is_given_is_taken_whatever_lies_beside_it(tmp_path: Path) -> None:
+    whole = write_hugging_face(tmp_path, seed=1)
+    older = write_hugging_face(tmp_path, seed=2, suffix="bin")
+    parts = write_hugging_face(tmp_path, seed=3, files=2)
+    for name, weights in {"model.safetensors": whole, "pytorch_model.bin": older, INDEX: parts, "": whole}.items():
+        os.utime(tmp_path / name, (1, 1))  # files' times say nothing
+        check(tmp_path / name, weights)
+    check(tmp_path / "model-00001-of-00002.safetensors", parts)
+
+
 def test_any_file_of_a_checkpoint_opens_it(tmp_path: Path) -> None:
     meta = write_meta(tmp_path / "meta", shards=2)
     for name in ("params.json", "consolidated.01.pth"):
@@ -538,7 +548,12 @@ def test_the_state_of_an_optimizer_is_refused_by_name(tmp_path: Path) -> None:
         (["model.gguf", "README.md"], r"holds no checkpoint \('README\.md', 'model\.gguf'\)"),
         (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA adapter alone"),
         (["model-00001-of-00002.safetensors"], r"the index of model-00001-of-00002\.safetensors .* is missing"),
-        (["a.pt", "b.pt"], "holds no checkpoint"),
+        (["a.pt", "b.pt"], r"holds no checkpoint .*; if it is 'a\.pt', give that file"),
+        (["config.json", "model.fp16.safetensors", "training_args.bin"], r"if it is 'model\.fp16\.safetensors', give"),
+        (["adapter_model.bin"], "holds a LoRA adapter alone"),
+        (["adapters.npz", "config.json"], "holds a LoRA adapter alone"),
+        (["zero_to_fp32.py", "latest"], r"split; join it with its zero_to_fp32\.py"),
+        (["__0_0.distcp", ".metadata"], "split; join it with `accelerate merge-weights`"),
     ],
 )
 def test_a_folder_without_a_checkpoint_is_refused_with_what_it_holds(
@@ -553,6 +568,18 @@ def test_a_part_without_its_index_is_refused(tmp_path: Path) -> None:
     write_hugging_face(tmp_path, files=2)
     (tmp_path / INDEX).unlink()
     refused(tmp_path / "model-00001-of-00002.safetensors", rf"^{INDEX} is missing beside model-00001-of-00002")
+
+
+def test_a_variant_is_opened_by_any_of_its_files(tmp_path: Path) -> None:
+    weights = write_hugging_face(tmp_path, files=2)
+    text = (tmp_path / INDEX).read_text().replace("model-0", "model.fp16-0")
+    (tmp_path / INDEX).unlink()
+    (tmp_path / "model.safetensors.index.fp16.json").write_text(text)
+    for i in (1, 2):
+        part = tmp_path / f"model-0000{i}-of-00002.safetensors"
+        part.rename(tmp_path / f"model.fp16-0000{i}-of-00002.safetensors")
+    check(tmp_path / "model.safetensors.index.fp16.json", weights)
+    check(tmp_path / "model.fp16-00002-of-00002.safetensors", weights)
 
 
 def test_a_missing_config_json_is_named(tmp_path: Path) -> None:

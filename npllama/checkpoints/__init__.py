@@ -29,9 +29,10 @@ from npllama.errors import CheckpointError, quote
 
 __all__ = ["Checkpoint", "Tensor", "open_checkpoint"]
 
-NOT_WEIGHTS = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pt")
+NOT_WEIGHTS = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pt", "training_args.bin")
 ADAPTER = re.compile(r"(adapters?(_model)?|pytorch_lora_weights)\.(safetensors|bin|pt|npz)|adapter_config\.json")
 LONE_PART = re.compile(r".*-00001-of-00001\.(safetensors|bin)")
+WEIGHTS = re.compile(r".*\.(safetensors|bin|pth|pt|ckpt|gguf|h5|msgpack)")
 MOST_FOLDERS = 64  # looked into, to say where a checkpoint may be
 
 
@@ -112,7 +113,7 @@ def _open_file(path: Path, pool: Pool) -> Checkpoint:
         shards = [name for name in names if META_SHARD.fullmatch(name)]
         return open_meta(_complete(path.parent, shards or [path.name]), pool)
     if HF_SHARD.fullmatch(path.name):
-        index = path.parent / (re.sub(r"-\d{5}-of-\d{5}", "", path.name) + ".index.json")
+        index = path.parent / _index_of(path.name)
         if os.path.exists(index):
             return open_hugging_face(index, pool)
         if not LONE_PART.fullmatch(path.name):
@@ -125,6 +126,11 @@ def _open_file(path: Path, pool: Pool) -> Checkpoint:
         return open_llama2c(tree, file, pool)
     params_alone = os.path.exists(path.parent / "params.json") and not os.path.exists(path.parent / "config.json")
     return open_meta([path], pool) if params_alone or is_meta(tree, file) else open_hugging_face(path, pool)
+
+
+def _index_of(part: str) -> str:
+    """ "model.fp16-00001-of-00002.safetensors" -> "model.safetensors.index.fp16.json"."""
+    return re.sub(r"(\w+?)(\.[\w-]+)?-\d{5}-of-\d{5}\.(\w+)", r"\1.\3.index\2.json", part)
 
 
 def _complete(folder: Path, shards: list[str]) -> list[Path]:
@@ -153,6 +159,9 @@ def _nothing(folder: Path, files: list[str]) -> CheckpointError:
     shown = ", ".join(quote(name) for name in files[:5]) or "nothing"
     inside = [name for name in files[:MOST_FOLDERS] if _looks_like_a_checkpoint(folder / name)]
     where = f"; its folder {quote(inside[0])} holds one: give that" if inside else ""
+    other = [name for name in files if WEIGHTS.fullmatch(name) and name not in NOT_WEIGHTS]
+    if other and not inside:
+        where = f"; if it is {quote(other[0])}, give that file"
     return CheckpointError(
         f"{folder.name or folder} holds no checkpoint ({shown}{', ...' if len(files) > 5 else ''}); "
         f"consolidated.00.pth, model.safetensors, pytorch_model.bin or ckpt.pt is needed{where}"

@@ -21,8 +21,8 @@ from npllama.errors import CheckpointError, UsageError, quote
 
 META_SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 META_WHOLE = "consolidated.safetensors"
-INDEX = re.compile(r"(model\.safetensors|pytorch_model\.bin)\.index\.json")
-HF_SHARD = re.compile(r"(model|pytorch_model)-\d{5}-of-\d{5}\.(safetensors|bin)")
+INDEX = re.compile(r"(model\.safetensors|pytorch_model\.bin)\.index(\.[\w-]+)?\.json")
+HF_SHARD = re.compile(r"(model|pytorch_model)(\.[\w-]+)?-\d{5}-of-\d{5}\.(safetensors|bin)")
 HF_WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("model-00001-of-00001.safetensors", "pytorch_model-00001-of-00001.bin"),
@@ -93,8 +93,8 @@ def _meta_config(params: Mapping[str, object], shards: Sequence[Shard], context:
     if not isinstance(embedding, View) or len(embedding.shape) != 2:
         like = names.resembling("tok_embeddings.weight", (name for name in shards[0].tensors if "embed" in name))
         raise CheckpointError(
-            f"{shards[0].source} has no matrix 'tok_embeddings.weight'{f' (there is {quote(like)})' if like else ''}; it "
-            "is no checkpoint of Meta's LLaMA 2, which is what params.json belongs to"
+            f"{shards[0].source} has no matrix 'tok_embeddings.weight'{f' (there is {quote(like)})' if like else ''}; "
+            "it is no checkpoint of Meta's LLaMA 2, which is what params.json belongs to"
         )
     rows = embedding.shape[0]
     if embedding.shape[1] == params.get("dim"):
