@@ -1,9 +1,9 @@
 """A table of odd checkpoints, as people have them: each row makes one, and says what is right for it.
 
-A row is a function of an empty folder with a decorator. `@loads(says)` takes it into READ: the checkpoint must be read, its
-logits must be, to the bit, those of the weights that the row returns, and a note must contain `says`. `@refuses(what)`
-takes it into REFUSED: the error must be one line that contains `what`, a regular expression. A row may return (weights or
-None, the file to open). A tokenizer of 300 pieces lies one folder above.
+A row is a function of an empty folder with a decorator. `@loads(says)` takes it into READ: the checkpoint must be read,
+its logits must be, to the bit, those of the weights that the row returns, and a note must contain `says`.
+`@refuses(what)` takes it into REFUSED: the error must be one line that contains `what`, a regular expression. A row may
+return (weights or None, the file to open). A tokenizer of 300 pieces lies one folder above.
 """
 
 from __future__ import annotations
