@@ -7,6 +7,7 @@ Every function here raises UsageError; a caller who knows the file adds its name
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -202,7 +203,6 @@ def from_hugging_face(config: Mapping[str, object], generation: Mapping[str, obj
 HUGGING_FACE_REFUSED = {
     "attention_bias": "biases in attention",
     "mlp_bias": "biases in the feed-forward network",
-    "quantization_config": "quantized weights",
     "auto_map": "code that comes with the checkpoint",
 }
 
@@ -219,10 +219,28 @@ def _check_architecture(config: Mapping[str, object]) -> str:
         if not isinstance(name, str) or name.lower() not in ("llamaforcausallm", "mistralforcausallm"):
             raise UsageError(f"architectures names {_show(name)}, but LlamaForCausalLM is needed; use a language model")
     _refuse_set(config, HUGGING_FACE_REFUSED)
+    if not _quantizes_nothing(config.get("quantization_config")):
+        _refuse_set(config, {"quantization_config": "quantized weights"})
     activation = _get(config, "hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UsageError(f"hidden_act is {_show(activation)}, but LLaMA 2 uses 'silu'; use a LLaMA 2 checkpoint")
     return str(kind)
+
+
+QUANTIZATION_IS_IDLE = re.compile(
+    r"quant_method|bnb_4bit_.*|llm_int8_.*|modules_to_not_convert|ignore|format|.*version|.*status|.*compression_ratio"
+)
+"""Settings of quantization_config that say how, not whether, weights are quantized."""
+
+
+def _quantizes_nothing(settings: object) -> bool:
+    """Whether a quantization_config switches nothing on, as one of bitsandbytes without load_in_8bit or _4bit."""
+    if not isinstance(settings, dict):
+        return not settings
+    method = _get(settings, "quant_method", "none")
+    switches = {key: value for key, value in settings.items() if not QUANTIZATION_IS_IDLE.fullmatch(key)}
+    on = [key for key, value in switches.items() if value and not (key == "bits" and value in (16, 32))]
+    return method in ("none", "bitsandbytes", "compressed-tensors") and not on
 
 
 def _check_window(config: Mapping[str, object], kind: str, context: int) -> None:
@@ -245,19 +263,42 @@ def _rope_theta(config: Mapping[str, object]) -> Any:
         rope = _get(config, key, {})
         if not isinstance(rope, dict):
             raise UsageError(f"{key} is {_show(rope)}, but an object is needed; the config is damaged")
-        for name in ("rope_type", "type"):
-            kind = _get(rope, name, "default")
-            if kind != "default":
-                raise UsageError(f"{key} asks for rotary positions of type {_show(kind)}, which are not supported")
-        unknown = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if unknown or _get(rope, "partial_rotary_factor", 1.0) != 1.0:
-            raise UsageError(f"{key} sets {_show(sorted(unknown or ['partial_rotary_factor'])[0])}: not supported")
+        if not _changes_nothing(rope):
+            _check_rope(key, rope)
         found += [rope["rope_theta"]] if rope.get("rope_theta") is not None else []
     if _get(config, "partial_rotary_factor", 1.0) != 1.0:
         raise UsageError(f"partial_rotary_factor is {_show(config['partial_rotary_factor'])}: not supported")
     if any(theta != found[0] for theta in found):
         raise UsageError(f"rope_theta is said twice, {_show(found[0])} and {_show(found[-1])}; keep the right one")
     return found[0] if found else 10000.0
+
+
+SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3")
+SCALED_BY_FACTOR = {"original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"}
+SCALED_BY_FACTOR |= {"mscale", "mscale_all_dim", "truncate", "finetuned"}
+"""Numbers that only say how a factor other than 1 works. Source: transformers, modeling_rope_utils.py."""
+
+
+def _changes_nothing(rope: Mapping[str, object]) -> bool:
+    """Whether rotary positions are "scaled" by a factor of 1."""
+    known = all(_get(rope, name, "default") in SCALINGS for name in ("rope_type", "type"))
+    one = all(_is_one(_get(rope, name, 1.0)) for name in ("factor", "attention_factor", "partial_rotary_factor"))
+    others = rope.keys() - SCALED_BY_FACTOR - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    return _is_one(rope.get("factor")) and one and known and others <= {"factor", "attention_factor"}
+
+
+def _is_one(value: object) -> bool:
+    return not isinstance(value, bool) and value == 1
+
+
+def _check_rope(key: str, rope: Mapping[str, object]) -> None:
+    for name in ("rope_type", "type"):
+        kind = _get(rope, name, "default")
+        if kind != "default":
+            raise UsageError(f"{key} asks for rotary positions of type {_show(kind)}, which are not supported")
+    unknown = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if unknown or _get(rope, "partial_rotary_factor", 1.0) != 1.0:
+        raise UsageError(f"{key} sets {_show(sorted(unknown or ['partial_rotary_factor'])[0])}: not supported")
 
 
 def _head_dim(config: Mapping[str, object], dim: int, n_heads: int) -> Any:

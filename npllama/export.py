@@ -24,7 +24,7 @@ import numpy as np
 
 from npllama.checkpoints import Checkpoint, open_checkpoint
 from npllama.config import ModelConfig
-from npllama.errors import CheckpointError, ModelError
+from npllama.errors import CheckpointError, ModelError, quote
 from npllama.kinds import KINDS, kind_shapes, tensor_names
 from npllama.numbers import FORMATS, ArraySpec, NumberFormat, UnstorableError, Weight, named
 from npllama.numbers.formats import as_float32
@@ -33,7 +33,6 @@ from npllama.tokenizer import Tokenizer
 from npllama.weights import (
     FORMAT,
     MANIFEST,
-    MOST_PADDING_ROWS,
     TOKENIZER,
     VERSION,
     OpenModel,
@@ -103,6 +102,9 @@ def export(
             say(warning)
         tokenizer_file = find_tokenizer(source, tokenizer)
         say(f"tokenizer: {tokenizer_file}")
+        padding = source.config.vocab_size - Tokenizer(tokenizer_file).n_pieces
+        if padding:
+            say(f"vocabulary: the last {padding:,} of {source.config.vocab_size:,} rows have no piece in the tokenizer")
         return write_model(source, target, asked or own_format(source), tokenizer_file, force, progress)
 
 
@@ -176,25 +178,41 @@ def own_format(source: Checkpoint) -> NumberFormat:
 def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> Path:
     """The tokenizer that was asked for, else tokenizer.model in the checkpoint's folder, else in its parent.
 
-    Raises CheckpointError when there is none, or when it does not have the checkpoint's vocabulary.
+    A folder that was asked for stands for its tokenizer.model. Raises CheckpointError when there is none, or when it
+    does not have the checkpoint's vocabulary.
     """
     folder = source.folder
     parent = Path(os.path.realpath(folder)).parent
-    places = [Path(asked)] if asked is not None else [folder / TOKENIZER, parent / TOKENIZER]
-    path = next((place for place in places if place.is_file()), None)
+    places = [folder / TOKENIZER, parent / TOKENIZER]
+    if asked is not None:
+        places = [Path(asked, TOKENIZER) if os.path.isdir(asked) else Path(asked)]
+    path = next((place for place in places if os.path.isfile(place)), None)
     if path is None:
         looked = " and ".join(str(place) for place in places)
         raise CheckpointError(
-            f"{folder}: has no tokenizer (looked for {looked}); its SentencePiece file is needed: name it with "
-            f"--tokenizer FILE."
+            f"{folder}: has no tokenizer (looked for {looked}); its SentencePiece file is needed{_instead(places[0])}: "
+            f"name it with --tokenizer FILE."
         )
     pieces, rows = Tokenizer(path).n_pieces, source.config.vocab_size
     if not vocabulary_fits(pieces, rows):
         raise CheckpointError(
-            f"{path}: has {pieces:,} pieces, but the checkpoint's vocabulary has {rows:,}, which may be at most "
-            f"{MOST_PADDING_ROWS} more; name the tokenizer that belongs to it with --tokenizer FILE."
+            f"{path}: has {pieces:,} pieces, but the checkpoint's vocabulary has {rows:,} rows: more pieces than rows; "
+            f"name the tokenizer that belongs to it with --tokenizer FILE."
         )
     return path
+
+
+def _instead(place: Path) -> str:
+    """What lies where a tokenizer was looked for, and is none that is read, but may show where there is one."""
+    try:
+        names = sorted(os.listdir(place.parent))
+    except OSError:  # said already: nothing was found there
+        return ""
+    if other := next((name for name in names if name.endswith(".model")), None):
+        return f", which may be {quote(other)}"
+    if "tokenizer.json" in names:
+        return ", and tokenizer.json is another kind: take tokenizer.model of the model that this one was made from"
+    return ""
 
 
 def write_model(

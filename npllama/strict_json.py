@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from npllama import signatures
 from npllama.errors import UsageError, quote
 
 MAX_BYTES = 1 << 20
@@ -26,17 +29,37 @@ def parse(data: bytes, max_bytes: int = MAX_BYTES) -> object:
     Raises UsageError for more than `max_bytes`, bytes that are not UTF-8, nesting deeper than 32, a repeated key, NaN
     or infinity, a whole number of more than 18 digits, and whatever else is not JSON. Source: RFC 8259; stricter here.
     """
+    text = _decoded(data, max_bytes)
+    _check_depth(text)
+    with _one_error():
+        value: object = _DECODER.decode(text)
+    return value
+
+
+def parse_first(data: bytes) -> tuple[object, int]:
+    """The JSON value that `data` begins with, as `parse` reads it, and its size in bytes; UsageError."""
+    text = data.decode("utf-8", "ignore")  # the last character may be cut off
+    _check_depth(text)
+    with _one_error():
+        value, end = _DECODER.raw_decode(text)
+    return value, len(text[:end].encode())
+
+
+def _decoded(data: bytes, max_bytes: int) -> str:
     if len(data) > max_bytes:
         raise UsageError(f"{len(data):,} bytes of JSON, but at most {max_bytes:,} are read; this is another file")
+    if what := signatures.named(data[: signatures.HEAD]):
+        raise UsageError(f"it is {what}")
     try:
-        text = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"byte {error.start} is not UTF-8, but JSON must be; the file is damaged") from error
-    _check_depth(text)
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
     try:
-        return json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_whole, parse_float=_finite
-        )
+        yield
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise UsageError(f"not JSON ({error.msg} at {where}); the file is damaged or incomplete") from error
@@ -82,3 +105,6 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise UsageError(f"the number {quote(digits)} is too large; a finite number is needed")
     return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_whole, parse_float=_finite)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from npllama import signatures
 from npllama.errors import ModelError, UsageError, quote
 
 MAX_FILE_BYTES = 32 << 20
@@ -186,6 +187,8 @@ def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
             f"{path.name}: cannot read {quote(str(path))} ({error.strerror}); a SentencePiece model is needed. "
             f"Put the one that came with the checkpoint there."
         ) from error
+    if what := signatures.named(data[: signatures.HEAD]) or signatures.other_tokenizer(data[: signatures.HEAD]):
+        raise ModelError(_malformed(path, what))
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(data)

@@ -41,9 +41,6 @@ TOKENIZER = "tokenizer.model"
 LARGEST_TOKENIZER = 32 << 20
 LARGEST_NPY_HEADER = 10_000
 NPY_ALIGNMENT = 64
-# An embedding table may have this many rows more than the tokenizer has pieces: fine-tuned models add one for
-# padding, and round up to a multiple of 64.
-MOST_PADDING_ROWS = 64
 CHUNK_BYTES = 4 << 20
 
 Progress = Callable[[int, int, str], None]
@@ -64,9 +61,10 @@ def is_model_file(name: str) -> bool:
 def vocabulary_fits(pieces: int, vocab_size: int) -> bool:
     """Whether a tokenizer of so many pieces serves an embedding table of vocab_size rows.
 
-    Every piece needs a row; rows beyond the last piece are padding, which no text reaches, and must be few.
+    Every piece needs a row. Rows beyond the last piece are padding, which no text reaches, and may be any number: a
+    table is rounded up to what suits the hardware, or leaves room for tokens to come.
     """
-    return 0 <= vocab_size - pieces <= MOST_PADDING_ROWS
+    return 0 < pieces <= vocab_size
 
 
 class OpenModel:
@@ -359,7 +357,7 @@ def _check_tokenizer(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
     if type(size) is not int or not vocabulary_fits(size, config.vocab_size):
         raise ModelError(
             f"{path}: tokenizer: size is {quote(size)}, but vocab_size of the config is {config.vocab_size}; "
-            f"at most {MOST_PADDING_ROWS} more rows than pieces are accepted: {AGAIN}"
+            f"a number from 1 to that is needed, because every piece has a row of its own: {AGAIN}"
         )
     if sha256_hex(_read_small(folder / TOKENIZER, LARGEST_TOKENIZER)) != tokenizer["sha256"]:
         raise ModelError(

@@ -79,10 +79,15 @@ def write_safetensors_checkpoint(
 
 
 def write_model_directory(
-    folder: Path, config: ModelConfig = TINY, seed: int = 0, dtype: str = "f32", tied: bool = False
+    folder: Path,
+    config: ModelConfig = TINY,
+    seed: int = 0,
+    dtype: str = "f32",
+    tied: bool = False,
+    weights: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Write a model directory with np.save, not with the exporter; returns its weights by Meta's names, float32."""
-    weights = random_weights(config, seed, tied)
+    weights = random_weights(config, seed, tied) if weights is None else weights
     folder.mkdir(parents=True)
     write_tokenizer(folder / "tokenizer.model", config.vocab_size)
     digest = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()

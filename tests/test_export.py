@@ -251,16 +251,50 @@ def test_a_tokenizer_with_more_pieces_than_the_vocabulary_is_refused(tmp_path: P
     )
 
 
-def test_a_tokenizer_with_far_too_few_pieces_is_refused(tmp_path: Path):
-    write_safetensors_checkpoint(tmp_path / "c", replace(TINY, vocab_size=365))
+@pytest.mark.parametrize("rows", [301, 320, 365, 713])
+def test_a_vocabulary_padded_by_any_number_of_rows_is_accepted_and_said(tmp_path: Path, rows: int):
+    write_safetensors_checkpoint(tmp_path / "c", replace(TINY, vocab_size=rows))
     write_tokenizer(tmp_path / "c" / "tokenizer.model", 300)
-    assert "which may be at most 64 more" in refusal(CheckpointError, tmp_path / "c", tmp_path / "m")
+    notes: list[str] = []
+    assert export(tmp_path / "c", tmp_path / "m", note=notes.append)["tokenizer"]["size"] == 300
+    assert notes[1:] == [f"vocabulary: the last {rows - 300} of {rows} rows have no piece in the tokenizer"]
+    with open_model(tmp_path / "m") as model:
+        assert model.config.vocab_size == rows
 
 
-def test_a_padded_vocabulary_is_accepted(tmp_path: Path):
-    write_safetensors_checkpoint(tmp_path / "c", replace(TINY, vocab_size=320))
-    write_tokenizer(tmp_path / "c" / "tokenizer.model", 300)
-    assert export(tmp_path / "c", tmp_path / "m")["tokenizer"]["size"] == 300
+def test_a_folder_asked_for_stands_for_its_tokenizer(tmp_path: Path, checkpoint: Path):
+    (checkpoint / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    (tmp_path / "empty").mkdir()
+    export(checkpoint, tmp_path / "m", tokenizer=tmp_path)
+    message = refusal(CheckpointError, checkpoint, tmp_path / "n", tokenizer=tmp_path / "empty")
+    assert f"(looked for {tmp_path / 'empty' / 'tokenizer.model'})" in message
+
+
+def test_a_folder_with_another_kind_of_tokenizer_is_told_which_one_to_take(tmp_path: Path, checkpoint: Path):
+    (checkpoint / "tokenizer.model").rename(checkpoint / "spiece.model")
+    assert "which may be 'spiece.model'" in refusal(CheckpointError, checkpoint, tmp_path / "m")
+    (checkpoint / "spiece.model").unlink()
+    (checkpoint / "tokenizer.json").write_text('{"version": "1.0"}')
+    message = refusal(CheckpointError, checkpoint, tmp_path / "m")
+    assert "tokenizer.json is another kind: take tokenizer.model of the model that this one was made from" in message
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b' {"version": "1.0"}', "JSON, as tokenizer.json of Hugging Face's tokenizers library is"),
+        (b"IQ== 0\nIg== 1\n", "a list of tiktoken's, as LLaMA 3's tokenizer.model is"),
+        (b"\x1b\0\0\0" + bytes(4) + b"\5\0\0\0<unk>", "a tokenizer.bin of llama2.c"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git-LFS pointer, not the file itself"),
+        (b"\xef\xbb\xbf\n <Html>", "a web page"),
+        (b"GGUF\3\0\0\0", "a GGUF file"),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_named(tmp_path: Path, checkpoint: Path, data: bytes, what: str):
+    (tmp_path / "other").write_bytes(data)
+    message = refusal(NpllamaError, checkpoint, tmp_path / "m", tokenizer=tmp_path / "other")
+    assert message.startswith(f"other: found {what}")
+    assert "a SentencePiece tokenizer.model with <s> and </s> as control pieces is needed" in message
 
 
 def test_a_file_that_is_no_tokenizer_is_refused_before_anything_is_written(tmp_path: Path, checkpoint: Path):
