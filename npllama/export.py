@@ -25,8 +25,9 @@ import numpy as np
 from npllama.checkpoints import Checkpoint, open_checkpoint
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, ModelError, UsageError, quote
+from npllama.npy import ArraySpec, npy_header
 from npllama.quant import BF16, ROWS, Weight, bf16_bits, f16_bits, quantize, widen
-from npllama.staging import check_target, staged
+from npllama.staging import check_target, staged, sync_file, target_path
 from npllama.tokenizer import Tokenizer
 from npllama.weights import (
     FORMAT,
@@ -37,14 +38,13 @@ from npllama.weights import (
     STORED,
     TOKENIZER,
     VERSION,
-    ArraySpec,
     OpenModel,
     Progress,
     array_file,
     array_specs,
+    check_model,
     is_model_file,
     kind_shapes,
-    npy_header,
     open_model,
     sha256_hex,
     vocabulary_fits,
@@ -110,7 +110,7 @@ def export(
     """
     if dtype is not None and dtype not in STORED:
         raise UsageError(f"dtype {quote(dtype)} is not known; choose one of {', '.join(STORED)}.")
-    target = Path(os.path.realpath(out))
+    target = target_path(out)
     check_target(target, force, is_model_file)  # before gigabytes are read; once more when it is made
     say = note or (lambda text: None)
     with open_checkpoint(checkpoint) as source:
@@ -136,7 +136,7 @@ def quantize_model(
     """
     if dtype not in GROUPED:
         raise UsageError(f"dtype {quote(dtype)} is not a quantized format; choose one of {', '.join(GROUPED)}.")
-    target = Path(os.path.realpath(out))
+    target = target_path(out)
     check_target(target, force, is_model_file)
     with open_model(model) as opened:
         return write_model(OpenedSource(opened), target, dtype, opened.tokenizer_path, force, progress)
@@ -225,7 +225,7 @@ def write_model(
         del shapes["output"]
     formats = {kind: format_of(kind, number_format, source.tied) for kind in shapes}
     total = sum(spec.size_bytes for kind in shapes for spec in array_specs(formats[kind], shapes[kind]).values())
-    with staged(out, force, is_model_file) as folder:
+    with staged(out, force, is_model_file, MANIFEST) as folder:
         _check_space(out, total)
         meter = _Meter(total, progress)
         tensors = {k: _write_kind(source, folder, k, formats[k], shapes[k], meter) for k in shapes}
@@ -238,15 +238,18 @@ def write_model(
         }
         text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
         _write_file(folder / MANIFEST, text.encode("ascii"))
-        with open_model(folder) as result:
-            Tokenizer(result.tokenizer_path)
+        check_model(folder)
+        Tokenizer(folder / TOKENIZER)
     return manifest
 
 
 def _check_space(out: Path, needed: int) -> None:
-    """Better refused now than after ten minutes of writing."""
-    free = shutil.disk_usage(out.parent).free
-    if free < needed + SLACK_BYTES:
+    """Better refused now than after ten minutes of writing. Some file systems say nothing, or 0: then writing tells."""
+    try:
+        free = shutil.disk_usage(out.parent).free
+    except OSError:
+        return
+    if 0 < free < needed + SLACK_BYTES:
         raise ModelError(
             f"{out}: no space left on device: the model needs {needed + SLACK_BYTES:,} bytes, {free:,} are free in "
             f"{out.parent}; make room, choose another OUT, or a smaller --dtype."
@@ -387,7 +390,7 @@ class _ArrayFile:
     ) -> None:
         try:
             if error is None:
-                os.fsync(self._file.fileno())
+                sync_file(self._file.fileno())
         finally:
             self._file.close()
 
@@ -412,7 +415,7 @@ def _write_file(path: Path, data: bytes) -> None:
     """A small file, on the disk when this returns."""
     with open(path, "xb", buffering=0) as file:
         _write_all(file, data)
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
 
 
 def _copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:

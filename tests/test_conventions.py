@@ -23,7 +23,7 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding
 LAYERS = (
     {"errors"},
     {"quant", "config", "strict_json", "version", "machine", "places", "sampling"},
-    {"checkpoints", "tokenizer", "staging"},
+    {"checkpoints", "tokenizer", "staging", "npy"},
     {"cache", "weights"},
     {"ops"},
     {"model"},
