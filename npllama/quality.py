@@ -156,10 +156,9 @@ def _losses(p: np.ndarray, ids: np.ndarray) -> np.ndarray:
 def _perplexity(losses: np.ndarray) -> tuple[float, float | None]:
     """exp of the mean loss, and its standard error."""
     loss = float(losses.mean())
-    spread = float(losses.std()) / math.sqrt(len(losses))
     try:
         perplexity = math.exp(loss)
-        error = perplexity * spread
+        error = perplexity * float(losses.std()) / math.sqrt(len(losses))
     except OverflowError:
         error = math.inf
     if not math.isfinite(error):
