@@ -200,7 +200,7 @@ def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> 
     folder = source.folder
     parent = Path(os.path.realpath(folder)).parent
     places = [Path(asked)] if asked is not None else [folder / TOKENIZER, parent / TOKENIZER]
-    path = next((place for place in places if place.is_file()), None)
+    path = next((place for place in places if os.path.isfile(place)), None)  # False for what cannot be a path
     if path is None:
         looked = " and ".join(str(place) for place in places)
         raise CheckpointError(

@@ -455,3 +455,11 @@ def test_export_quantize_and_info_map_nothing_that_they_have_only_to_check(
     assert main(["info", str(tmp_path / "m"), "--check"]) == 0
     assert not failed
     assert "every file is as it was exported" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a/" * 3000 + "m", "a\0b"])
+def test_a_tokenizer_that_cannot_be_a_path_is_an_error_of_the_family(
+    tmp_path: Path, checkpoint: Path, name: str
+) -> None:
+    with pytest.raises(npllama.NpllamaError, match="has no tokenizer"):
+        export(checkpoint, tmp_path / "m", tokenizer=name)
