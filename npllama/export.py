@@ -26,9 +26,10 @@ from npllama.checkpoints import Checkpoint, open_checkpoint
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, ModelError, quote
 from npllama.kinds import KINDS, kind_shapes, tensor_names
+from npllama.npy import npy_header
 from npllama.numbers import FORMATS, ArraySpec, NumberFormat, UnstorableError, Weight, named
 from npllama.numbers.formats import as_float32
-from npllama.staging import check_target, staged
+from npllama.staging import check_target, staged, sync_file, target_path
 from npllama.tokenizer import Tokenizer
 from npllama.weights import (
     FORMAT,
@@ -38,8 +39,8 @@ from npllama.weights import (
     OpenModel,
     Progress,
     array_files,
+    check_model,
     is_model_file,
-    npy_header,
     open_model,
     sha256_hex,
     vocabulary_fits,
@@ -94,7 +95,7 @@ def export(
     for a dtype that does not exist.
     """
     asked = None if dtype is None else named(dtype)
-    target = Path(os.path.realpath(out))
+    target = target_path(out)
     check_target(target, force, is_model_file)  # before gigabytes are read; once more when it is made
     say = note or (lambda text: None)
     with open_checkpoint(checkpoint) as source:
@@ -121,7 +122,7 @@ def quantize_model(
     Raises ModelError for a model that cannot be read or is quantized already, UsageError for another dtype.
     """
     number_format = named(dtype, quantized_only=True)
-    target = Path(os.path.realpath(out))
+    target = target_path(out)
     check_target(target, force, is_model_file)
     with open_model(model) as opened:
         return write_model(OpenedSource(opened), target, number_format, opened.tokenizer_path, force, progress)
@@ -229,7 +230,7 @@ def write_model(
         del shapes["output"]
     formats = {kind: format_of(kind, number_format, source.tied) for kind in shapes}
     total = sum(spec.size_bytes for kind in shapes for spec in formats[kind].arrays(shapes[kind]).values())
-    with staged(out, force, is_model_file) as folder:
+    with staged(out, force, is_model_file, MANIFEST) as folder:
         _check_space(out, total)
         meter = _Meter(total, progress)
         tensors = {k: _write_kind(source, folder, k, formats[k], shapes[k], meter) for k in shapes}
@@ -242,15 +243,18 @@ def write_model(
         }
         text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
         _write_file(folder / MANIFEST, text.encode("ascii"))
-        with open_model(folder) as result:
-            Tokenizer(result.tokenizer_path)
+        check_model(folder)
+        Tokenizer(folder / TOKENIZER)
     return manifest
 
 
 def _check_space(out: Path, needed: int) -> None:
-    """Better refused now than after ten minutes of writing."""
-    free = shutil.disk_usage(out.parent).free
-    if free < needed + SLACK_BYTES:
+    """Better refused now than after ten minutes of writing. Some file systems say nothing, or 0: then writing tells."""
+    try:
+        free = shutil.disk_usage(out.parent).free
+    except OSError:
+        return
+    if 0 < free < needed + SLACK_BYTES:
         raise ModelError(
             f"{out}: no space left on device: the model needs {needed + SLACK_BYTES:,} bytes, {free:,} are free in "
             f"{out.parent}; make room, choose another OUT, or a smaller --dtype."
@@ -360,7 +364,7 @@ class _ArrayFile:
     ) -> None:
         try:
             if error is None:
-                os.fsync(self._file.fileno())
+                sync_file(self._file.fileno())
         finally:
             self._file.close()
 
@@ -385,7 +389,7 @@ def _write_file(path: Path, data: bytes) -> None:
     """A small file, on the disk when this returns."""
     with open(path, "xb", buffering=0) as file:
         _write_all(file, data)
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
 
 
 def _copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:

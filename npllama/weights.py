@@ -14,16 +14,14 @@ Axes: L layers, D model width, H query heads, G key/value heads, E head size, F 
 from __future__ import annotations
 
 import hashlib
-import math
-import mmap
+import logging
 import os
 import re
 import stat
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +29,17 @@ from npllama import strict_json
 from npllama.config import ModelConfig
 from npllama.errors import ModelError, UsageError, quote
 from npllama.kinds import KINDS, Weights, kind_shapes
+from npllama.npy import (
+    AGAIN,
+    map_array,
+    open_array,
+    open_regular,
+    prefetch,
+    read,
+    read_small,
+    reason,
+    unreadable,
+)
 from npllama.numbers import FORMATS, ArraySpec
 
 FORMAT = "npllama"
@@ -39,9 +48,9 @@ MANIFEST = "npllama.json"
 TOKENIZER = "tokenizer.model"
 
 LARGEST_TOKENIZER = 32 << 20
-LARGEST_NPY_HEADER = 10_000
-NPY_ALIGNMENT = 64
 CHUNK_BYTES = 4 << 20
+
+log = logging.getLogger("npllama")
 
 Progress = Callable[[int, int, str], None]
 """Called with (bytes done, bytes in all, what is being worked on)."""
@@ -79,7 +88,7 @@ class OpenModel:
         self.manifest = manifest
         self.config = config
         self.tokenizer_path = path / TOKENIZER
-        self.size_bytes = sum(spec.size_bytes for _, spec, _ in _arrays(manifest))
+        self.size_bytes = size_bytes(manifest)
         self._weights: Weights | None = _map_weights(path, manifest)
 
     @property
@@ -93,9 +102,7 @@ class OpenModel:
         """Ask the system to read the files ahead, so that the first tokens do not wait for the disk bit by bit."""
         for w in self.weights:
             for array in [w] if isinstance(w, np.ndarray) else [part for part in w if isinstance(part, np.ndarray)]:
-                mapped = _map_of(array)
-                if mapped is not None and hasattr(mapped, "madvise"):
-                    mapped.madvise(mmap.MADV_WILLNEED)
+                prefetch(array)
 
     def close(self) -> None:
         """Let go of the weights; their maps are freed with the last array that refers to them."""
@@ -117,12 +124,27 @@ def open_model(path: str | os.PathLike[str]) -> OpenModel:
     naming the file, for anything that is missing, malformed or does not fit together.
     """
     folder = Path(path)
+    return OpenModel(folder, *_checked(folder))
+
+
+def check_model(path: str | os.PathLike[str]) -> tuple[dict[str, Any], ModelConfig]:
+    """The manifest and config of a model directory, once all is checked that `open_model` checks. Maps nothing."""
+    folder = Path(path)
+    manifest, config = _checked(folder)
+    for name, spec, _ in _arrays(manifest):
+        with open_array(folder / name, spec):
+            pass
+    return manifest, config
+
+
+def _checked(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """Manifest and config, once everything but the arrays is what it must be."""
     _check_is_model_directory(folder)
     manifest = _read_manifest(folder)
     config = _checked_config(folder, manifest)
     _check_tensors(folder, manifest["tensors"], config)
     _check_tokenizer(folder, manifest["tokenizer"], config)
-    return OpenModel(folder, manifest, config)
+    return manifest, config
 
 
 def check_hashes(path: str | os.PathLike[str], progress: Progress | None = None) -> None:
@@ -130,19 +152,19 @@ def check_hashes(path: str | os.PathLike[str], progress: Progress | None = None)
 
     Raises ModelError that names the files whose contents changed since the export.
     """
-    with open_model(path) as model:
-        total = sum(os.path.getsize(model.path / name) for name, _, _ in _arrays(model.manifest))
-        done, damaged = 0, []
-        for name, _, expected in _arrays(model.manifest):
-            digest = hashlib.sha256()
-            with _open_regular(model.path / name) as file:
-                while chunk := _read(file, CHUNK_BYTES, name):
-                    digest.update(chunk)
-                    done += len(chunk)
-                    if progress:
-                        progress(done, total, name)
-            if digest.hexdigest() != expected:
-                damaged.append(name)
+    folder, (manifest, _) = Path(path), check_model(path)
+    total = sum(os.path.getsize(folder / name) for name, _, _ in _arrays(manifest))
+    done, damaged = 0, []
+    for name, _, expected in _arrays(manifest):
+        digest = hashlib.sha256()
+        with open_regular(folder / name) as file:
+            while chunk := read(file, CHUNK_BYTES, name):
+                digest.update(chunk)
+                done += len(chunk)
+                if progress:
+                    progress(done, total, name)
+        if digest.hexdigest() != expected:
+            damaged.append(name)
     if damaged:
         shown = ", ".join(damaged[:4]) + (f" and {len(damaged) - 4} more" if len(damaged) > 4 else "")
         raise ModelError(
@@ -156,21 +178,6 @@ def sha256_hex(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def npy_header(spec: ArraySpec) -> bytes:
-    """The bytes before the numbers of a .npy file, version 1.0, padded so that the numbers start at a multiple of 64.
-
-    Source: NumPy's documentation, numpy.lib.format.
-    """
-    text = _npy_dict(spec)
-    padding = -(10 + len(text) + 1) % NPY_ALIGNMENT
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + padding + 1) + text + b" " * padding + b"\n"
-
-
-def _npy_dict(spec: ArraySpec) -> bytes:
-    """The one spelling, NumPy's own, of the dictionary for an array in C order."""
-    return f"{{'descr': {spec.dtype!r}, 'fortran_order': False, 'shape': {spec.shape!r}, }}".encode("ascii")
-
-
 def _arrays(manifest: dict[str, Any]) -> Iterator[tuple[str, ArraySpec, str]]:
     """File name, what it must hold, and sha256 of every array of a checked manifest."""
     for tensor in manifest["tensors"].values():
@@ -178,51 +185,9 @@ def _arrays(manifest: dict[str, Any]) -> Iterator[tuple[str, ArraySpec, str]]:
             yield record["file"], ArraySpec(record["dtype"], tuple(record["shape"])), record["sha256"]
 
 
-# ---------------------------------------------------------------- files
-
-
-def _open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; a pipe or device, which could block or never end, is refused."""
-    try:
-        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except (OSError, ValueError) as error:
-        raise ModelError(_unreadable(path, error)) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ModelError(f"{path}: is not a regular file, which every file of a model directory must be; {AGAIN}")
-    return os.fdopen(descriptor, "rb", buffering=0)
-
-
-AGAIN = "export the checkpoint again."
-
-
-def _unreadable(path: Path, error: OSError | ValueError) -> str:
-    """What to say about a file that the system does not give."""
-    if isinstance(error, FileNotFoundError):
-        return f"{path}: is missing, and a model directory needs it; {AGAIN}"
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return f"{path}: cannot be read ({reason}), and a model needs every one of its files; check its permissions."
-
-
-def _read(file: BinaryIO, size: int, name: str) -> bytes:
-    """Up to `size` bytes; fewer only at the end of the file."""
-    try:
-        parts = [file.read(size)]
-        while parts[-1] and sum(map(len, parts)) < size:
-            parts.append(file.read(size - sum(map(len, parts))))
-    except OSError as error:
-        raise ModelError(_unreadable(Path(name), error)) from error
-    return b"".join(parts)
-
-
-def _read_small(path: Path, largest: int) -> bytes:
-    """A whole file that has no business being larger than `largest` bytes."""
-    with _open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > largest:
-            raise ModelError(f"{path}: has {size:,} bytes, at most {largest:,} are accepted; {AGAIN}")
-        return _read(file, size, path.name)
+def size_bytes(manifest: dict[str, Any]) -> int:
+    """Bytes of the numbers of all arrays of a checked manifest."""
+    return sum(spec.size_bytes for _, spec, _ in _arrays(manifest))
 
 
 # ---------------------------------------------------------------- the manifest
@@ -252,7 +217,7 @@ def _check_is_model_directory(folder: Path) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:  # a directory that may not be looked into
-        raise ModelError(_unreadable(folder / MANIFEST, error)) from error
+        raise ModelError(unreadable(folder / MANIFEST, error)) from error
     if any(any(folder.glob(sign)) for sign in CHECKPOINT_SIGNS):
         raise ModelError(
             f"{folder}: is a checkpoint, not a model directory (it holds no {MANIFEST}); convert it once with "
@@ -268,7 +233,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """npllama.json as strict JSON: an object of exactly the five keys of this version."""
     path = folder / MANIFEST
     try:
-        manifest = strict_json.parse_object(_read_small(path, strict_json.MAX_BYTES))
+        manifest = strict_json.parse_object(read_small(path, strict_json.MAX_BYTES))
     except UsageError as error:
         raise ModelError(f"{path}: {error}; {AGAIN}") from error
     if manifest.get("format") != FORMAT:
@@ -359,7 +324,7 @@ def _check_tokenizer(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
             f"{path}: tokenizer: size is {quote(size)}, but vocab_size of the config is {config.vocab_size}; "
             f"a number from 1 to that is needed, because every piece has a row of its own: {AGAIN}"
         )
-    if sha256_hex(_read_small(folder / TOKENIZER, LARGEST_TOKENIZER)) != tokenizer["sha256"]:
+    if sha256_hex(read_small(folder / TOKENIZER, LARGEST_TOKENIZER)) != tokenizer["sha256"]:
         raise ModelError(
             f"{folder / TOKENIZER}: is not the tokenizer that was exported (sha256 differs from {MANIFEST}); {AGAIN}"
         )
@@ -370,60 +335,17 @@ def _check_tokenizer(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
 
 def _map_weights(folder: Path, manifest: dict[str, Any]) -> Weights:
     found: dict[str, Any] = {}
+    refused: list[OSError | ValueError] = []  # one for each array that had to be read
     for kind, tensor in manifest["tensors"].items():
         arrays = {
-            part: _map_array(folder / record["file"], ArraySpec(record["dtype"], tuple(record["shape"])))
+            part: map_array(folder / record["file"], ArraySpec(record["dtype"], tuple(record["shape"])), refused)
             for part, record in tensor["arrays"].items()
         }
         found[kind] = FORMATS[tensor["format"]].assemble(arrays, tuple(tensor["shape"]))
     found.setdefault("output", found["tok_embeddings"])
-    return Weights(**found)
-
-
-def _map_array(path: Path, spec: ArraySpec) -> np.ndarray:
-    """Map one .npy file read-only, once header and size are exactly what they must be.
-
-    Why exactly: a file cut short would end the process when its missing part is touched, and longer or differently
-    laid out contents are not what was exported.
-    """
-    with _open_regular(path) as file:
-        offset = _check_npy_header(path, file, spec)
-        size, needed = os.fstat(file.fileno()).st_size, offset + spec.size_bytes
-        if size != needed:
-            raise ModelError(
-                f"{path}: has {size:,} bytes, shape {spec.shape} of {spec.dtype} needs exactly {needed:,}; {AGAIN}"
-            )
-        try:
-            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path}: cannot be mapped into memory ({error}); {size:,} bytes are needed.") from error
-    return np.frombuffer(mapped, np.dtype(spec.dtype), math.prod(spec.shape), offset).reshape(spec.shape)
-
-
-def _map_of(array: np.ndarray) -> mmap.mmap | None:
-    """The memory map that an array lies in; None for an empty array, which has none."""
-    base: Any = array
-    while isinstance(base, (np.ndarray, memoryview)):
-        base = base.base if isinstance(base, np.ndarray) else base.obj
-    return base if isinstance(base, mmap.mmap) else None
-
-
-def _check_npy_header(path: Path, file: BinaryIO, spec: ArraySpec) -> int:
-    """Where the numbers start. The header is not parsed but compared: there is one right spelling of it."""
-    start = _read(file, 12, path.name)
-    if start[:6] != b"\x93NUMPY" or start[6:8] not in (b"\x01\x00", b"\x02\x00") or len(start) < 12:
-        found = quote(start[:8].decode("latin-1"))
-        raise ModelError(f"{path}: begins with {found}, a .npy file (version 1.0, 2.0) is needed; {AGAIN}")
-    begin = 10 if start[6] == 1 else 12
-    length = int.from_bytes(start[8:begin], "little")
-    if length > LARGEST_NPY_HEADER or (begin + length) % NPY_ALIGNMENT:
-        raise ModelError(
-            f"{path}: has a header of {length:,} bytes, needed are at most {LARGEST_NPY_HEADER:,} and an end at a "
-            f"multiple of {NPY_ALIGNMENT}; {AGAIN}"
+    if refused:
+        log.warning(
+            f"{folder}: its file system maps no files into memory ({reason(refused[0])}), so the weights were read: "
+            f"that takes time, and memory for each process; a copy on a local disk needs neither"
         )
-    header = start[begin:] + _read(file, length - len(start[begin:]), path.name)
-    needed = _npy_dict(spec)
-    if len(header) != length or not header.endswith(b"\n") or header.rstrip(b"\n").rstrip(b" ") != needed:
-        found = header.rstrip(b" \n").decode("latin-1")
-        raise ModelError(f"{path}: its header is {quote(found)}, needed is {quote(needed.decode())}; {AGAIN}")
-    return begin + length
+    return Weights(**found)

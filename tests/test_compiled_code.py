@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -167,3 +170,54 @@ def test_two_hundred_flipped_bits_and_cut_files_cost_a_compilation_each(tmp_path
         assert len(said) == 1, "one warning"
         said.clear()
         assert answer() == (26, True), "the file is replaced"
+
+
+@pytest.fixture
+def keep(tmp_path: Path) -> Callable[[], tuple[int, list[str]]]:
+    """Compile a small kernel that is to be kept in tmp_path: what it returns, and what was said."""
+    numba = pytest.importorskip("numba")
+    from npllama.kernels.entry import DiskCache
+
+    from npllama.kernels.flags import SERIAL
+
+    def keep() -> tuple[int, list[str]]:
+        said: list[str] = []
+        kernel = numba.njit(**SERIAL)(lambda x: x * x + 1)
+        kernel._cache = DiskCache(tmp_path / "forward-f32-0-0", said.append)
+        return kernel(5), said
+
+    return keep
+
+
+@pytest.mark.parametrize("call", ["fdopen", "replace"])
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EROFS", "EXDEV", "ENOTSUP"])
+def test_code_that_cannot_be_kept_is_one_warning_and_leaves_no_file(
+    tmp_path: Path, keep: Callable[[], tuple[int, list[str]]], monkeypatch: pytest.MonkeyPatch, call: str, code: str
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(os, call, refuse)
+    number, (line,) = keep()
+    assert number == 26
+    assert "cannot keep compiled code" in line
+    assert os.strerror(getattr(errno, code)) in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_old_files_that_cannot_be_removed_do_not_make_the_new_one_unkept(
+    tmp_path: Path, keep: Callable[[], tuple[int, list[str]]]
+) -> None:
+    (tmp_path / "forward-f32-1-0").mkdir()  # unlink fails
+    assert keep() == (26, [])
+    assert (tmp_path / "forward-f32-0-0").is_file()
+
+
+def test_what_a_process_that_was_killed_has_left_is_removed_after_an_hour(
+    tmp_path: Path, keep: Callable[[], tuple[int, list[str]]]
+) -> None:
+    for name, age_s in (("new-old", 4000), ("new-young", 60)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, times=(time.time() - age_s,) * 2)
+    keep()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["forward-f32-0-0", "new-young"]

@@ -23,7 +23,7 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding
 LAYERS = (
     {"errors", "signatures"},
     {"numbers", "config", "strict_json", "version", "machine", "places", "sampling"},
-    {"kinds", "tokenizer", "staging"},
+    {"kinds", "tokenizer", "staging", "npy"},
     {"checkpoints"},
     {"cache", "weights"},
     {"ops"},

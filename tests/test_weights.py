@@ -14,12 +14,12 @@ from helpers import TINY, as_dtype, stacked, write_model_directory
 
 from npllama.errors import ModelError, NpllamaError, UsageError
 from npllama.kinds import Weights, kind_shapes
+from npllama.npy import npy_header
 from npllama.numbers import ArraySpec
 from npllama.numbers.bf16 import BF16
 from npllama.numbers.f16 import F16
 from npllama.weights import (
     check_hashes,
-    npy_header,
     open_model,
     vocabulary_fits,
 )

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     from npllama.export import quantize_model
 
     with ProgressLine("quantizing") as progress:
-        quantize_model(args.model, args.out, args.dtype, args.force, progress)
+        manifest = quantize_model(args.model, args.out, args.dtype, args.force, progress)
     notes.show()
-    say_made(args.out)
+    say_made(args.out, manifest)
     return 0

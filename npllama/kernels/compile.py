@@ -13,7 +13,9 @@ import hashlib
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ register_jitable(model.attention)
 register_jitable(model.feed_forward)
 
 DIGEST_BYTES = 32
+UNFINISHED = "new-"
+ABANDONED_S = 3600.0  # a file that is still unfinished then was left by a process that was killed
 
 
 class DiskCache(caching._Cache):
@@ -72,21 +76,32 @@ class DiskCache(caching._Cache):
             if data.library.has_dynamic_globals:
                 raise ValueError("it holds an address of this process, which crashes in the next")
             code = serialize.dumps((str(sig), data._reduce()))
-            handle, name = tempfile.mkstemp(dir=self._file.parent, prefix="new-")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(hashlib.sha256(code).digest())
-                    file.write(code)
-                os.replace(name, self._file)
-            except BaseException:
-                os.unlink(name)
-                raise
-            formats, stamp, _ = self._file.name.rsplit("-", 2)
-            for other in self._file.parent.glob(f"{formats}-*-*"):
-                if not other.name.startswith(f"{formats}-{stamp}-"):
-                    other.unlink(missing_ok=True)
+            self._write(hashlib.sha256(code).digest() + code)
         except Exception as error:  # noqa: BLE001 (a full or read-only disk: run uncached)
             self._warn(f"{self._file}: cannot keep compiled code ({error}); the next start compiles again")
+            return
+        with suppress(OSError):  # of other users' making, or in use: no harm but their size
+            self._remove_old()
+
+    def _write(self, content: bytes) -> None:
+        handle, name = tempfile.mkstemp(dir=self._file.parent, prefix=UNFINISHED)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.replace(name, self._file)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+
+    def _remove_old(self) -> None:
+        formats, stamp, _ = self._file.name.rsplit("-", 2)
+        for other in self._file.parent.glob(f"{formats}-*-*"):
+            if not other.name.startswith(f"{formats}-{stamp}-"):
+                other.unlink(missing_ok=True)
+        for other in self._file.parent.glob(f"{UNFINISHED}*"):
+            if time.time() - other.stat().st_mtime > ABANDONED_S:
+                other.unlink(missing_ok=True)
 
     def enable(self) -> None:
         raise NotImplementedError("this cache is always on")
