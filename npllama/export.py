@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -25,8 +26,11 @@ import numpy as np
 from npllama.checkpoints import Checkpoint, open_checkpoint
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, ModelError, UsageError, quote
+from npllama.format_version import FIRST_READER, NEEDS, version_of
+from npllama.options import SamplingOptions
 from npllama.quant import BF16, ROWS, Weight, bf16_bits, f16_bits, quantize, widen
 from npllama.staging import check_target, staged
+from npllama.text_rules import text_rules
 from npllama.tokenizer import Tokenizer
 from npllama.weights import (
     FORMAT,
@@ -36,7 +40,6 @@ from npllama.weights import (
     NORMS,
     STORED,
     TOKENIZER,
-    VERSION,
     ArraySpec,
     OpenModel,
     Progress,
@@ -118,8 +121,13 @@ def export(
             say(warning)
         tokenizer_file = find_tokenizer(source, tokenizer)
         say(f"tokenizer: {tokenizer_file}")
+        rules = text_rules(source.folder, Tokenizer(tokenizer_file))
+        for remark in rules.remarks:
+            say(remark)
+        config = replace(source.config, add_bos_token=rules.add_bos_token, add_eos_token=rules.add_eos_token)
         number_format = dtype or own_format(source)
-        return write_model(source, target, number_format, tokenizer_file, force, progress)
+        source = replace(source, config=config)
+        return write_model(source, target, number_format, tokenizer_file, force, progress, rules.sampling)
 
 
 def quantize_model(
@@ -139,7 +147,8 @@ def quantize_model(
     target = Path(os.path.realpath(out))
     check_target(target, force, is_model_file)
     with open_model(model) as opened:
-        return write_model(OpenedSource(opened), target, dtype, opened.tokenizer_path, force, progress)
+        source = OpenedSource(opened)
+        return write_model(source, target, dtype, opened.tokenizer_path, force, progress, opened.sampling)
 
 
 class _Rows(NamedTuple):
@@ -217,7 +226,13 @@ def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> 
 
 
 def write_model(
-    source: Source, out: Path, number_format: str, tokenizer_file: Path, force: bool, progress: Progress | None
+    source: Source,
+    out: Path,
+    number_format: str,
+    tokenizer_file: Path,
+    force: bool,
+    progress: Progress | None,
+    sampling: SamplingOptions | None = None,
 ) -> dict[str, Any]:
     """Fill a new directory, let the loader open it, and make it `out`."""
     shapes = kind_shapes(source.config)
@@ -229,18 +244,23 @@ def write_model(
         _check_space(out, total)
         meter = _Meter(total, progress)
         tensors = {k: _write_kind(source, folder, k, formats[k], shapes[k], meter) for k in shapes}
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "config": source.config.to_json(),
-            "tokenizer": _copy_tokenizer(tokenizer_file, folder / TOKENIZER),
-            "tensors": tensors,
-        }
+        manifest = build_manifest(source.config, _copy_tokenizer(tokenizer_file, folder / TOKENIZER), tensors, sampling)
         text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
         _write_file(folder / MANIFEST, text.encode("ascii"))
         with open_model(folder) as result:
             Tokenizer(result.tokenizer_path)
     return manifest
+
+
+def build_manifest(
+    config: ModelConfig, tokenizer: dict[str, Any], tensors: dict[str, Any], sampling: SamplingOptions | None
+) -> dict[str, Any]:
+    """The manifest, of the lowest format version that has what it says (see format_version.py)."""
+    manifest = {"format": FORMAT, "config": config.to_json(), "tokenizer": tokenizer, "tensors": tensors}
+    if sampling is not None:
+        manifest["sampling"] = sampling.to_json()
+    version = version_of([*manifest, *manifest["config"]])
+    return {**manifest, "version": version, **({NEEDS: FIRST_READER[version]} if version > 1 else {})}
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -69,7 +69,7 @@ def quality(llama: Llama, text: str, n_ctx: int = 256, reference: Llama | None =
 
 def windows(llama: Llama, text: str, n_ctx: int) -> Iterator[list[int]]:
     """BOS and the next n_ctx - 1 ids of the text, again and again; a rest that does not fill a window is left out."""
-    ids = llama.tokenizer.encode(text, bos=False)
+    ids = llama.tokenizer.encode(text, bos=False, eos=False)
     if not 2 <= n_ctx <= llama.context:
         raise UsageError(f"windows of {n_ctx} ids: 2 to {llama.context}, the model's context, are possible.")
     step = n_ctx - 1

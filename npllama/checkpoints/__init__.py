@@ -18,12 +18,13 @@ from npllama.checkpoints.layouts import (
     open_hugging_face,
     open_llama2c,
     open_meta,
+    read_json,
     read_tree,
 )
 from npllama.checkpoints.tensors import Tensor
 from npllama.errors import CheckpointError, quote
 
-__all__ = ["Checkpoint", "Tensor", "open_checkpoint"]
+__all__ = ["Checkpoint", "Tensor", "open_checkpoint", "read_json"]
 
 NOT_WEIGHTS = ("optimizer.pt", "scheduler.pt", "scaler.pt")
 

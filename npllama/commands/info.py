@@ -77,7 +77,14 @@ def model_facts(path: str) -> dict[str, Any]:
             "size_bytes": model.size_bytes,
             "files": len(files) + 2,
             "full_cache_bytes": cache.size_bytes(c.n_layers, 1, c.n_kv_heads, c.max_seq_len, c.head_dim),
-            "tokenizer": {"file": str(model.tokenizer_path), "pieces": model.manifest["tokenizer"]["size"]},
+            "tokenizer": {
+                "file": str(model.tokenizer_path),
+                "pieces": model.manifest["tokenizer"]["size"],
+                "add_bos_token": c.add_bos_token,
+                "add_eos_token": c.add_eos_token,
+            },
+            "suggested_sampling": "none" if model.sampling is None else model.sampling.to_json(),
+            "format_version": model.manifest["version"],
         }
 
 
