@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -25,17 +26,19 @@ import numpy as np
 from npllama.checkpoints import Checkpoint, open_checkpoint
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, ModelError, quote
+from npllama.format_version import FIRST_READER, NEEDS, version_of
 from npllama.kinds import KINDS, kind_shapes, tensor_names
 from npllama.npy import npy_header
 from npllama.numbers import FORMATS, ArraySpec, NumberFormat, UnstorableError, Weight, named
 from npllama.numbers.formats import as_float32
+from npllama.options import SamplingOptions
 from npllama.staging import check_target, staged, sync_file, target_path
+from npllama.text_rules import text_rules
 from npllama.tokenizer import Tokenizer
 from npllama.weights import (
     FORMAT,
     MANIFEST,
     TOKENIZER,
-    VERSION,
     OpenModel,
     Progress,
     array_files,
@@ -103,10 +106,16 @@ def export(
             say(warning)
         tokenizer_file = find_tokenizer(source, tokenizer)
         say(f"tokenizer: {tokenizer_file}")
-        padding = source.config.vocab_size - Tokenizer(tokenizer_file).n_pieces
-        if padding:
+        tokens = Tokenizer(tokenizer_file)
+        if padding := source.config.vocab_size - tokens.n_pieces:
             say(f"vocabulary: the last {padding:,} of {source.config.vocab_size:,} rows have no piece in the tokenizer")
-        return write_model(source, target, asked or own_format(source), tokenizer_file, force, progress)
+        rules = text_rules(source.folder, tokens)
+        for remark in rules.remarks:
+            say(remark)
+        config = replace(source.config, add_bos_token=rules.add_bos_token, add_eos_token=rules.add_eos_token)
+        number_format = asked or own_format(source)
+        source = replace(source, config=config)
+        return write_model(source, target, number_format, tokenizer_file, force, progress, rules.sampling)
 
 
 def quantize_model(
@@ -125,7 +134,9 @@ def quantize_model(
     target = target_path(out)
     check_target(target, force, is_model_file)
     with open_model(model) as opened:
-        return write_model(OpenedSource(opened), target, number_format, opened.tokenizer_path, force, progress)
+        source = OpenedSource(opened)
+        return write_model(source, target, number_format, opened.tokenizer_path, force, progress, opened.sampling)
+        return write_model(source, target, dtype, opened.tokenizer_path, force, progress, opened.sampling)
 
 
 class _Rows(NamedTuple):
@@ -223,6 +234,7 @@ def write_model(
     tokenizer_file: Path,
     force: bool,
     progress: Progress | None,
+    sampling: SamplingOptions | None = None,
 ) -> dict[str, Any]:
     """Fill a new directory, let the loader open it, and make it `out`."""
     shapes = kind_shapes(source.config)
@@ -234,18 +246,23 @@ def write_model(
         _check_space(out, total)
         meter = _Meter(total, progress)
         tensors = {k: _write_kind(source, folder, k, formats[k], shapes[k], meter) for k in shapes}
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "config": source.config.to_json(),
-            "tokenizer": _copy_tokenizer(tokenizer_file, folder / TOKENIZER),
-            "tensors": tensors,
-        }
+        manifest = build_manifest(source.config, _copy_tokenizer(tokenizer_file, folder / TOKENIZER), tensors, sampling)
         text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
         _write_file(folder / MANIFEST, text.encode("ascii"))
         check_model(folder)
         Tokenizer(folder / TOKENIZER)
     return manifest
+
+
+def build_manifest(
+    config: ModelConfig, tokenizer: dict[str, Any], tensors: dict[str, Any], sampling: SamplingOptions | None
+) -> dict[str, Any]:
+    """The manifest, of the lowest format version that has what it says (see format_version.py)."""
+    manifest = {"format": FORMAT, "config": config.to_json(), "tokenizer": tokenizer, "tensors": tensors}
+    if sampling is not None:
+        manifest["sampling"] = sampling.to_json()
+    version = version_of([*manifest, *manifest["config"]])
+    return {**manifest, "version": version, **({NEEDS: FIRST_READER[version]} if version > 1 else {})}
 
 
 def _check_space(out: Path, needed: int) -> None:

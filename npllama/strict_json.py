@@ -6,6 +6,7 @@ all of these are refused here.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -23,16 +24,16 @@ MAX_DIGITS = 18  # every such number fits a signed 64-bit integer
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
-def parse(data: bytes, max_bytes: int = MAX_BYTES) -> object:
+def parse(data: bytes, max_bytes: int = MAX_BYTES, max_digits: int = MAX_DIGITS) -> object:
     """Read one JSON value from UTF-8 bytes.
 
     Raises UsageError for more than `max_bytes`, bytes that are not UTF-8, nesting deeper than 32, a repeated key, NaN
-    or infinity, a whole number of more than 18 digits, and whatever else is not JSON. Source: RFC 8259; stricter here.
+    or infinity, a whole number of more than `max_digits`, and whatever else is not JSON. Source: RFC 8259; stricter.
     """
     text = _decoded(data, max_bytes)
     _check_depth(text)
     with _one_error():
-        value: object = _DECODER.decode(text)
+        value: object = _decoder(max_digits).decode(text)
     return value
 
 
@@ -41,7 +42,7 @@ def parse_first(data: bytes) -> tuple[object, int]:
     text = data.decode("utf-8", "ignore")  # the last character may be cut off
     _check_depth(text)
     with _one_error():
-        value, end = _DECODER.raw_decode(text)
+        value, end = _decoder(MAX_DIGITS).raw_decode(text)
     return value, len(text[:end].encode())
 
 
@@ -65,9 +66,9 @@ def _one_error() -> Iterator[None]:
         raise UsageError(f"not JSON ({error.msg} at {where}); the file is damaged or incomplete") from error
 
 
-def parse_object(data: bytes, max_bytes: int = MAX_BYTES) -> dict[str, object]:
+def parse_object(data: bytes, max_bytes: int = MAX_BYTES, max_digits: int = MAX_DIGITS) -> dict[str, object]:
     """Read one JSON object, as `parse` does; any other value is a UsageError."""
-    value = parse(data, max_bytes)
+    value = parse(data, max_bytes, max_digits)
     if not isinstance(value, dict):
         raise UsageError(f"holds a JSON {type(value).__name__}, but an object {{...}} is needed; this is another file")
     return value
@@ -94,9 +95,9 @@ def _refuse(constant: str) -> object:
     raise UsageError(f"the number {constant} is not JSON; a finite number is needed")
 
 
-def _whole(digits: str) -> int:
-    if len(digits.lstrip("-")) > MAX_DIGITS:
-        raise UsageError(f"a whole number of {len(digits)} digits is more than the {MAX_DIGITS} that are read")
+def _whole(digits: str, max_digits: int) -> int:
+    if len(digits.lstrip("-")) > max_digits:
+        raise UsageError(f"a whole number of {len(digits)} digits is more than the {max_digits} that are read")
     return int(digits)
 
 
@@ -107,4 +108,6 @@ def _finite(digits: str) -> float:
     return value
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_whole, parse_float=_finite)
+def _decoder(max_digits: int) -> json.JSONDecoder:
+    whole = functools.partial(_whole, max_digits=max_digits)
+    return json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=whole, parse_float=_finite)

@@ -1,6 +1,7 @@
 """Open a model directory: which files make up a model, and are they all exactly what they must be?
 
-    npllama.json      the manifest: config, number format of every weight, file/shape/dtype/sha256 of every array
+    npllama.json      the manifest: config, number format of every weight, file/shape/dtype/sha256 of every array;
+                      how it may grow is said in format_version.py
     tokenizer.model   SentencePiece
     *.npy             one file per kind of weight, its layers stacked (or one per part, where a format has parts)
 
@@ -18,7 +19,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 from npllama import strict_json
 from npllama.config import ModelConfig
 from npllama.errors import ModelError, UsageError, quote
+from npllama.format_version import NEEDS, SINCE, VERSION, unknown_key, unknown_version
 from npllama.kinds import KINDS, Weights, kind_shapes
 from npllama.npy import (
     AGAIN,
@@ -41,9 +43,9 @@ from npllama.npy import (
     unreadable,
 )
 from npllama.numbers import FORMATS, ArraySpec
+from npllama.options import OPTIONS, SamplingOptions
 
 FORMAT = "npllama"
-VERSION = 1
 MANIFEST = "npllama.json"
 TOKENIZER = "tokenizer.model"
 
@@ -87,6 +89,7 @@ class OpenModel:
         self.path = path
         self.manifest = manifest
         self.config = config
+        self.sampling = suggested_sampling(path / MANIFEST, manifest)
         self.tokenizer_path = path / TOKENIZER
         self.size_bytes = size_bytes(manifest)
         self._weights: Weights | None = _map_weights(path, manifest)
@@ -230,7 +233,7 @@ def _check_is_model_directory(folder: Path) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """npllama.json as strict JSON: an object of exactly the five keys of this version."""
+    """npllama.json as strict JSON: an object of the five keys of version 1, and those that came later."""
     path = folder / MANIFEST
     try:
         manifest = strict_json.parse_object(read_small(path, strict_json.MAX_BYTES))
@@ -240,23 +243,30 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path}: has format {quote(manifest.get('format'))}, a model directory says {quote(FORMAT)}; {AGAIN}"
         )
-    if type(manifest.get("version")) is not int or manifest["version"] != VERSION:
+    version = manifest.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ModelError(f"{path}: {unknown_version(version, manifest.get(NEEDS))}")
+    needed = {"format", "version", "config", "tokenizer", "tensors"}
+    _check_keys(path, "the manifest", manifest, needed, {NEEDS, "sampling"})
+    config = manifest["config"] if isinstance(manifest["config"], dict) else {}
+    if early := [key for key in (*manifest, *config) if SINCE.get(key, 1) > version]:
         raise ModelError(
-            f"{path}: has version {quote(manifest.get('version'))}, this npllama reads version {VERSION}; "
-            f"export the checkpoint again with it, or install the npllama that wrote it."
+            f"{path}: has {quote(early[0])}, which needs version {SINCE[early[0]]}, but says version {version}; {AGAIN}"
         )
-    _check_keys(path, "the manifest", manifest, {"format", "version", "config", "tokenizer", "tensors"})
     return manifest
 
 
-def _check_keys(path: Path, where: str, found: Any, needed: set[str]) -> None:
+def _check_keys(path: Path, where: str, found: Any, needed: set[str], optional: Set[str] = frozenset()) -> None:
     """An object with exactly these keys; anything else in it would be silently ignored."""
     if not isinstance(found, dict):
         raise ModelError(f"{path}: {where} is {quote(found)}, an object is needed; {AGAIN}")
     if missing := sorted(needed - set(found)):
         raise ModelError(f"{path}: {where} has no {quote(missing[0])}, which is needed; {AGAIN}")
-    if unknown := sorted(set(found) - needed):
-        raise ModelError(f"{path}: {where} has {quote(unknown[0])}, which this version does not know; {AGAIN}")
+    if unknown := sorted(set(found) - needed - optional):
+        raise ModelError(
+            f"{path}: {where} has {quote(unknown[0])}, which this version does not know: {unknown_key(unknown[0])}, or "
+            f"{AGAIN}"
+        )
 
 
 def _require(path: Path, where: str, found: Any, needed: Any) -> None:
@@ -277,6 +287,18 @@ def _checked_config(folder: Path, manifest: dict[str, Any]) -> ModelConfig:
         return ModelConfig.from_json(values)
     except UsageError as error:
         raise ModelError(f"{path}: config: {error}; {AGAIN}") from error
+
+
+def suggested_sampling(path: Path, manifest: dict[str, Any]) -> SamplingOptions | None:
+    """How the checkpoint's makers sample from it; None where they do not say."""
+    if "sampling" not in manifest:
+        return None
+    values = manifest["sampling"]
+    _check_keys(path, "sampling", values, {option.name for option in OPTIONS})
+    try:
+        return SamplingOptions(**values)
+    except UsageError as error:
+        raise ModelError(f"{path}: sampling: {error} {AGAIN.capitalize()}") from error
 
 
 def _check_tensors(folder: Path, tensors: Any, config: ModelConfig) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import tiny_sentencepiece
+from command_line import Done
 from hypothesis import settings
+
+from npllama import cli
 
 # Seeded, and without a time limit: a busy machine is no failure.
 settings.register_profile("npllama", derandomize=True, deadline=None, database=None)
@@ -56,3 +61,22 @@ def tiny_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(tiny_sentencepiece.trained())
     return path
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run a command in this process; stdin is given as bytes, or "terminal", or None where it is closed."""
+
+    def call(*arguments: object, stdin: bytes | str | None = b"") -> Done:
+        capfd.readouterr()
+        if stdin is None:
+            stream = None
+        else:
+            stream = io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else b"not to be read"))
+            stream.isatty = lambda: stdin == "terminal"
+        monkeypatch.setattr(sys, "stdin", stream)
+        code = cli.main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return Done(code, out.encode(), err)
+
+    return call

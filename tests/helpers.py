@@ -84,14 +84,19 @@ def write_model_directory(
     seed: int = 0,
     dtype: str = "f32",
     tied: bool = False,
+    n_pieces: int | None = None,
     weights: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Write a model directory with np.save, not with the exporter; returns its weights by Meta's names, float32."""
+    """Write a model directory with np.save, not with the exporter; returns its weights by Meta's names, float32.
+
+    n_pieces of the tokenizer: by default as many as there are rows of the embedding.
+    """
     weights = random_weights(config, seed, tied) if weights is None else weights
+    n_pieces = config.vocab_size if n_pieces is None else n_pieces
     folder.mkdir(parents=True)
-    write_tokenizer(folder / "tokenizer.model", config.vocab_size)
+    write_tokenizer(folder / "tokenizer.model", n_pieces)
     digest = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
-    tokenizer = {"file": "tokenizer.model", "size": config.vocab_size, "sha256": digest}
+    tokenizer = {"file": "tokenizer.model", "size": n_pieces, "sha256": digest}
     tensors = {kind: _save_kind(folder, kind, w, dtype) for kind, w in stacked(weights, config.n_layers).items()}
     manifest = {
         "format": "npllama",

@@ -382,8 +382,43 @@ def test_end_of_text_ids_come_from_the_generation_config(tmp_path: Path) -> None
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.config.eos_token_ids == (5, 6)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 300}')
-    refused(tmp_path, r"^config\.json: eos_token_ids is 300")
+    assert checkpoint.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("said", "eos", "dropped"),
+    [
+        ([2, 99999, -1], (2,), "eos_token_id 99999, -1 dropped: no id of the vocabulary of"),
+        (300, (2,), "eos_token_id 300 dropped"),
+        (-1, (2,), "eos_token_id -1 dropped"),
+        ([-1, 7], (7,), "eos_token_id -1 dropped"),
+        (["2", True, 3.0, 5], (5,), "eos_token_id '2', True, 3.0 dropped"),
+        ([-1, -2, -3, -4, -5], (2,), "eos_token_id -1, -2, -3 and 2 more dropped"),
+    ],
+)
+def test_ids_of_the_generation_config_that_cannot_be_used_are_dropped_with_its_name(
+    tmp_path: Path, said: object, eos: tuple[int, ...], dropped: str
+) -> None:
+    write_hugging_face(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said, "bos_token_id": 70000}))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert (checkpoint.config.eos_token_ids, checkpoint.config.bos_token_id) == (eos, 1)
+        bos, other = checkpoint.warnings
+    assert bos.startswith("generation_config.json: bos_token_id 70000 dropped")
+    assert other.startswith(f"generation_config.json: {dropped}")
+
+
+def test_minus_one_means_no_end_of_text_in_config_json_too(tmp_path: Path) -> None:
+    write_hugging_face(tmp_path, eos_token_id=[7, -1])
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.config.eos_token_ids == (7,)
+        assert checkpoint.warnings[0].startswith("config.json: eos_token_id -1 dropped")
+
+
+def test_too_many_ends_of_text_are_refused_with_the_name_of_their_file(tmp_path: Path) -> None:
+    write_hugging_face(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3] * 257}))
+    refused(tmp_path, r"^generation_config\.json: eos_token_id lists 257 ids, but at most 256")
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,13 @@ from npllama.checkpoints.layouts import (
     open_hugging_face,
     open_llama2c,
     open_meta,
+    read_json,
     read_tree,
 )
 from npllama.checkpoints.tensors import Tensor
 from npllama.errors import CheckpointError, quote
 
-__all__ = ["Checkpoint", "Tensor", "open_checkpoint"]
+__all__ = ["Checkpoint", "Tensor", "open_checkpoint", "read_json"]
 
 NOT_WEIGHTS = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pt", "training_args.bin")
 ADAPTER = re.compile(r"(adapters?(_model)?|pytorch_lora_weights)\.(safetensors|bin|pt|npz)|adapter_config\.json")

@@ -44,11 +44,13 @@ def read_tree(file: InputFile) -> object:
     return readers[sniff(file)](file)
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(
+    path: Path, max_bytes: int = strict_json.MAX_BYTES, max_digits: int = strict_json.MAX_DIGITS
+) -> dict[str, object]:
     """A small JSON object of a checkpoint; CheckpointError naming the file."""
-    data = read_whole(path, strict_json.MAX_BYTES)
+    data = read_whole(path, max_bytes)
     try:
-        return strict_json.parse_object(data)
+        return strict_json.parse_object(data, max_bytes, max_digits)
     except UsageError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
 
@@ -145,7 +147,9 @@ def open_hugging_face(weights: Path, pool: Pool) -> Checkpoint:
     if tie is not None and type(tie) is not bool:
         raise CheckpointError("config.json: tie_word_embeddings is neither true nor false; the file is damaged")
     biased = [key for key in BIASES if said.get(key) is True]
-    config = _hugging_face_config({key: said[key] for key in said if key not in biased}, weights.parent)
+    warnings: list[str] = []
+    unbiased = {key: said[key] for key in said if key not in biased}
+    config = _hugging_face_config(unbiased, weights.parent, warnings.append)
     shard = (
         _indexed(weights, pool, bool(tie))
         if INDEX.fullmatch(weights.name)
@@ -167,13 +171,22 @@ def open_hugging_face(weights: Path, pool: Pool) -> Checkpoint:
             f"{shard.source}: 'lm_head.weight' differs from 'model.embed_tokens.weight', but config.json says "
             "tie_word_embeddings; correct the one that is wrong"
         )
-    return _checkpoint("hugging-face", weights.parent, config, tensors, pool, shard.notes, tied=bool(tie))
+    return _checkpoint("hugging-face", weights.parent, config, tensors, pool, [*warnings, *shard.notes], tied=bool(tie))
 
 
-def _hugging_face_config(said: Mapping[str, object], folder: Path) -> ModelConfig:
-    generation = folder / "generation_config.json"
+def _hugging_face_config(
+    said: Mapping[str, object], folder: Path, warn: Callable[[str], None] = lambda text: None
+) -> ModelConfig:
+    """config.json, and the token ids of generation_config.json where there is one."""
+    vocab_size, generation = said.get("vocab_size"), folder / configs.GENERATION_CONFIG
     try:
-        return configs.from_hugging_face(said, read_json(generation) if os.path.exists(generation) else None)
+        own = configs.usable_ids(said, configs.CONFIG, vocab_size, warn)
+        other = read_json(generation) if os.path.exists(generation) else {}
+        ids = configs.usable_ids(other, configs.GENERATION_CONFIG, vocab_size, warn)
+    except UsageError as error:
+        raise CheckpointError(str(error)) from error
+    try:
+        return configs.from_hugging_face({**said, "bos_token_id": None, "eos_token_id": None, **own}, ids)
     except UsageError as error:
         raise CheckpointError(f"config.json: {names.in_hugging_face_words(str(error))}") from error
 

@@ -62,9 +62,10 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
 def model_facts(path: str) -> dict[str, Any]:
     """What a model directory says about itself, without reading its weights."""
     from npllama import cache
-    from npllama.weights import TOKENIZER, check_model, size_bytes
+    from npllama.weights import MANIFEST, TOKENIZER, check_model, size_bytes, suggested_sampling
 
     manifest, c = check_model(path)
+    sampling = suggested_sampling(Path(path) / MANIFEST, manifest)
     tensors = manifest["tensors"]
     files = [record["file"] for tensor in tensors.values() for record in tensor["arrays"].values()]
     return {
@@ -77,7 +78,14 @@ def model_facts(path: str) -> dict[str, Any]:
         "size_bytes": size_bytes(manifest),
         "files": len(files) + 2,
         "full_cache_bytes": cache.size_bytes(c.n_layers, 1, c.n_kv_heads, c.max_seq_len, c.head_dim),
-        "tokenizer": {"file": str(Path(path) / TOKENIZER), "pieces": manifest["tokenizer"]["size"]},
+        "tokenizer": {
+            "file": str(Path(path) / TOKENIZER),
+            "pieces": manifest["tokenizer"]["size"],
+            "add_bos_token": c.add_bos_token,
+            "add_eos_token": c.add_eos_token,
+        },
+        "suggested_sampling": "none" if sampling is None else sampling.to_json(),
+        "format_version": manifest["version"],
     }
 
 

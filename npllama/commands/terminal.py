@@ -14,6 +14,8 @@ from types import TracebackType
 from npllama.errors import UsageError
 
 REDRAW_S = 0.1
+MARK = "\0"
+"""What the command line puts before a value that is text, so that argparse does not read it: no argument holds it."""
 
 
 def put(text: str) -> None:
@@ -194,6 +196,11 @@ def cache_formats() -> tuple[str, ...]:
     from npllama.cache import KV_DTYPES
 
     return KV_DTYPES
+
+
+def text(argument: str) -> str:
+    """A type of argument: text, which may begin with a dash."""
+    return argument.removeprefix(MARK)
 
 
 def add_model(parser: argparse.ArgumentParser, help: str) -> None:
