@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from npllama.cache import KVCache, clear
 from npllama.config import ModelConfig
 from npllama.engine import Engine
 from npllama.errors import ContextError, UsageError, quote, whole_number
-from npllama.options import SamplingOptions
+from npllama.options import SamplingOptions, chosen_sampling
 from npllama.sampling import PENALTY_WINDOW, SEEDS, Allowed, sample
 from npllama.streaming import StopStrings, StreamDecoder, stop_texts
 from npllama.tokenizer import Tokenizer
@@ -392,24 +392,6 @@ def _either(name: str, value: Any, default: object, alias: str, other: Any) -> A
     if value not in (default, other):
         raise UsageError(f"{name}={quote(value)} and {alias}={quote(other)} mean the same; give one of them.")
     return other
-
-
-def chosen_sampling(
-    sampling: str | SamplingOptions, suggested: SamplingOptions | None, given: Mapping[str, Any]
-) -> SamplingOptions:
-    """The options of a call: those given (not None) before those of `sampling`. Raises UsageError."""
-    if sampling == "model":
-        if suggested is None:
-            raise UsageError(
-                "sampling='model': this model suggests no sampling (its checkpoint had no generation_config.json that "
-                "does); leave it out, or give the options themselves."
-            )
-        return suggested.changed(given)
-    if isinstance(sampling, SamplingOptions):
-        return sampling.changed(given)
-    if sampling != "default":
-        raise UsageError(f"sampling={quote(sampling)}: needs 'default', 'model' or SamplingOptions.")
-    return SamplingOptions().changed(given)
 
 
 def _request(

@@ -84,3 +84,21 @@ class SamplingOptions:
 OPTIONS: tuple[Field[Any], ...] = fields(SamplingOptions)
 OFF = SamplingOptions(**{option.name: option.metadata["off"] for option in OPTIONS})
 """Every option off: an id is drawn with the probabilities of the model."""
+
+
+def chosen_sampling(
+    sampling: str | SamplingOptions, suggested: SamplingOptions | None, given: Mapping[str, Any]
+) -> SamplingOptions:
+    """The options of a call: those given (not None) before those of `sampling`. Raises UsageError."""
+    if isinstance(sampling, SamplingOptions):
+        return sampling.changed(given)
+    if not isinstance(sampling, str) or sampling not in ("default", "model"):
+        raise UsageError(f"sampling={quote(sampling)}: needs 'default', 'model' or SamplingOptions.")
+    if sampling == "model":
+        if suggested is None:
+            raise UsageError(
+                "sampling='model': this model suggests no sampling (its checkpoint had no generation_config.json that "
+                "does); leave it out, or give the options themselves."
+            )
+        return suggested.changed(given)
+    return SamplingOptions().changed(given)
