@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from npllama import strict_json
+from npllama import signatures, strict_json
 from npllama.config import ModelConfig
 from npllama.errors import ModelError, UsageError, quote
 from npllama.quant import BF16, F16, GROUP, Q4, Q6, Q8, ROWS, Coded, Weight
@@ -454,7 +454,10 @@ def _check_tokenizer(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
             f"{path}: tokenizer: size is {quote(size)}, but vocab_size of the config is {config.vocab_size}; "
             f"a number from 1 to that is needed, because every piece has a row of its own: {AGAIN}"
         )
-    if sha256_hex(_read_small(folder / TOKENIZER, LARGEST_TOKENIZER)) != tokenizer["sha256"]:
+    data = _read_small(folder / TOKENIZER, LARGEST_TOKENIZER)
+    if sha256_hex(data) != tokenizer["sha256"]:
+        if what := signatures.pointer_or_page(data[: signatures.HEAD]):
+            raise ModelError(f"{folder / TOKENIZER}: is {what}; the tokenizer that was exported is needed.")
         raise ModelError(
             f"{folder / TOKENIZER}: is not the tokenizer that was exported (sha256 differs from {MANIFEST}); {AGAIN}"
         )
@@ -507,8 +510,9 @@ def _check_npy_header(path: Path, file: BinaryIO, spec: ArraySpec) -> int:
     """Where the numbers start. The header is not parsed but compared: there is one right spelling of it."""
     start = _read(file, 12, path.name)
     if start[:6] != b"\x93NUMPY" or start[6:8] not in (b"\x01\x00", b"\x02\x00") or len(start) < 12:
-        found = quote(start[:8].decode("latin-1"))
-        raise ModelError(f"{path}: begins with {found}, a .npy file (version 1.0, 2.0) is needed; {AGAIN}")
+        what = signatures.pointer_or_page(start + _read(file, signatures.HEAD, path.name))
+        found = f"is {what}" if what else f"begins with {quote(start[:8].decode('latin-1'))}"
+        raise ModelError(f"{path}: {found}, a .npy file (version 1.0, 2.0) is needed; {AGAIN}")
     begin = 10 if start[6] == 1 else 12
     length = int.from_bytes(start[8:begin], "little")
     if length > LARGEST_NPY_HEADER or (begin + length) % NPY_ALIGNMENT:
