@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from npllama import machine
+from npllama import machine, signatures
 from npllama.errors import ModelError, quote
 from npllama.numbers import ArraySpec
 
@@ -186,8 +186,9 @@ def _check_npy_header(path: Path, file: BinaryIO, spec: ArraySpec) -> int:
     """Where the numbers start. The header is not parsed but compared: there is one right spelling of it."""
     start = read(file, 12, path.name)
     if start[:6] != b"\x93NUMPY" or start[6:8] not in (b"\x01\x00", b"\x02\x00") or len(start) < 12:
-        found = quote(start[:8].decode("latin-1"))
-        raise ModelError(f"{path}: begins with {found}, a .npy file (version 1.0, 2.0) is needed; {AGAIN}")
+        what = signatures.pointer_or_page(start + read(file, signatures.HEAD, path.name))
+        found = f"is {what}" if what else f"begins with {quote(start[:8].decode('latin-1'))}"
+        raise ModelError(f"{path}: {found}, a .npy file (version 1.0, 2.0) is needed; {AGAIN}")
     begin = 10 if start[6] == 1 else 12
     length = int.from_bytes(start[8:begin], "little")
     if length > LARGEST_NPY_HEADER or (begin + length) % NPY_ALIGNMENT:

@@ -41,6 +41,11 @@ def named(head: bytes) -> str | None:
     for magic, what in MAGICS:
         if head.startswith(magic):
             return what
+    return pointer_or_page(head)
+
+
+def pointer_or_page(head: bytes) -> str | None:
+    """As `named`, for what may lie in the place of any file: what points to it, or the page of a server."""
     text = _text(head).lower()
     return next((what for start, what in TEXTS if text.startswith(start)), None)
 

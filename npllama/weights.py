@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from npllama import strict_json
+from npllama import signatures, strict_json
 from npllama.config import ModelConfig
 from npllama.errors import ModelError, UsageError, quote
 from npllama.format_version import NEEDS, SINCE, VERSION, unknown_key, unknown_version
@@ -346,7 +346,10 @@ def _check_tokenizer(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
             f"{path}: tokenizer: size is {quote(size)}, but vocab_size of the config is {config.vocab_size}; "
             f"a number from 1 to that is needed, because every piece has a row of its own: {AGAIN}"
         )
-    if sha256_hex(read_small(folder / TOKENIZER, LARGEST_TOKENIZER)) != tokenizer["sha256"]:
+    data = read_small(folder / TOKENIZER, LARGEST_TOKENIZER)
+    if sha256_hex(data) != tokenizer["sha256"]:
+        if what := signatures.pointer_or_page(data[: signatures.HEAD]):
+            raise ModelError(f"{folder / TOKENIZER}: is {what}; the tokenizer that was exported is needed.")
         raise ModelError(
             f"{folder / TOKENIZER}: is not the tokenizer that was exported (sha256 differs from {MANIFEST}); {AGAIN}"
         )

@@ -239,6 +239,16 @@ def a_tied_head_in_the_index_alone(folder: Path) -> Weights:
 
 
 @loads()
+def an_index_with_other_wrappers_than_its_shards(folder: Path) -> Weights:
+    weights, first, second = halves(folder)
+    indexed(folder, first, second)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {f"module.llm.{name}": place for name, place in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+    return weights
+
+
+@loads()
 def a_shard_of_buffers_that_is_missing(folder: Path) -> Weights:
     weights, first, second = halves(folder)
     indexed(folder, first, second)

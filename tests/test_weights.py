@@ -268,6 +268,18 @@ def test_a_damaged_tokenizer_is_refused_although_it_might_load(folder: Path):
     assert "is not the tokenizer that was exported" in refusal(folder)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize("name", ["npllama.json", "tokenizer.model", "wq.npy"])
+@pytest.mark.parametrize(("data", "what"), [(POINTER, "is a Git-LFS pointer"), (b" <HTML>", "is a web page")])
+def test_a_pointer_or_a_page_instead_of_a_file_is_named(folder: Path, name: str, data: bytes, what: str):
+    (folder / name).write_bytes(data)
+    message = refusal(folder)
+    assert f"{folder / name}: " in message
+    assert what in message
+
+
 # ---------------------------------------------------------------- the files
 
 

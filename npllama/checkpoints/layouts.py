@@ -150,11 +150,8 @@ def open_hugging_face(weights: Path, pool: Pool) -> Checkpoint:
     warnings: list[str] = []
     unbiased = {key: said[key] for key in said if key not in biased}
     config = _hugging_face_config(unbiased, weights.parent, warnings.append)
-    shard = (
-        _indexed(weights, pool, bool(tie))
-        if INDEX.fullmatch(weights.name)
-        else _single(weights, pool, names.hugging_face_names)
-    )
+    several = INDEX.fullmatch(weights.name)
+    shard = _indexed(weights, pool, bool(tie)) if several else _single(weights, pool, names.hugging_face_names)
     zero = [key for key in biased if shard.has_bias(BIASES[key])]  # or refused by name, with the tensors
     if zero != biased:
         _hugging_face_config({key: said[key] for key in said if key not in zero}, weights.parent)  # refuses the others
@@ -218,29 +215,30 @@ def _indexed(index: Path, pool: Pool, tied: bool) -> Shard:
             f"{index.name}: weight_map names {len(files):,} files, but at most {MOST_FILES:,} are read"
         )
     needed = {name: place for name, place in places.items() if not _may_be_absent(name, tied)}
-    found = []
+    found, needed_files = [], set(needed.values())
     for name in files:
-        there = os.path.exists(index.parent / name)
-        if not there and name not in needed.values():
-            continue
-        if not there:
+        if not os.path.exists(index.parent / name):
+            if name not in needed_files:
+                continue
             raise CheckpointError(
                 f"{name} cannot be read: it is missing, though {index.name} names it; download it, or give the weight "
                 "file that is meant"
             )
         file = InputFile(index.parent / name, pool)
         found.append(state_dict(read_tree(file), file))
-    tensors = {name for part in found for name in part}
+    shard = Shard.of(index.name, found, names.hugging_face_names)
+    known, _ = names.hugging_face_names({names.plain(name) for name in needed})
     for name, place in needed.items():
-        if name not in tensors:
+        if known[names.plain(name)] not in shard.tensors:
             raise CheckpointError(f"{place}: tensor {quote(name)} is missing, though {index.name} says it is there")
-    return Shard.of(index.name, found, names.hugging_face_names)
+    return shard
 
 
 def _may_be_absent(name: str, tied: bool) -> bool:
     """Whether an index may name a tensor that no file has: a buffer, or one of two names for tied weights."""
     short = names.plain(name)
-    return bool(names.DERIVED.fullmatch(short)) or (tied and short.endswith(("lm_head.weight", "embed_tokens.weight")))
+    buffer = names.DERIVED.fullmatch(short) or names.MASK.fullmatch(short)
+    return bool(buffer) or (tied and short.endswith(("lm_head.weight", "embed_tokens.weight")))
 
 
 def _plain(name: object) -> bool:
