@@ -1,8 +1,8 @@
 """How well does a model predict a text, and how far is it from the model it was made from?
 
-The text is cut into windows of n - 1 ids that do not overlap (the last one takes what is left), and BOS is put before
-each: so every id of the text is predicted exactly once, from BOS and the ids before it in its window. That is the
-stride of a whole window of Hugging Face's guide to perplexity; llama.cpp scores the second half of each window only.
+The text is cut into windows of n - 1 ids that do not overlap, the last one taking what is left, and BOS is put before
+each. Every id of the text is predicted exactly once, from BOS and the ids before it in its window. Hugging Face's guide
+calls this a stride of one window; llama.cpp scores the second half of each window only, and leaves the rest out.
 With p the model and r the reference:
 
     perplexity        exp(mean over ids of -log p(id))

@@ -358,7 +358,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def logits(folder: Path) -> np.ndarray:
-    with npllama.load(folder, backend="numpy") as llm:
+    with npllama.load(folder) as llm:
         return llm.logits([1, 5, 7])
 
 
