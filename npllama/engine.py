@@ -385,11 +385,11 @@ def compiled_execution() -> dict[str, str]:
     """What compiled code is made for, and what runs its threads. Imports numba."""
     import_numba()
     import numba
-    from numba.np.ufunc.parallel import _launch_threads
 
     from npllama.kernels import compile as compiler
+    from npllama.kernels.numba_internals import launch_threads
 
-    _launch_threads()  # the layer is chosen here
+    launch_threads()  # the layer is chosen here
     return {"compiled_for": compiler.target().split("|")[1], "threading_layer": numba.threading_layer()}
 
 

@@ -49,11 +49,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from npllama.engine import import_numba
 
     import_numba()
-    from npllama.kernels import amx, int8_dot, simd
+    from npllama.kernels import amx, int8_dot, target
 
     terminalreporter.write_line(
-        f"kernels: vectors of {simd.WIDTH}, products of codes {int8_dot.DOT}, AMX {amx.USED}, "
-        f"FMA {simd.FMA}, F16C {simd.HAS_F16}"
+        f"kernels: vectors of {target.WIDTH}, products of codes {int8_dot.DOT}, AMX {amx.USED}, "
+        f"FMA {target.FMA}, F16C {target.HAS_F16}"
     )
 
 

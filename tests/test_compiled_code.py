@@ -42,7 +42,7 @@ def test_what_only_compiled_code_calls_becomes_machine_code_once(monkeypatch: py
     from numba.core import codegen
 
     from npllama.kernels.flags import INNER, SERIAL
-    from npllama.kernels.link_once import compiled_as_one
+    from npllama.kernels.numba_internals import compile_once
 
     numba.njit(**SERIAL)(lambda x: x).compile((numba.float64,))  # and with it, once, Numba's own run-time library
     assembled: list[str] = []
@@ -66,8 +66,7 @@ def test_what_only_compiled_code_calls_becomes_machine_code_once(monkeypatch: py
     def whole(x: float) -> float:
         return inner(x) + innermost(x)
 
-    with compiled_as_one():
-        whole.compile((numba.float64,))
+    assert not compile_once(whole, (numba.float64,), None, pytest.fail)
     assert whole(3.0) == 19.0
     assert [name.rsplit(".", 1)[-1] for name in assembled] == ["whole"]
     (compiled,) = whole.overloads.values()
@@ -81,7 +80,7 @@ def test_code_from_a_file_runs_its_own_functions_and_not_others_of_the_same_name
     program = """
 import sys
 import numba
-from npllama.kernels.link_once import compiled_as_one
+from npllama.kernels.numba_internals import compile_once
 from npllama.kernels.compile import DiskCache
 from npllama.kernels.flags import INNER, SERIAL
 from npllama.kernels.simd import noinline
@@ -101,10 +100,9 @@ def make(number):
 
 for number in map(int, sys.argv[2:]):
     function = make(number)
-    function._cache = DiskCache(Path(sys.argv[1], f"forward-{number}-0-0"), print)
-    with compiled_as_one():
-        function.compile((numba.int64,))
-    print(function(0), function._cache.loaded)
+    cache = DiskCache(Path(sys.argv[1], f"forward-{number}-0-0"), print)
+    compile_once(function, (numba.int64,), cache, print)
+    print(function(0), cache.loaded)
 """
 
     def run(*numbers: int) -> list[str]:
@@ -119,17 +117,17 @@ for number in map(int, sys.argv[2:]):
 def test_the_kernels_compiled_are_those_asked_for() -> None:
     """NPLLAMA_PLAIN_KERNELS=1 in the environment of the whole run: no instruction of one family of CPUs is used."""
     pytest.importorskip("numba")
-    from npllama.kernels import int8_dot, simd
+    from npllama.kernels import int8_dot, target
 
     if os.environ.get("NPLLAMA_PLAIN_KERNELS", "0") != "0":
-        assert (int8_dot.DOT, simd.WIDTH, simd.FMA, simd.HAS_F16) == ("plain", 8, False, False)
+        assert (int8_dot.DOT, target.WIDTH, target.FMA, target.HAS_F16) == ("plain", 8, False, False)
         return
-    features = simd.FEATURES.split(",")
+    features = target.FEATURES.split(",")
     forms = {"vnni": "+avx512vnni", "avxvnni": "+avxvnni", "avx2": "+avx2"}
     best = [dot for dot, needed in forms.items() if needed in features]
     assert [*best, "plain"][0] == int8_dot.DOT
-    assert ("+fma" in features or simd.ARM64) == simd.FMA
-    assert ("+f16c" in features or simd.ARM64) == simd.HAS_F16
+    assert ("+fma" in features or target.ARM64) == target.FMA
+    assert ("+f16c" in features or target.ARM64) == target.HAS_F16
 
 
 def test_code_for_the_matrix_unit_is_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +174,7 @@ def test_two_hundred_flipped_bits_and_cut_files_cost_a_compilation_each(tmp_path
 def keep(tmp_path: Path) -> Callable[[], tuple[int, list[str]]]:
     """Compile a small kernel that is to be kept in tmp_path: what it returns, and what was said."""
     numba = pytest.importorskip("numba")
-    from npllama.kernels.entry import DiskCache
-
+    from npllama.kernels.compile import DiskCache
     from npllama.kernels.flags import SERIAL
 
     def keep() -> tuple[int, list[str]]:

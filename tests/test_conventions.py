@@ -252,6 +252,44 @@ def test_no_kernel_is_compiled_with_reassociation() -> None:
             assert not [n for n in ast.walk(TREES[file]) if isinstance(n, ast.keyword) and n.arg == "fastmath"], file
 
 
+# What kernels take from numba.core. All else that is not documented goes through numba_internals.py.
+OPEN_PARTS = ("numba.core.cgutils", "numba.core.errors.", "numba.core.imputils")
+
+
+@pytest.mark.parametrize("file", each())
+def test_private_parts_of_numba_are_used_in_one_place(file: str) -> None:
+    if file == "kernels/numba_internals.py":
+        return
+    for name in imports(TREES[file]):
+        if name.startswith(("numba.core", "numba.np", "llvmlite.binding")):
+            assert name.startswith(OPEN_PARTS), f"{file} imports {name}"
+    for node in ast.walk(TREES[file]) if module(file) in ("kernels", "engine") else ():
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("_cache", "_reduce", "_rebuild", "_final_module", "magic_tuple"), file
+
+
+@pytest.mark.parametrize("file", [f for f in each("kernels/") if f != "kernels/llvm.py"])
+def test_memory_is_addressed_through_llvm_py_which_names_the_element_type(file: str) -> None:
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "builder":
+            assert node.attr not in ("load", "store", "gep"), f"{file}:{node.lineno}"
+        assert not (isinstance(node, ast.Attribute) and node.attr in ("as_pointer", "make_array")), file
+
+
+def test_the_kernels_docstring_names_every_file_once() -> None:
+    text = ast.get_docstring(TREES["kernels/__init__.py"]) or ""
+    named = re.findall(r"^    (\w+\.py)  +\w", text.split("in the order in which to read them")[1], re.MULTILINE)
+    assert sorted(named) == [file.split("/")[1] for file in each("kernels/") if "__init__" not in file]
+
+
+@pytest.mark.parametrize("file", each("kernels/"))
+def test_functions_of_kernels_are_short(file: str) -> None:
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.FunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= 50, f"{file}:{node.lineno}: {node.name} has {lines} lines"
+
+
 @pytest.mark.parametrize("file", each("kernels/"))
 def test_nothing_is_summed_over_threads(file: str) -> None:
     """A sum that belongs to no thread depends on how many there are."""

@@ -19,11 +19,11 @@ numba = pytest.importorskip("numba", reason="compiled kernels: numba is not inst
 
 # E402: these import numba, which may not be there.
 from npllama import ops  # noqa: E402
-from npllama.kernels import amx, int8_linear  # noqa: E402
+from npllama.kernels import amx, int8_input, int8_linear  # noqa: E402
 from npllama.kernels.flags import SERIAL  # noqa: E402
 from npllama.kernels.int8_dot import DOT  # noqa: E402
 from npllama.kernels.per_op import linear_alone  # noqa: E402
-from npllama.kernels.simd import FEATURES, X86  # noqa: E402
+from npllama.kernels.target import FEATURES, TRIPLE  # noqa: E402
 from npllama.numbers.activations import quantize_rows  # noqa: E402
 from npllama.numbers.q4 import Q4  # noqa: E402
 from npllama.numbers.q6 import Q6  # noqa: E402
@@ -142,7 +142,7 @@ def test_a_layer_of_stacked_weights_is_multiplied_where_it_lies(number_format):
 
 @numba.njit(**SERIAL)
 def quantize_all_tiles(x, lowest, into):
-    int8_linear.quantize_tiles(x, lowest, into, 0, int8_linear.n_tiles(len(x)))
+    int8_input.quantize_tiles(x, lowest, into, 0, int8_input.n_tiles(len(x)))
 
 
 @pytest.mark.parametrize("columns", [32, 40, 172])
@@ -151,7 +151,7 @@ def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
     x[1, :5] = [127, 0.5, 1.5, 2.5, -0.5]  # halves, where the row's scale is 1
     x[2] = 0
     G = -(-columns // 32)
-    into = int8_linear.QuantizedInput(
+    into = int8_input.QuantizedInput(
         np.empty(16 * G * 32, np.int8), np.empty(16 * G, np.float32), np.empty(16 * G, np.int32)
     )
     quantize_all_tiles(x, np.int32(-3), into)
@@ -217,7 +217,7 @@ ELSEWHERE: dict[str, tuple[tuple[str, bool], dict[str, str]]] = {
     "plain": (("plain", False), {"NPLLAMA_PLAIN_KERNELS": "1"}),
     "generic": (("plain", False), {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}),
 }
-if X86 and "+avx2" in FEATURES:
+if TRIPLE.startswith(("x86", "i386", "i686")) and "+avx2" in FEATURES:
     ELSEWHERE["avx2"] = (
         ("avx2", False),
         {

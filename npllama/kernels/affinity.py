@@ -1,4 +1,4 @@
-"""Tie each thread of compiled calls to CPUs."""
+"""The CPU affinity of the threads of compiled calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read memory as fast as it goes: the yardstick for decoding, which reads every weight once for each token."""
+"""Read memory as fast as possible: the yardstick for decoding, which reads every weight once for each token."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import numpy as np
 from numba import get_num_threads, njit, prange
 
 from npllama.kernels.flags import INNER, PARALLEL
-from npllama.kernels.simd import WIDTH, add, horizontal_sum, load, splat
+from npllama.kernels.simd import add, horizontal_sum, load, splat
+from npllama.kernels.target import WIDTH
 
 STREAMS = 4
-"""Places that a thread reads from in turn. One alone gets four fifths of what four get; eight get half."""
+"""Streams that each thread reads at the same time: more or fewer are slower."""
 
 
 @njit(**INNER)
 def stream_part(data, start, size):
-    """The sum of STREAMS pieces of `size` numbers, side by side from `start` on."""
+    """The sum of STREAMS pieces of `size` numbers, one after the other from `start` on."""
     one = two = three = four = splat(np.float32(0))
     for i in range(start, start + size - WIDTH + 1, WIDTH):
         one = add(one, load(data, i))

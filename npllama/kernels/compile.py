@@ -21,7 +21,6 @@ from typing import Any
 
 import numba
 from numba import njit, types
-from numba.core import caching, compiler, serialize
 from numba.core.errors import NumbaError
 from numba.extending import register_jitable
 
@@ -29,7 +28,8 @@ from npllama import model
 from npllama.errors import ModelError
 from npllama.kernels import affinity, amx, attention, elementwise, linear, top_k  # noqa: F401 (importing registers the overloads)
 from npllama.kernels.flags import SERIAL
-from npllama.kernels.link_once import POSSIBLE, compiled_as_one
+from npllama.kernels.formats import import_kernels
+from npllama.kernels.numba_internals import Cache, compile_once, pack, target_machine, unpack
 
 register_jitable(model.attention)
 register_jitable(model.feed_forward)
@@ -39,7 +39,7 @@ UNFINISHED = "new-"
 ABANDONED_S = 3600.0  # a file that is still unfinished then was left by a process that was killed
 
 
-class DiskCache(caching._Cache):
+class DiskCache(Cache):
     """What Numba asks of a cache for one compiled function, kept in one file: checksum, then code."""
 
     def __init__(self, file: Path, warn: Callable[[str], None]) -> None:
@@ -52,30 +52,24 @@ class DiskCache(caching._Cache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled function from the file, or None: then Numba compiles."""
-        target_context.refresh()
         try:
             content = self._file.read_bytes()
             digest, code = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
             if hashlib.sha256(code).digest() != digest:
                 raise ValueError("its checksum does not match")
-            stored_sig, payload = serialize.loads(code)
-            if stored_sig != str(sig):
-                return None
-            result = compiler.CompileResult._rebuild(target_context, *payload)
+            result = unpack(code, sig, target_context)
         except FileNotFoundError:
             return None
         except Exception as error:  # noqa: BLE001 (whatever is wrong with the file: compile, and replace it)
             self._warn(f"{self._file}: not usable ({error}); compiling again")
             return None
-        self.loaded = True
+        self.loaded = result is not None
         return result
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Replace the file, and remove what other sources or versions left for the same formats."""
         try:
-            if data.library.has_dynamic_globals:
-                raise ValueError("it holds an address of this process, which crashes in the next")
-            code = serialize.dumps((str(sig), data._reduce()))
+            code = pack(sig, data)
             self._write(hashlib.sha256(code).digest() + code)
         except Exception as error:  # noqa: BLE001 (a full or read-only disk: run uncached)
             self._warn(f"{self._file}: cannot keep compiled code ({error}); the next start compiles again")
@@ -114,11 +108,8 @@ class DiskCache(caching._Cache):
 
 
 def target() -> str:
-    """The CPU that code is compiled for: name and features, NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included.
-
-    And whether the system lets this process use its matrix unit.
-    """
-    return "|".join((*numba.core.registry.cpu_target.target_context.codegen().magic_tuple(), str(amx.USED)))
+    """What code is compiled for: the CPU with its features, and whether the system lets this process use AMX."""
+    return "|".join((*target_machine(), str(amx.USED)))
 
 
 def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callable[[str], None]) -> tuple[Any, bool]:
@@ -126,8 +117,7 @@ def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callabl
 
     file: where compiled code is kept, without the CPU's part of the name; None: nowhere.
     """
-    if file is not None and not POSSIBLE:
-        warn(f"compiled code is not kept: numba {numba.__version__} cannot be told to hide what is inside it")
+    import_kernels()
     function = njit(**SERIAL)(model.forward)
     try:
         return function, _compile(function, tuple(numba.typeof(a) for a in arguments), file, warn)
@@ -140,13 +130,13 @@ def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callabl
 
 
 def compile_pin_threads(file: Path | None, warn: Callable[[str], None]) -> Any:
-    """places.bind, compiled or from the cache file (see compile_forward)."""
+    """affinity.pin_threads, compiled or from the cache file (see compile_forward)."""
     _compile(affinity.pin_threads, (types.Array(types.uint64, 2, "C"),), file, warn)
     return affinity.pin_threads
 
 
 def compile_top_k(file: Path | None, warn: Callable[[str], None]) -> Any:
-    """largest.largest, compiled or from the cache file (see compile_forward)."""
+    """top_k.top_k, compiled or from the cache file (see compile_forward)."""
     arguments = types.Array(types.float32, 1, "C"), types.Array(types.int64, 1, "C")
     _compile(top_k.top_k, arguments, file, warn)
     return top_k.top_k
@@ -154,9 +144,8 @@ def compile_top_k(file: Path | None, warn: Callable[[str], None]) -> Any:
 
 def _compile(function: Any, arguments: tuple[Any, ...], file: Path | None, warn: Callable[[str], None]) -> bool:
     """Compile a function for arguments of these types; whether it came from the cache file."""
-    if file is not None and POSSIBLE:
+    cache = None
+    if file is not None:
         cpu = hashlib.sha256(target().encode()).hexdigest()[:16]
-        function._cache = DiskCache(file.with_name(f"{file.name}-{cpu}"), warn)
-    with compiled_as_one():
-        function.compile(arguments)
-    return isinstance(function._cache, DiskCache) and function._cache.loaded
+        cache = DiskCache(file.with_name(f"{file.name}-{cpu}"), warn)
+    return compile_once(function, arguments, cache, warn)

@@ -1,7 +1,7 @@
-"""The short steps compiled: embedding rows, layers, RMSNorm, RoPE, SwiGLU.
+"""The short steps compiled: RMSNorm, RoPE, SwiGLU.
 
-Each overload gives the compiler a body for the function of ops.py that it names. Explicit loops throughout: NumPy's
-idioms cost seconds of compile time each.
+Each overload gives the compiler a body for the function of ops.py that it names. Loops are written out: each NumPy
+idiom would cost seconds of compile time.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, prange
 from numba.extending import overload
 
 from npllama import ops
 from npllama.kernels.flags import INNER, INNER_PARALLEL
 from npllama.kernels.simd import (
-    WIDTH,
     add,
     div,
     exp,
@@ -36,39 +35,15 @@ from npllama.kernels.simd import (
     thread_bounds,
     widened,
 )
-from npllama.numbers.bf16 import BF16
-from npllama.numbers.f16 import F16
-from npllama.numbers.q4 import Q4
-from npllama.numbers.q6 import Q6
-from npllama.numbers.q8 import Q8
+from npllama.kernels.target import WIDTH
 
 SERIAL_BELOW = 1 << 14
-"""Numbers of a step below which one thread is sooner done than two have met."""
-
-
-def is_format(typ: types.Type, cls: type) -> bool:
-    """Whether a Numba type is the number format cls (a NamedTuple)."""
-    return isinstance(typ, types.BaseNamedTuple) and typ.instance_class is cls  # type: ignore[attr-defined]
-
-
-@overload(ops.layer)
-def _layer(w, l):
-    """ops.layer: a view in the same format."""
-    if isinstance(w, types.Array):
-        return lambda w, l: w[l]
-    if is_format(w, F16):
-        return lambda w, l: F16(w.bits[l])
-    if is_format(w, BF16):
-        return lambda w, l: BF16(w.bits[l])
-    for form in (Q8, Q6, Q4):
-        if is_format(w, form):
-            return lambda w, l: form(w.codes[l], w.scales[l], w.factors[l], w.rows, w.columns)
-    return None
+"""Below so many numbers, starting threads costs more than it saves."""
 
 
 @njit(**INNER)
 def rms_norm(x, gain, eps):
-    """ops.rms_norm: one pass for the sum, one for the scale; rows are too short to be worth threads."""
+    """ops.rms_norm: one pass for the sum, one for the scale. Rows are too short to be worth threads."""
     T, D = x.shape
     y = np.empty((T, D), np.float32)
     whole, last = D // WIDTH * WIDTH, D - WIDTH
@@ -94,7 +69,7 @@ def rms_norm(x, gain, eps):
 
 @njit(**INNER)
 def rope(x, cos, sin):
-    """ops.rope: y = x * (c, c, ...) + (x with each pair swapped) * (-s, s, ...); what fills no vector one by one."""
+    """ops.rope: y = x * (c, c, ...) + (x with each pair swapped) * (-s, s, ...). The rest pair by pair."""
     T, H, E = x.shape
     y = np.empty((T, H, E), np.float32)
     whole = E // WIDTH * WIDTH
@@ -128,7 +103,7 @@ def gated_floats(gate, up):
 
 @njit(**INNER)
 def swiglu_part(gate, up, y, begin, stop):
-    """ops.swiglu for the numbers begin .. stop-1 of all rows; of y there are no fewer than a vector."""
+    """ops.swiglu for the numbers begin .. stop-1 of all rows. y has at least WIDTH numbers before stop."""
     whole = begin + (stop - begin) // WIDTH * WIDTH
     for i in range(begin, whole, WIDTH):
         store(y, i, gated_floats(load(gate, i), load(up, i)))

@@ -1,6 +1,7 @@
-"""Several matrices at once, as a parallel loop of Numba takes them: a tuple of arrays for each part of their format.
+"""Several matrices that multiply the same input, in one parallel loop: queries, keys and values; gate and up.
 
-Always MAX_FUSED of them, the last ones empty where there are fewer: one kernel, compiled once, serves any number.
+Kernels take always MAX_FUSED matrices, the last ones empty where there are fewer: compiled once, a kernel serves any
+number. A parallel loop of Numba takes no tuples in tuples, so it gets a tuple of arrays for each part of the format.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 from numba.core import imputils
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import intrinsic, register_jitable
+
+from npllama.kernels.formats import n_rows, no_rows
 
 MAX_FUSED = 3
 """Matrices at once: queries, keys and values."""
@@ -27,29 +30,6 @@ def part_of_each(typingctx, weights, i):
     return found(weights, types.literal(i)), generate
 
 
-def no_rows(w):
-    """A matrix of the same format and width without rows."""
-
-
-@overload(no_rows)
-def _no_rows(w):
-    if isinstance(w, types.Array):
-        return lambda w: w[:0]
-    form = w.instance_class
-    if len(w.types) == 1:
-        return lambda w: form(w[0][:0])
-    return lambda w: form(w[0][:0], w[1][:0], w[2][:0], 0, w[4])
-
-
-def n_rows(w):
-    """Rows of a matrix: an array (rows, columns), or a grouped format."""
-
-
-@overload(n_rows)
-def _n_rows(w):
-    return (lambda w: w.shape[0]) if isinstance(w, types.Array) else (lambda w: w.rows)
-
-
 @register_jitable
 def outputs(T, weights):
     """An array for the products of T tokens with each of MAX_FUSED weights."""
@@ -60,13 +40,10 @@ def outputs(T, weights):
     )
 
 
-def padded_to_max(linears, weights):
-    """A function (x, weights) that gives MAX_FUSED weights to `linears`, a kernel, and returns the products asked for.
-
-    weights: the type of a tuple of 1 to MAX_FUSED weights of one format.
-    """
-    if len(weights) == 1:
+def padded_to_max(linears, n_weights):
+    """A function (x, ws) that gives n_weights of one format to `linears`, which takes MAX_FUSED."""
+    if n_weights == 1:
         return lambda x, ws: linears(x, (ws[0], no_rows(ws[0]), no_rows(ws[0])))[:1]
-    if len(weights) == 2:
+    if n_weights == 2:
         return lambda x, ws: linears(x, (ws[0], ws[1], no_rows(ws[0])))[:2]
     return lambda x, ws: linears(x, ws)

@@ -1,10 +1,10 @@
-"""Dot products of one row with some rows of a matrix, each sum in a register of its own: for few tokens.
+"""Dot products of one row of x with some rows of w, each sum in a register of its own: for few tokens (GEMV).
 
 A dot product is summed in WIDTH lanes, lane i taking the columns i, i + WIDTH, ...; then the lanes are added by halves.
-That order does not depend on how many rows are read at once: so an output depends on its two rows alone, to the bit.
+That order does not depend on how many rows are read at once, so an output depends on its two rows alone, to the bit.
 
-Columns that do not fill a vector are one more vector, which overlaps the whole ones: the last WIDTH columns of w's row,
-times those of x, where `copy_row` has put zeros in place of what overlaps.
+Columns that do not fill a vector are read as the last WIDTH columns of w's row, which overlap the vector before.
+`copy_row` has put zeros into x in place of what overlaps.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ from typing import NamedTuple
 
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from npllama.kernels import simd
+from npllama.kernels import llvm
 from npllama.kernels.flags import INNER
-from npllama.kernels.simd import WIDTH, bits16, floats, i64, load, load_last, store
+from npllama.kernels.ir_math import multiply_add, widen_bf16, widen_f16
+from npllama.kernels.llvm import f32, i16, i64
+from npllama.kernels.simd import bits16, floats, load, load_last, noinline, store
+from npllama.kernels.target import NO_PREFETCH, WIDTH
+
+PREFETCH_BYTES = 4096
+"""How far ahead of the numbers that are read memory is prefetched."""
 
 
 class StridedRows(NamedTuple):
@@ -31,73 +36,77 @@ class StridedRows(NamedTuple):
     stride: int
 
 
-def read_f32(builder, pointer):
-    """WIDTH float32."""
-    return simd.read(builder, pointer, floats.llvm, 4)
+class Reader(NamedTuple):
+    """How w is read: LLVM's type of its elements, and a function (builder, pointer) -> WIDTH float32."""
+
+    element: ir.Type
+    read: object
 
 
-def read_f16(builder, pointer):
-    """WIDTH float16 -> float32."""
-    return simd.widen_f16(builder, simd.read(builder, pointer, bits16, 2))
+def _read_f32(builder, pointer):
+    return llvm.load(builder, pointer, floats.llvm, 4)
 
 
-def read_bf16(builder, pointer):
-    """WIDTH bfloat16 -> float32."""
-    return simd.widen_bf16(builder, simd.read(builder, pointer, bits16, 2))
+def _read_f16(builder, pointer):
+    return widen_f16(builder, llvm.load(builder, pointer, bits16, 2))
 
 
-PREFETCH_BYTES = 4096
-"""Bytes from the numbers that are read to those that are asked for."""
+def _read_bf16(builder, pointer):
+    return widen_bf16(builder, llvm.load(builder, pointer, bits16, 2))
 
 
-def with_prefetch(read):
-    """The same reading, and memory asked for what comes AHEAD bytes later."""
-    if simd.NO_PREFETCH:
+def _with_prefetch(read):
+    """The same reading, with memory prefetched; not where this CPU is faster without."""
+    if NO_PREFETCH:
         return read
 
     def read_and_prefetch(builder, pointer):
-        simd.prefetch(builder, builder.bitcast(pointer, simd.i8.as_pointer()), PREFETCH_BYTES)
+        llvm.prefetch(builder, pointer, PREFETCH_BYTES)
         return read(builder, pointer)
 
     return read_and_prefetch
 
 
-def make_dots(rows, read):
-    """The products of one row of x and `rows` rows of w, which `read` reads: y[r, 0] = sum_k x[0, k] * w[r, k]."""
+F32_READER = Reader(f32, _read_f32)
+F16_READER = Reader(i16, _with_prefetch(_read_f16))
+BF16_READER = Reader(i16, _with_prefetch(_read_bf16))
+
+
+def make_dots(n_rows, reader):
+    """The products of one row of x and n_rows rows of w: y[r, 0] = sum_k x[0, k] * w[r, k]."""
 
     @intrinsic
     def dots(typingctx, x, w, y, columns):
         def generate(context, builder, signature, args):
             x, w, y, columns = args
-            sums = _sums(builder, _rows(builder, x, 1)[0], _rows(builder, w, rows), columns, read)
-            for one, place in zip(sums, _rows(builder, y, rows), strict=True):
-                lanes = simd.reduce_add(builder, builder.load(one), 1)
-                builder.store(builder.extract_element(lanes, ir.Constant(simd.i32, 0)), place)
-            return context.get_dummy_value()
+            x_row, w_rows = _rows(builder, x, f32, 1)[0], _rows(builder, w, reader.element, n_rows)
+            sums = _sum_products(builder, x_row, w_rows, columns, reader)
+            for lanes, place in zip(sums, _rows(builder, y, f32, n_rows), strict=True):
+                total = llvm.reduce(builder, builder.fadd, llvm.load(builder, lanes, floats.llvm))
+                llvm.store(builder, total, place)
+            return llvm.nothing(context)
 
         return types.void(x, w, y, types.intp), generate
 
     return dots
 
 
-def _rows(builder, rows, n):
-    """Pointers to the first n of some Rows."""
+def _rows(builder, rows, element, n):
+    """Pointers to the first n of some StridedRows."""
     start, stride = builder.extract_value(rows, 0), builder.extract_value(rows, 1)
-    return [builder.gep(start, [builder.mul(stride, ir.Constant(i64, m))]) for m in range(n)]
+    return [llvm.gep(builder, start, element, builder.mul(stride, ir.Constant(i64, m))) for m in range(n)]
 
 
-def _sums(builder, x_row, w_rows, columns, read):
-    """sums[r] = the lanes of the product of x's row and w's row r, after a loop over the columns."""
-    zero = simd.constant(floats.llvm, 0.0)
-    sums = [cgutils.alloca_once_value(builder, zero) for _ in w_rows]
-    width = ir.Constant(i64, WIDTH)
-    last = builder.sub(columns, width)  # where w's last, perhaps overlapping, vector begins
-    with cgutils.for_range_slice(builder, ir.Constant(i64, 0), columns, width, inc=True) as (k, _):
+def _sum_products(builder, x_row, w_rows, columns, reader):
+    """A variable for each row of w: the lanes of its product with x's row, after a loop over the columns."""
+    sums = [llvm.variable(builder, floats.llvm, llvm.constant(floats.llvm, 0.0)) for _ in w_rows]
+    last = builder.sub(columns, ir.Constant(i64, WIDTH))  # where w's last, perhaps overlapping, vector begins
+    with llvm.loop(builder, 0, columns, WIDTH) as k:
         j = builder.select(builder.icmp_signed("<", k, last), k, last)
-        numbers = read_f32(builder, builder.gep(x_row, [k]))
-        for one, row in zip(sums, w_rows, strict=True):
-            weights = read(builder, builder.gep(row, [j]))
-            builder.store(simd.multiply_add(builder, numbers, weights, builder.load(one)), one)
+        x = _read_f32(builder, llvm.gep(builder, x_row, f32, k))
+        for lanes, row in zip(sums, w_rows, strict=True):
+            w = reader.read(builder, llvm.gep(builder, row, reader.element, j))
+            llvm.store(builder, multiply_add(builder, x, w, llvm.load(builder, lanes, floats.llvm)), lanes)
     return sums
 
 
@@ -108,7 +117,8 @@ def skip_rows(typingctx, rows, n):
     def generate(context, builder, signature, args):
         rows, n = args
         start, stride = builder.extract_value(rows, 0), builder.extract_value(rows, 1)
-        return builder.insert_value(rows, builder.gep(start, [builder.mul(stride, n)]), 0)
+        element = llvm.element_type(context, signature.args[0].types[0])
+        return builder.insert_value(rows, llvm.gep(builder, start, element, builder.mul(stride, n)), 0)
 
     return rows(rows, types.intp), generate
 
@@ -119,15 +129,16 @@ def skip_columns(typingctx, rows, k):
 
     def generate(context, builder, signature, args):
         rows, k = args
-        return builder.insert_value(rows, builder.gep(builder.extract_value(rows, 0), [k]), 0)
+        element = llvm.element_type(context, signature.args[0].types[0])
+        return builder.insert_value(rows, llvm.gep(builder, builder.extract_value(rows, 0), element, k), 0)
 
     return rows(rows, types.intp), generate
 
 
 @njit(**INNER)
 def copy_row(x, at, columns, out, out_at):
-    """Copy a row for tiles: whole vectors, then the rest at the end of a vector of zeros."""
-    simd.noinline()
+    """Copy a row of x: whole vectors, then the rest at the end of a vector of zeros."""
+    noinline()
     whole = columns // WIDTH * WIDTH
     for k in range(0, whole, WIDTH):
         store(out, out_at + k, load(x, at + k))

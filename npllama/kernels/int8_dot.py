@@ -1,62 +1,42 @@
-"""The vector operations of quantized kernels, with names: sixteen rows of a block side by side, one per lane.
+"""The vector operations of quantized kernels, with names: 16 rows of a block side by side, one per lane.
 
-A value of type `codes` is 16 rows times 4 columns of 8-bit codes; `counts` and `numbers` are 16 integers or floats, one
-per row. A tuple of them holds one vector for each of M tokens, and an operation on it does the same for each token,
-so that codes which have been loaded and unpacked once serve all of them. LLVM splits what is too wide for a CPU.
+A value of type `int8x64` is 16 rows times 4 columns of 8-bit codes; `int32x16` and `float32x16` have one number per
+row. A tuple of them holds a vector for each of M tokens, and an operation on it does the same for each: codes that
+were loaded and unpacked once serve all tokens. LLVM splits what is too wide for a CPU.
 
-The one operation that is not the same on every CPU is the dot product of four codes of a row with four of a token,
-added to a 32-bit sum. All its forms are exact, so all give the same bits.
-
-Addresses are (array, offset) as in vector.py. Nothing is checked.
+Only the dot product of four codes of a row with four of a token differs between CPUs. All its forms are exact, so all
+give the same bits. Addresses are (array, offset) as in simd.py. Nothing is checked.
 """
 
 from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from npllama.kernels.simd import (
-    ARM64,
-    PLAIN,
-    PREFETCH_LINES,
-    VectorType,
-    address,
-    broadcast,
-    call,
-    constant,
-    f32,
-    has,
-    i8,
-    i16,
-    i32,
-    i64,
-    prefetch,
-    read,
-    shuffle,
-    widen_bf16,
-    widen_f16,
-    write,
-)
+from npllama.kernels import llvm
+from npllama.kernels.flags import PLAIN
+from npllama.kernels.ir_math import widen_bf16, widen_f16
+from npllama.kernels.llvm import address, broadcast, call, constant, f32, i8, i16, i32, i64, shuffle
+from npllama.kernels.simd import VectorType
+from npllama.kernels.target import ARM64, PREFETCH_LINES, has
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
-from npllama.numbers.q4 import Q4_CODEBOOK
 
 int8x64 = VectorType(i8, 4 * BLOCK_ROWS)
 int32x16 = VectorType(i32, BLOCK_ROWS)
 float32x16 = VectorType(f32, BLOCK_ROWS)
 
 TOKEN_TILE = 8
-"""Tokens whose input stands together, group by group: see `token`."""
+"""Tokens whose quantized input stands together, group by group: see `token_pointer`."""
 
 DOT = "vnni" if has("avx512vnni") else "avxvnni" if has("avxvnni") else "avx2" if has("avx2") else "plain"
 """Which form of the dot product is compiled."""
 
 UNSIGNED_BIAS = 128 if DOT in ("vnni", "avxvnni") else 0
-"""What these instructions, which want unsigned codes of a row, need added to signed ones."""
+"""What signed codes of a row need added for these instructions, which take unsigned ones."""
 
 
-# What the operations are made of: functions of an LLVM builder.
+# ---------------------------------------------------------------- parts of vectors
 
 
 def split(builder, a, n):
@@ -74,7 +54,7 @@ def concat(builder, vectors):
 
 
 def in_parts(n):
-    """Makes a function of a builder and vectors work on n parts of each: for instructions narrower than a vector."""
+    """Makes a function of vectors work on n parts of each: for instructions narrower than a vector."""
 
     def decorate(function):
         def on_parts(builder, *vectors):
@@ -86,15 +66,25 @@ def in_parts(n):
     return decorate
 
 
-def as_element(builder, a, element):
+def as_lanes(builder, a, element):
     """The bits of a vector as a vector of another element type."""
     return builder.bitcast(a, ir.VectorType(element, a.type.count * a.type.element.width // element.width))
+
+
+def map_tokens(builder, function, many):
+    """A tuple of M vectors, as LLVM sees it, with function(vector, m) of each."""
+    for m in range(many.type.count):
+        many = builder.insert_value(many, function(builder.extract_value(many, m), m), m)
+    return many
+
+
+# ---------------------------------------------------------------- the dot product
 
 
 def dot_vnni(builder, total, w, x):
     """total + the four products of each lane, for unsigned w: one instruction."""
     name = f"llvm.x86.avx512.vpdpbusd.{32 * total.type.count}"
-    return call(builder, name, total.type, total, as_element(builder, w, i32), as_element(builder, x, i32))
+    return call(builder, name, total.type, total, as_lanes(builder, w, i32), as_lanes(builder, x, i32))
 
 
 def multiply_pairs(builder, w, x):
@@ -153,7 +143,7 @@ def dot_unsigned(builder, total, w, x):
 
 
 def dot_signed(builder, total, w, x):
-    """total + w . x for signed row codes; where SIGN_FLIP is not 0: for w + SIGN_FLIP."""
+    """total + w . x for signed row codes; where UNSIGNED_BIAS is not 0: for w + UNSIGNED_BIAS."""
     if DOT == "avx2":
         return dot_signed_avx2(builder, total, w, x)
     if UNSIGNED_BIAS:
@@ -161,17 +151,51 @@ def dot_signed(builder, total, w, x):
     return dot_plain(builder, total, w, x, signed=True)
 
 
-def codebook_lookup(builder, index):
-    """Q4_CODEBOOK of each lane's index, less the lowest level: 0 to 64."""
-    table = [level - Q4_CODEBOOK[0] for level in Q4_CODEBOOK]
+# ---------------------------------------------------------------- codes of rows
+
+
+@intrinsic
+def load_codes(typingctx, array, offset):
+    """16 rows times 4 columns of codes from array[offset] on."""
+
+    def generate(context, builder, signature, args):
+        return llvm.load(builder, address(context, builder, signature.args[0], *args), int8x64.llvm, 1)
+
+    return int8x64(array, types.intp), generate
+
+
+def make_lookup(codebook):
+    """Two operations on packed 4-bit codes: what the lower four bits of each byte stand for, and the upper four.
+
+    Values are less the lowest one of the codebook, so unsigned.
+    """
+    table = [value - codebook[0] for value in codebook]
+
+    def low(typingctx, packed):
+        def generate(context, builder, signature, args):
+            return _look_up(builder, table, builder.and_(args[0], constant(int8x64.llvm, 15)))
+
+        return int8x64(int8x64), generate
+
+    def high(typingctx, packed):
+        def generate(context, builder, signature, args):
+            pairs = as_lanes(builder, args[0], i16)  # x86 shifts no bytes
+            shifted = as_lanes(builder, builder.lshr(pairs, constant(pairs.type, 4)), i8)
+            return _look_up(builder, table, builder.and_(shifted, constant(int8x64.llvm, 15)))
+
+        return int8x64(int8x64), generate
+
+    return intrinsic(low), intrinsic(high)
+
+
+def _look_up(builder, table, index):
+    """The entry of a table of 16 numbers that each lane's index names."""
     if has("avx512bw"):
-        return codebook_lookup_with(builder, "llvm.x86.avx512.pshuf.b.512", table, index)
+        return _look_up_with(builder, "llvm.x86.avx512.pshuf.b.512", table, index)
     if has("avx2"):
-        return in_parts(2)(lambda b, i: codebook_lookup_with(b, "llvm.x86.avx2.pshuf.b", table, i))(builder, index)
+        return in_parts(2)(lambda b, i: _look_up_with(b, "llvm.x86.avx2.pshuf.b", table, i))(builder, index)
     if ARM64 and not PLAIN:
-        return in_parts(4)(lambda b, i: codebook_lookup_with(b, "llvm.aarch64.neon.tbl1.v16i8", table, i))(
-            builder, index
-        )
+        return in_parts(4)(lambda b, i: _look_up_with(b, "llvm.aarch64.neon.tbl1.v16i8", table, i))(builder, index)
     value = constant(index.type, table[0])
     for i in range(1, len(table)):
         step = builder.select(
@@ -183,77 +207,9 @@ def codebook_lookup(builder, index):
     return value
 
 
-def codebook_lookup_with(builder, name, table, index):
-    """The instruction of this name: a table of 16 bytes for each 16 bytes of the index."""
+def _look_up_with(builder, name, table, index):
+    """By the instruction of this name, which looks up in a table of 16 bytes per 16 bytes of the index."""
     return call(builder, name, index.type, ir.Constant(index.type, table * (index.type.count // 16)), index)
-
-
-def group_of(element):
-    """A vector of as many numbers as a group has."""
-    return ir.VectorType(element, GROUP)
-
-
-def map_tokens(builder, function, many):
-    """A tuple of M vectors, as LLVM sees it, with function(vector, m) of each."""
-    for m in range(many.type.count):
-        many = builder.insert_value(many, function(builder.extract_value(many, m), m), m)
-    return many
-
-
-def add_scaled_ir(builder, total, count, scale, x_scale):
-    """total + count * (scale * x_scale), rounded after each operation. x_scale: pointer to one float32."""
-    both = builder.fmul(scale, broadcast(builder, builder.load(x_scale), BLOCK_ROWS))
-    return builder.fadd(total, builder.fmul(builder.sitofp(count, float32x16.llvm), both))
-
-
-def element(builder, pointer, i):
-    """Pointer to the i-th of the numbers that a pointer points to."""
-    return builder.gep(pointer, [ir.Constant(i64, i)])
-
-
-def token_pointer(builder, pointer, m, tile_stride, size=1):
-    """Pointer to what belongs to token m, from one to what belongs to token 0; for each token it has so many numbers.
-
-    The tokens of a tile stand together, those of the next so many tokens' numbers further.
-    """
-    if m >= TOKEN_TILE:
-        pointer = builder.gep(pointer, [builder.mul(tile_stride, ir.Constant(i64, m // TOKEN_TILE * size))])
-    return element(builder, pointer, m % TOKEN_TILE * size)
-
-
-# The operations.
-
-
-@intrinsic
-def load_codes(typingctx, array, offset):
-    """16 rows times 4 columns of codes from array[offset] on."""
-
-    def generate(context, builder, signature, args):
-        return read(builder, address(context, builder, signature.args[0], *args), int8x64.llvm)
-
-    return int8x64(array, types.intp), generate
-
-
-@intrinsic
-def low_levels(typingctx, packed):
-    """The levels that the lower four bits of each byte stand for, 0 to 64."""
-
-    def generate(context, builder, signature, args):
-        return codebook_lookup(builder, builder.and_(args[0], constant(int8x64.llvm, 15)))
-
-    return int8x64(int8x64), generate
-
-
-@intrinsic
-def high_levels(typingctx, packed):
-    """The levels that the upper four bits of each byte stand for, 0 to 64."""
-
-    def generate(context, builder, signature, args):
-        pairs = as_element(builder, args[0], i16)  # x86 shifts no bytes
-        shifted = as_element(builder, builder.lshr(pairs, constant(pairs.type, 4)), i8)
-        return codebook_lookup(builder, builder.and_(shifted, constant(int8x64.llvm, 15)))
-
-    return int8x64(int8x64), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -262,20 +218,20 @@ def unpack_6bit(typingctx, packed, tops, i):
     i = i.literal_value
 
     def generate(context, builder, signature, args):
-        packed, tops = (as_element(builder, a, i16) for a in args[:2])  # x86 shifts no bytes
+        packed, tops = (as_lanes(builder, a, i16) for a in args[:2])  # x86 shifts no bytes
         if i % 2:
             packed = builder.lshr(packed, constant(packed.type, 4))
         shift = builder.shl if i < 2 else builder.lshr
         tops = shift(tops, constant(tops.type, abs(4 - 2 * i)))
-        low = builder.and_(as_element(builder, packed, i8), constant(int8x64.llvm, 15))
-        return builder.or_(low, builder.and_(as_element(builder, tops, i8), constant(int8x64.llvm, 0x30)))
+        low = builder.and_(as_lanes(builder, packed, i8), constant(int8x64.llvm, 15))
+        return builder.or_(low, builder.and_(as_lanes(builder, tops, i8), constant(int8x64.llvm, 0x30)))
 
     return int8x64(int8x64, int8x64, types.literal(i)), generate
 
 
 @intrinsic
 def to_unsigned(typingctx, signed):
-    """Signed codes as `dot_signed_codes` wants them: plus SIGN_FLIP."""
+    """Signed codes as `dot4_signed` wants them: plus UNSIGNED_BIAS."""
 
     def generate(context, builder, signature, args):
         return builder.xor(args[0], constant(int8x64.llvm, UNSIGNED_BIAS)) if UNSIGNED_BIAS else args[0]
@@ -283,19 +239,35 @@ def to_unsigned(typingctx, signed):
     return int8x64(int8x64), generate
 
 
-def _prefetches(where, nearness):
-    """Makes an operation that asks for memory where that is how it is done, and does nothing elsewhere."""
+@intrinsic(prefer_literal=True)
+def store_levels(typingctx, array, offset, value, lowest):
+    """Write codes plus the level that code 0 stands for to int8 array[offset] on."""
+
+    def generate(context, builder, signature, args):
+        array, offset, value, _ = args
+        levels = builder.add(value, constant(int8x64.llvm, lowest.literal_value))
+        llvm.store(builder, levels, address(context, builder, signature.args[0], array, offset), 1)
+        return llvm.nothing(context)
+
+    return types.void(array, types.intp, int8x64, lowest), generate
+
+
+# ---------------------------------------------------------------- prefetching
+
+
+def _prefetches(used, locality):
+    """Makes an operation that prefetches where this is how it is done, and does nothing elsewhere."""
 
     def operation(typingctx, array, offset, n_bytes):
         def generate(context, builder, signature, args):
-            pointer = builder.bitcast(address(context, builder, signature.args[0], *args[:2]), i8.as_pointer())
-            for line in range(0, n_bytes.literal_value if where else 0, 64):
-                prefetch(builder, pointer, line, nearness)
-            return context.get_dummy_value()
+            start = address(context, builder, signature.args[0], *args[:2])
+            for line in range(0, n_bytes.literal_value if used else 0, 64):
+                llvm.prefetch(builder, start, line, locality)
+            return llvm.nothing(context)
 
         return types.void(array, types.intp, n_bytes), generate
 
-    operation.__doc__ = "Ask for the bytes of array[offset ...] before they are needed. They may lie outside."
+    operation.__doc__ = "Prefetch so many bytes of array[offset ...]. They may lie outside of it."
     return intrinsic(prefer_literal=True)(operation)
 
 
@@ -304,7 +276,7 @@ prefetch_group, prefetch_line = _prefetches(not PREFETCH_LINES, 3), _prefetches(
 
 @intrinsic
 def opaque_count(typingctx, n):
-    """n turns of a loop over a group's codes: hidden from the compiler where that is to stay a loop (LINE_BY_LINE)."""
+    """n, hidden from the compiler where it is to keep a loop and not unroll it (PREFETCH_LINES)."""
 
     def generate(context, builder, signature, args):
         if not PREFETCH_LINES:
@@ -314,13 +286,89 @@ def opaque_count(typingctx, n):
     return types.int64(types.int64), generate
 
 
+# ---------------------------------------------------------------- tokens
+
+
+def token_pointer(builder, pointer, element, m, tile_stride, size=1):
+    """Pointer to what belongs to token m, from the one of token 0. Each token has `size` elements.
+
+    The tokens of a tile stand together; the next tile begins tile_stride tokens later.
+    """
+    if m >= TOKEN_TILE:
+        tiles = ir.Constant(i64, m // TOKEN_TILE * size)
+        pointer = llvm.gep(builder, pointer, element, builder.mul(tile_stride, tiles))
+    return llvm.gep(builder, pointer, element, m % TOKEN_TILE * size)
+
+
+def token_codes(builder, pointer, m, tile_stride, column):
+    """Four codes of token m from a column of the group on, repeated for every row."""
+    start = token_pointer(builder, pointer, i8, m, tile_stride, GROUP)
+    four = llvm.load(builder, llvm.gep(builder, start, i8, column), i32, 4)
+    return as_lanes(builder, broadcast(builder, four, BLOCK_ROWS), i8)
+
+
+@intrinsic
+def dot8(typingctx, total, low, high, array, offset, tile_stride):
+    """For each token: total + its 8 codes times 4 low and 4 high unsigned ones of each row. Token 0: array[offset]."""
+
+    def generate(context, builder, signature, args):
+        total, low, high, array, offset, tile_stride = args
+        start = address(context, builder, signature.args[3], array, offset)
+
+        def dot(total_m, m):
+            x = [token_codes(builder, start, m, tile_stride, column) for column in (0, 4)]
+            return dot_small(builder, total_m, low, x[0], high, x[1])
+
+        return map_tokens(builder, dot, total)
+
+    return total(total, int8x64, int8x64, array, types.intp, types.intp), generate
+
+
+@intrinsic
+def dot4_signed(typingctx, total, w, array, offset, tile_stride):
+    """For each token: total + its 4 codes times those of w (see `to_unsigned`). Token 0: array[offset]."""
+
+    def generate(context, builder, signature, args):
+        total, w, array, offset, tile_stride = args
+        start = address(context, builder, signature.args[2], array, offset)
+
+        def dot(total_m, m):
+            return dot_signed(builder, total_m, w, token_codes(builder, start, m, tile_stride, 0))
+
+        return map_tokens(builder, dot, total)
+
+    return total(total, int8x64, array, types.intp, types.intp), generate
+
+
+@intrinsic(prefer_literal=True)
+def load_corrections(typingctx, array, offset, tile_stride, n_tokens):
+    """For each token its int32 in every row, to which dot products are added. Token 0: array[offset]."""
+    many = types.UniTuple(int32x16, n_tokens.literal_value)
+
+    def generate(context, builder, signature, args):
+        start = address(context, builder, signature.args[0], *args[:2])
+
+        def load(_, m):
+            return broadcast(
+                builder, llvm.load(builder, token_pointer(builder, start, i32, m, args[2]), i32), BLOCK_ROWS
+            )
+
+        return map_tokens(builder, load, ir.Constant(context.get_value_type(many), ir.Undefined))
+
+    return many(array, types.intp, types.intp, n_tokens), generate
+
+
+# ---------------------------------------------------------------- scales and sums
+
+
 @intrinsic
 def load_scales(typingctx, array, offset):
     """The 8-bit scales of 16 rows from array[offset] on, widened: see blocks.SCALES."""
 
     def generate(context, builder, signature, args):
-        pointer = address(context, builder, signature.args[0], *args)
-        signed = builder.sext(read(builder, pointer, ir.VectorType(i8, BLOCK_ROWS)), ir.VectorType(i16, BLOCK_ROWS))
+        start = address(context, builder, signature.args[0], *args)
+        scales = llvm.load(builder, start, ir.VectorType(i8, BLOCK_ROWS), 1)
+        signed = builder.sext(scales, ir.VectorType(i16, BLOCK_ROWS))
         bits = builder.and_(builder.shl(signed, constant(signed.type, 5)), constant(signed.type, 0x8FE0))
         return widen_f16(builder, bits)
 
@@ -338,80 +386,27 @@ def zeros(typingctx, n_tokens):
     return many(n_tokens), generate
 
 
-@intrinsic(prefer_literal=True)
-def load_corrections(typingctx, array, offset, tile_stride, n_tokens):
-    """For each token its integer, token 0's at array[offset], in every row."""
-    many = types.UniTuple(int32x16, n_tokens.literal_value)
-
-    def generate(context, builder, signature, args):
-        pointer = address(context, builder, signature.args[0], *args[:2])
-
-        def start(_, m):
-            return broadcast(builder, builder.load(token_pointer(builder, pointer, m, args[2])), BLOCK_ROWS)
-
-        return map_tokens(builder, start, ir.Constant(context.get_value_type(many), ir.Undefined))
-
-    return many(array, types.intp, types.intp, n_tokens), generate
-
-
-def token_codes(builder, pointer, m, tile_stride, column):
-    """Four codes of token m from a column of the group on, repeated for every row."""
-    at = builder.bitcast(
-        element(builder, token_pointer(builder, pointer, m, tile_stride, GROUP), column), i32.as_pointer()
-    )
-    four = builder.load(at)
-    four.align = 4
-    return as_element(builder, broadcast(builder, four, BLOCK_ROWS), i8)
+def plus_scaled(builder, total, dot, scale, x_scale):
+    """total + dot * (scale * x_scale), rounded after each operation as in NumPy. x_scale: pointer to one float32."""
+    both = builder.fmul(scale, broadcast(builder, llvm.load(builder, x_scale, f32), BLOCK_ROWS))
+    return builder.fadd(total, builder.fmul(builder.sitofp(dot, float32x16.llvm), both))
 
 
 @intrinsic
-def dot8(typingctx, total, low, high, array, offset, tile_stride):
-    """For each token: total + its codes, token 0's from array[offset] on, times four low and four high levels."""
+def add_scaled(typingctx, total, dots, scale, array, offset, tile_stride):
+    """For each token: total + its dot product * (scale * its own scale). Token 0's: array[offset]."""
 
     def generate(context, builder, signature, args):
-        total, low, high, array, offset, tile_stride = args
-        pointer = address(context, builder, signature.args[3], array, offset)
-
-        def dot(sum_m, m):
-            x = [token_codes(builder, pointer, m, tile_stride, column) for column in (0, 4)]
-            return dot_small(builder, sum_m, low, x[0], high, x[1])
-
-        return map_tokens(builder, dot, total)
-
-    return total(total, int8x64, int8x64, array, types.intp, types.intp), generate
-
-
-@intrinsic
-def dot4_signed(typingctx, total, w, array, offset, tile_stride):
-    """For each token: total + its four codes, token 0's from array[offset] on, times w's (see `flip_sign`)."""
-
-    def generate(context, builder, signature, args):
-        total, w, array, offset, tile_stride = args
-        pointer = address(context, builder, signature.args[2], array, offset)
-
-        def dot(sum_m, m):
-            return dot_signed(builder, sum_m, w, token_codes(builder, pointer, m, tile_stride, 0))
-
-        return map_tokens(builder, dot, total)
-
-    return total(total, int8x64, array, types.intp, types.intp), generate
-
-
-@intrinsic
-def add_scaled(typingctx, total, count, scale, array, offset, tile_stride):
-    """For each token: total + count * (scale * its number), token 0's at array[offset]; each rounded as in NumPy."""
-
-    def generate(context, builder, signature, args):
-        total, count, scale, array, offset, tile_stride = args
-        pointer = address(context, builder, signature.args[3], array, offset)
+        total, dots, scale, array, offset, tile_stride = args
+        start = address(context, builder, signature.args[3], array, offset)
 
         def add(total_m, m):
-            x_scale = token_pointer(builder, pointer, m, tile_stride)
-            return add_scaled_ir(builder, total_m, builder.extract_value(count, m), scale, x_scale)
+            x_scale = token_pointer(builder, start, f32, m, tile_stride)
+            return plus_scaled(builder, total_m, builder.extract_value(dots, m), scale, x_scale)
 
         return map_tokens(builder, add, total)
 
-    return total(total, count, float32x16, array, types.intp, types.intp), generate
+    return total(total, dots, float32x16, array, types.intp, types.intp), generate
 
 
 @intrinsic
@@ -420,10 +415,8 @@ def scale_rows(typingctx, total, array, offset):
 
     def generate(context, builder, signature, args):
         total, array, offset = args
-        bits = read(
-            builder, address(context, builder, signature.args[1], array, offset), ir.VectorType(i16, BLOCK_ROWS), 2
-        )
-        rows = widen_bf16(builder, bits)
+        start = address(context, builder, signature.args[1], array, offset)
+        rows = widen_bf16(builder, llvm.load(builder, start, ir.VectorType(i16, BLOCK_ROWS), 2))
         return map_tokens(builder, lambda total_m, m: builder.fmul(total_m, rows), total)
 
     return total(total, array, types.intp), generate
@@ -436,20 +429,28 @@ def store_tile(typingctx, array, offset, stride, values, n_tokens, n_rows):
     def generate(context, builder, signature, args):
         array, offset, stride, values, n_tokens, n_rows = args
         start = address(context, builder, signature.args[0], array, offset)
-        buffer = cgutils.alloca_once(builder, float32x16.llvm)
+        buffer = llvm.variable(builder, float32x16.llvm)
         whole = builder.icmp_signed(">=", n_rows, ir.Constant(i64, BLOCK_ROWS))
         for m in range(values.type.count):
             index = ir.Constant(i64, m)
-            value, row = builder.extract_value(values, m), builder.gep(start, [builder.mul(stride, index)])
+            value, row = builder.extract_value(values, m), llvm.gep(builder, start, f32, builder.mul(stride, index))
             with builder.if_then(builder.icmp_signed("<", index, n_tokens)):
                 with builder.if_then(whole):
-                    write(builder, value, row, 4)
+                    llvm.store(builder, value, row, 4)
                 with builder.if_then(builder.not_(whole)):
-                    builder.store(value, buffer)
-                    cgutils.raw_memcpy(builder, row, builder.bitcast(buffer, row.type), n_rows, 4)
-        return context.get_dummy_value()
+                    llvm.store(builder, value, buffer)
+                    llvm.copy(builder, row, buffer, n_rows, 4)
+        return llvm.nothing(context)
 
     return types.void(array, types.intp, types.intp, values, types.intp, types.intp), generate
+
+
+# ---------------------------------------------------------------- quantizing the input
+
+
+def group_of(element):
+    """A vector of as many numbers as a group has."""
+    return ir.VectorType(element, GROUP)
 
 
 @intrinsic
@@ -457,8 +458,7 @@ def abs_max(typingctx, array, offset):
     """max |x| of the group of float32 from array[offset] on; NaN if one is NaN."""
 
     def generate(context, builder, signature, args):
-        pointer = address(context, builder, signature.args[0], *args)
-        bits = read(builder, pointer, group_of(i32), 4)
+        bits = llvm.load(builder, address(context, builder, signature.args[0], *args), group_of(i32), 4)
         # As integers the magnitudes of floats stand in the same order, infinity and then NaN last.
         magnitude = builder.and_(bits, constant(bits.type, 0x7FFFFFFF))
         return builder.bitcast(call(builder, f"llvm.vector.reduce.smax.v{GROUP}i32", i32, magnitude), f32)
@@ -468,14 +468,15 @@ def abs_max(typingctx, array, offset):
 
 @intrinsic
 def round_group(typingctx, array, offset, factor, into, at):
-    """Write the group from array[offset] on, times factor and rounded half to even, to int8 into[at ...]; its sum."""
+    """Write the group from array[offset] on, times factor, rounded half to even, to int8 into[at ...]; its sum."""
 
     def generate(context, builder, signature, args):
         array, offset, factor, into, at = args
-        x = read(builder, address(context, builder, signature.args[0], array, offset), group_of(f32), 4)
+        x = llvm.load(builder, address(context, builder, signature.args[0], array, offset), group_of(f32), 4)
         scaled = builder.fmul(x, broadcast(builder, factor, GROUP))
         rounded = builder.fptosi(call(builder, f"llvm.rint.v{GROUP}f32", x.type, scaled), group_of(i32))
-        write(builder, builder.trunc(rounded, group_of(i8)), address(context, builder, signature.args[3], into, at))
+        target = address(context, builder, signature.args[3], into, at)
+        llvm.store(builder, builder.trunc(rounded, group_of(i8)), target, 1)
         return call(builder, f"llvm.vector.reduce.add.v{GROUP}i32", i32, rounded)
 
     return types.int32(array, types.intp, types.float32, into, types.intp), generate

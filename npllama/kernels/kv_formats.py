@@ -1,6 +1,6 @@
-"""Keys and values in the cache's number format: a head's row written, a block of rows read as float32.
+"""Keys and values in the KV cache's number format: a head's row written, a block of rows read as float32.
 
-What is read is what the format keeps, as tiles want it: each row in whole vectors, with zeros after its E numbers.
+Rows are read as tiles want them: in whole vectors, with zeros after a row's E numbers.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from numba import njit
 from numba.extending import overload
 
 from npllama.cache import Rounded
-from npllama.kernels.elementwise import is_format
 from npllama.kernels.flags import INNER
 from npllama.kernels.gemv_f32 import StridedRows
 from npllama.kernels.int8_dot import round_group
-from npllama.kernels.int8_linear import group_scale
+from npllama.kernels.int8_input import group_scale
+from npllama.kernels.numba_internals import namedtuple_class
 from npllama.kernels.simd import (
-    WIDTH,
     f16_to_f32,
     f32_to_f16,
     load,
@@ -30,16 +29,17 @@ from npllama.kernels.simd import (
     store,
     store_scalar,
 )
+from npllama.kernels.target import WIDTH
 from npllama.numbers.blocks import GROUP
 from npllama.numbers.f16 import F16
 
 
 def pointers(stored):
-    """The same keys or values with a pointer in place of each array, which whoever calls holds meanwhile."""
+    """The same keys or values with a pointer in place of each array. The caller keeps the arrays alive."""
 
 
 def block_rows(stored, row, n_slots, E, buffer):
-    """Rows `row` .. row+n_slots-1 of all heads' slots as Rows of float32: where they lie, or copied to the buffer."""
+    """Rows `row` .. row+n_slots-1 of all heads' slots as StridedRows: where they lie, or in the buffer."""
 
 
 def store_head(stored, row, E, x, at):
@@ -127,26 +127,26 @@ def store_tail_q8(stored, row, E, x, at):
 
 @overload(pointers)
 def _pointers(stored):
-    if is_format(stored, F16):
+    if namedtuple_class(stored) is F16:
         return lambda stored: F16(pointer(stored.bits, 0))
-    if is_format(stored, Rounded):
+    if namedtuple_class(stored) is Rounded:
         return lambda stored: Rounded(pointer(stored.codes, 0), pointer(stored.scales, 0))
     return lambda stored: pointer(stored, 0)
 
 
 @overload(block_rows)
 def _block_rows(stored, row, n_slots, E, buffer):
-    if is_format(stored, F16):
+    if namedtuple_class(stored) is F16:
         return lambda stored, row, n_slots, E, buffer: block_rows_f16(stored, row, n_slots, E, buffer)
-    if is_format(stored, Rounded):
+    if namedtuple_class(stored) is Rounded:
         return lambda stored, row, n_slots, E, buffer: block_rows_q8(stored, row, n_slots, E, buffer)
     return lambda stored, row, n_slots, E, buffer: block_rows_f32(stored, row, n_slots, E, buffer)
 
 
 @overload(store_head)
 def _store_head(stored, row, E, x, at):
-    if is_format(stored, F16):
+    if namedtuple_class(stored) is F16:
         return lambda stored, row, E, x, at: store_head_f16(stored, row, E, x, at)
-    if is_format(stored, Rounded):
+    if namedtuple_class(stored) is Rounded:
         return lambda stored, row, E, x, at: store_head_q8(stored, row, E, x, at)
     return lambda stored, row, E, x, at: store_head_f32(stored, row, E, x, at)

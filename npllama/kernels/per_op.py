@@ -1,4 +1,4 @@
-"""Each step of ops.py compiled on its own, for checking and timing step by step."""
+"""Each function of ops.py compiled on its own, for `verify` and for timing op by op."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from numba import njit
 from npllama import ops
 from npllama.kernels import attention, elementwise, linear  # noqa: F401 (importing registers the overloads)
 from npllama.kernels.flags import SERIAL
+from npllama.kernels.formats import import_kernels
 
-
-@njit(**SERIAL)
-def layer_alone(w, l):
-    return ops.layer(w, l)
+import_kernels()
 
 
 @njit(**SERIAL)

@@ -1,4 +1,4 @@
-"""sampling.largest compiled: the search through all logits, once for each token that is drawn."""
+"""sampling.largest compiled: the top-k search through all logits, once for each token that is drawn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from numba import njit
 
 from npllama.kernels.flags import INNER, SERIAL
 from npllama.kernels.simd import (
-    WIDTH,
     add,
     horizontal_max,
     horizontal_sum,
@@ -18,9 +17,10 @@ from npllama.kernels.simd import (
     splat,
     store_scalar,
 )
+from npllama.kernels.target import WIDTH
 
 BLOCK_LOGITS = 4 * WIDTH
-"""Logits that are looked at together: most have nothing among them that is large enough."""
+"""Logits of a block: most blocks have none that is among the top k, and are skipped by their maximum."""
 
 
 @njit(**INNER)
@@ -43,7 +43,7 @@ def zero_if_finite(logits, block):
 
 @njit(**INNER)
 def insert(number, i, values, ids):
-    """Put a number and its place among the k largest so far, if it is one; of equals the first stays first."""
+    """Put a number and its index among the k largest so far, if it is one. Of equals the first stays first."""
     at = values.shape[0] - 1
     if number <= load_scalar(values, at):
         return
@@ -57,12 +57,10 @@ def insert(number, i, values, ids):
 
 @njit(**SERIAL)
 def top_k(logits, ids):
-    """Write the places of the k largest logits (V,) float32 to ids (k,) int64: see sampling.largest.
+    """Write the indices of the k largest logits (V,) float32 to ids (k,) int64: see sampling.largest.
 
-    Returns whether all logits are finite; if not, ids mean nothing.
-
-    V must have k whole blocks: what is below the k-th largest of their peaks is not among the k largest, and only the
-    blocks that reach it are looked through.
+    Returns whether all logits are finite; if not, ids mean nothing. V must have k whole blocks: the k-th largest of
+    their maxima is a lower bound for the top k, and only the blocks that reach it are searched.
     """
     V, k = logits.shape[0], ids.shape[0]
     n_blocks = V // BLOCK_LOGITS
