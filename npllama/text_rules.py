@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from npllama import strict_json
 from npllama.checkpoints import read_json
 from npllama.config import GENERATION_CONFIG
 from npllama.errors import CheckpointError, UsageError, quote
@@ -64,7 +65,10 @@ def text_rules(folder: Path, tokenizer: Tokenizer) -> TextRules:
 
 def _read(path: Path) -> dict[str, object] | None:
     """A file that may be absent: then None."""
-    return read_json(path, LARGEST_BYTES, MOST_DIGITS) if os.path.lexists(path) else None
+    if not os.path.lexists(path):
+        return None
+    digits = MOST_DIGITS if path.name == TOKENIZER_CONFIG else strict_json.MAX_DIGITS
+    return read_json(path, LARGEST_BYTES, digits)
 
 
 def _flag(said: Mapping[str, object] | None, key: str, default: bool) -> bool:

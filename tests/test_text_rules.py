@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,18 @@ def test_a_flag_that_is_neither_true_nor_false_is_refused(tmp_path: Path, value:
 def test_a_file_that_is_no_object_is_refused_by_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match=rf"^{name}\.json: "):
         exported(tmp_path, **{name: "[1]"})
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_files_damaged_at_random_are_read_or_refused_in_the_family(tmp_path: Path, seed: int) -> None:
+    """Any value of JSON in the place of any other: a line of remarks or an error of the family, nothing else."""
+    rng = random.Random(seed)
+    odd = [None, True, -1, 10**17, 1e308, "", "<s>", [], [1, [2]], {}, {"content": 7}, {"x": {"y": []}}]
+    keys = [*LLAMA_2, "added_tokens_decoder", "additional_special_tokens", "do_sample", "temperature", "top_k", "min_p"]
+    names = ("tokenizer_config", "special_tokens_map", "added_tokens", "generation_config")
+    files = {name: {key: rng.choice(odd) for key in rng.sample(keys, 5)} for name in names}
+    with contextlib.suppress(npllama.NpllamaError):
+        exported(tmp_path, **files)
 
 
 def test_the_files_beside_the_tokenizer_count_where_the_checkpoint_has_none(tmp_path: Path) -> None:
