@@ -140,6 +140,7 @@ def test_a_header_of_many_megabytes_takes_its_size_and_little_more(tmp_path: Pat
         (b'{"' + b"x" * 2000 + b'":1}', "a name of 2,002 bytes, but at most 1,024 are read"),
         (b"{" + b",".join(b'"%d":{}' % i for i in range(65537)) + b"}", "more than 65,536 tensors"),
         (b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(65537)) + b"}}", "more than 65,536 texts"),
+        (b"{" + b",".join(b'"%d":[1]' % i for i in range(1025)) + b"}", "more than 1,024 entries are no objects"),
         (b'{"__metadata__":null,"__metadata__":null}', "key '__metadata__' stands twice"),
         (b'{"__metadata__":{"a":null}}', "__metadata__ is no object of texts"),
         (b'{"x":{},}', "a text in quotes is needed at byte 8"),

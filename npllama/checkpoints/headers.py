@@ -17,6 +17,7 @@ LONGEST_ENTRY = 1 << 10  # bytes; eight dimensions of 18 digits are below 300
 LONGEST_NAME = 1 << 10  # bytes, quotes and escapes included
 MOST_TENSORS = 1 << 16  # LLaMA 2 70B has 723
 MOST_NOTES = 1 << 16
+MOST_UNUSUAL = 1 << 10  # entries that take long to read: not flat objects
 CHUNK = 1 << 20
 
 _BLANKS = re.compile(rb"[ \t\r\n]*")
@@ -36,6 +37,7 @@ class Header:
         self.tensors: dict[str, object] = {}
         self.notes: dict[str, str] = {}
         self._noted = False
+        self._unusual = 0
         _check_utf8(data)
         self._members(self._entry)
         self._skip(_BLANKS)
@@ -99,6 +101,9 @@ class Header:
                 return value
             except UsageError:
                 pass  # a brace inside a text, or something else than an object: read it as what it is
+        self._unusual += 1
+        if self._unusual > MOST_UNUSUAL:
+            raise UsageError(f"more than {MOST_UNUSUAL:,} entries are no objects of dtype, shape and data_offsets")
         value, size = strict_json.parse_first(bytes(self._data[start : start + LONGEST_ENTRY]))
         self._at += size
         return value
