@@ -282,6 +282,29 @@ def test_the_kernels_docstring_names_every_file_once() -> None:
     assert sorted(named) == [file.split("/")[1] for file in each("kernels/") if "__init__" not in file]
 
 
+# Words of our own that have gone -> the field's.
+GONE = {
+    r"\b_?asks?_|\bUNASKED\b|\bask(s|ed)? (the )?memory|memory asked": "prefetch",
+    r"\bturned\b|\bturn_(square|block)\b": "transposed, rotated",
+    r"\bkeep_apart\b": "noinline",
+    r"\bbrain\b|_brain\b": "bf16",
+    r"\bmatrix[ _]unit\b": "AMX",
+    r"\b(first|second|third)(-level)? cache\b": "L1, L2, L3",
+    r"\bQ4_LEVELS\b": "codebook",
+    r"\bfurther\b(?! reading)": "stride",
+    r"\bsooner done\b": "starting threads costs more than it saves",
+    r"\bwalks?\b": "attend, loop",
+}
+
+
+@pytest.mark.parametrize("file", each("kernels/", "quant.py"))
+def test_words_that_have_gone_stay_away(file: str) -> None:
+    text = (PACKAGE / file).read_text(encoding="utf-8")
+    for pattern, word in GONE.items():
+        found = re.search(pattern, text)
+        assert found is None, f"{file}: {found.group()!r} is {word} here" if found else ""
+
+
 @pytest.mark.parametrize("file", each("kernels/"))
 def test_functions_of_kernels_are_short(file: str) -> None:
     for node in ast.walk(TREES[file]):

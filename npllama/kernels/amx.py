@@ -90,7 +90,7 @@ def _unit(builder, name, register, *operands):
 def dot_products(typingctx, x, at, tile_stride, levels, begin, sums, i):
     """Set the i-th N_SUMS numbers of sums, token by token: sum_k x[m, k] * the levels of row n from `begin` on.
 
-    Tokens m = 0 .. TOKEN_TILE-1 stand in x[at ...], those of the next tile tile_stride bytes further.
+    Tokens m = 0 .. TOKEN_TILE-1 stand in x[at ...], those of the next tile tile_stride bytes later.
     """
 
     def generate(context, builder, signature, args):

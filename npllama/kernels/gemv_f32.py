@@ -27,7 +27,7 @@ PREFETCH_BYTES = 4096
 
 
 class StridedRows(NamedTuple):
-    """Rows of a matrix: where the first begins, and how many elements further the next does.
+    """Rows of a matrix: where the first begins, and how many elements lie from one to the next.
 
     The pointer does not keep its array alive: take it from an argument of the function, whose caller holds it.
     """
