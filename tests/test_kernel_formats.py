@@ -10,6 +10,8 @@ import pytest
 numba = pytest.importorskip("numba", reason="compiled kernels: numba is not installed")
 
 # E402: these import numba, which may not be there.
+from npllama.quant import Q4_CODEBOOK, Grouped, grouped, quantize  # noqa: E402
+
 from npllama import ops  # noqa: E402
 from npllama.kernels import amx  # noqa: E402
 from npllama.kernels.flags import INNER  # noqa: E402
@@ -17,7 +19,6 @@ from npllama.kernels.formats import KERNELS  # noqa: E402
 from npllama.kernels.int8_dot import dot8, load_codes, make_lookup, store_levels  # noqa: E402
 from npllama.kernels.int8_linear import INLINE, register_grouped  # noqa: E402
 from npllama.kernels.per_op import embed_alone, linear_alone  # noqa: E402
-from npllama.quant import Q4_CODEBOOK, Grouped, grouped, quantize  # noqa: E402
 
 LEVELS = tuple(range(-30, 34, 4))
 LOWEST_UNPACKED = LEVELS[0] if amx.USED else 0
