@@ -56,7 +56,7 @@ def default_threads() -> tuple[int, str]:
     found = [
         (physical_cores(), "physical cores"),
         (affinity(), "processor affinity"),
-        (max(1, int(min(cpu_quota(), 1 << 20) + 0.5)), "the container's CPU quota"),
+        (max(1, int(min(cpu_quota(), 1 << 20))), "the container's CPU quota"),
     ]
     return min(found, key=lambda choice: choice[0])
 

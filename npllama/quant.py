@@ -171,7 +171,8 @@ def widen_rows(w: Weight, rows: np.ndarray) -> np.ndarray:
     """Some rows of a matrix (N, K) in any number format: (T,) integers -> (T, K) float32, new."""
     if isinstance(w, np.ndarray):
         return w[rows]
-    assert not isinstance(w, Grouped)  # made for products only
+    if isinstance(w, Grouped):
+        raise TypeError("rows of a Grouped matrix cannot be looked up: it is made for products; take the Coded one")
     if isinstance(w, Coded):
         codes, scales, factors = (part[rows // ROWS] for part in (w.codes, w.scales, w.factors))
         blocks = type(w)(codes, scales, factors, ROWS * len(rows), w.columns)

@@ -154,6 +154,12 @@ def test_nothing_in_the_package_executes_data(file: str) -> None:
         assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), "allow_pickle"
 
 
+@pytest.mark.parametrize("file", each())
+def test_no_guard_is_an_assert(file: str) -> None:
+    """`python -O` drops them."""
+    assert not [node.lineno for node in ast.walk(TREES[file]) if isinstance(node, ast.Assert)]
+
+
 READERS = each("checkpoints/", "weights.py", "tokenizer.py", "config.py", "strict_json.py", "export.py")
 
 
