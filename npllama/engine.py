@@ -293,6 +293,8 @@ class Engine:
         return ops.rotation(pos, self.config.head_dim, self.config.rope_theta)
 
     def _check(self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray) -> None:
+        c = self.config
+        kv.check_fits(cache, c.n_layers, c.n_kv_heads, c.head_dim, self.kv_dtype)
         T = len(tokens)
         if T == 0 or pos.shape != (T,) or seq.shape != (T,) or tokens.ndim != 1 or out.ndim != 1:
             raise UsageError(
@@ -303,11 +305,14 @@ class Engine:
         _check_range("seq", seq, cache.pos.shape[1])
         if len(out):
             _check_range("out", out, T)
+        firsts = [0]  # rows with which a sequence begins
         if T > 1:
             same = seq[1:] == seq[:-1]
-            starts = seq[1:][~same]
-            if not (pos[1:][same] == pos[:-1][same] + 1).all() or len(set(starts) | {seq[0]}) != len(starts) + 1:
+            firsts += (1 + np.flatnonzero(~same)).tolist()
+            if not (pos[1:][same] == pos[:-1][same] + 1).all() or len(set(seq[firsts])) != len(firsts):
                 raise UsageError("the rows of a sequence must stand together, their positions ascending by one.")
+        for t in firsts:
+            kv.check_kept(cache, int(seq[t]), int(pos[t]))
 
     def close(self) -> None:
         """Let go of the weights. Waits for a call that is under way."""
