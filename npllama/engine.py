@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import importlib.metadata
 import importlib.util
 import math
 import os
-import sys
 import threading
 import time
 import types
@@ -20,13 +17,12 @@ from typing import Any
 import numpy as np
 
 from npllama import cache as kv
-from npllama import machine, model, ops, sampling
+from npllama import compiled_code, machine, model, ops, sampling
 from npllama.cache import KVCache
+from npllama.compiled_code import compiled_exists, formats
 from npllama.errors import ModelError, UsageError, quote, whole_number
-from npllama.kernels.flags import PLAIN
 from npllama.places import Places
 from npllama.quant import Coded, grouped, widen
-from npllama.version import __version__
 from npllama.weights import OpenModel, Weights, kind_shapes
 
 SMALL_MODEL_BYTES = 20_000_000
@@ -41,9 +37,6 @@ BACKENDS = ("auto", "numpy", "numba")
 # running that spinning costs more. Share of the idle speed that is left beside one busy process per core: 15M shape in
 # q4 0.46 with 20,000 rounds, 0.40 with 4,000; 1.1B shape in q4 0.12 with 20,000, 0.30 with 4,000, 0.42 with 1,500.
 SPIN_COUNTS = ((50_000_000, "20000"), (400_000_000, "4000"), (math.inf, "1500"))
-
-# Part of the name of a file of plain kernels: they replace older plain ones, and not those in daily use.
-TWINS = ".plain" if PLAIN else ""
 
 
 # One compiled call at a time in this process: each uses all its threads, and Numba's simplest threading layer ends the
@@ -151,19 +144,19 @@ class Engine:
         folder, why = machine.cache_directory()
         if folder is None:
             self._report(f"compiled code is not kept: {why}")
-        file = None if folder is None else folder / cache_name(self._opened, self.kv_dtype)
+        file = None if folder is None else folder / compiled_code.forward_name(self._opened, self.kv_dtype)
         if not compiled_exists(self._opened, self.kv_dtype):
             self._report(f"compiling kernels for {formats(self._opened)} (once; 10 to 20 s) ...")
         arguments = self._arguments(self.new_cache(1, 1), *(np.zeros(1, np.int64) for _ in range(4)))
         compiled, loaded = entry.compile_forward(arguments, file, self._report)
 
         def make_bind() -> Callable[[np.ndarray], None]:
-            bind_file = None if folder is None else folder / f"bind-threads{TWINS}-{sources_hash()}"
+            bind_file = None if folder is None else folder / compiled_code.named("bind-threads")
             return entry.compile_bind(bind_file, self._report)
 
         @functools.cache
         def make_largest() -> Callable[[np.ndarray, np.ndarray], bool]:
-            largest_file = None if folder is None else folder / f"largest-logits{TWINS}-{sources_hash()}"
+            largest_file = None if folder is None else folder / compiled_code.named("largest-logits")
             return entry.compile_largest(largest_file, self._report)
 
         places = Places(make_bind, numba.threading_layer)
@@ -397,41 +390,6 @@ def compiled_execution() -> dict[str, str]:
 
     _launch_threads()  # the layer is chosen here
     return {"compiled_for": entry.target().split("|")[1], "threading_layer": numba.threading_layer()}
-
-
-def formats(opened: OpenModel) -> str:
-    """The number formats of a model's matrices, as part of a file name: the compiled code depends on them."""
-    used = [type(w).__name__.lower() if isinstance(w, tuple) else "f32" for w in opened.weights]
-    return "+".join(sorted(set(used), key=used.index))
-
-
-def cache_name(opened: OpenModel, kv_dtype: str = "f32") -> str:
-    """Name of the file of compiled code, without the CPU's part: formats and a hash of all that the code depends on."""
-    layout = hashlib.sha256(repr([type(w).__name__ for w in opened.weights]).encode()).hexdigest()[:8]
-    return f"forward-{formats(opened)}.{layout}.kv_{kv_dtype}{TWINS}-{sources_hash()}"
-
-
-def compiled_exists(opened: OpenModel, kv_dtype: str = "f32") -> bool:
-    """Whether compiled code for this model is kept, for this or another CPU. Writes nothing, does not import numba."""
-    folder, _ = machine.cache_directory(make=False)
-    return folder is not None and any(folder.glob(cache_name(opened, kv_dtype) + "-*"))
-
-
-def sources_hash() -> str:
-    """Hash of everything compiled code depends on but entry.target: sources, versions, switches."""
-    digest = hashlib.sha256(sys.version.encode())
-    for package in ("numba", "llvmlite", "numpy"):
-        try:
-            digest.update(importlib.metadata.version(package).encode())
-        except importlib.metadata.PackageNotFoundError:
-            digest.update(b"none")
-    digest.update(TWINS.encode())
-    folder = Path(__file__).parent
-    # A build without sources (frozen, or .pyc alone) changes with the version only.
-    names = ("model.py", "ops.py", "cache.py", "quant.py", "weights.py")
-    for path in [folder / name for name in names] + sorted((folder / "kernels").glob("*.py")):
-        digest.update(path.name.encode() + (path.read_bytes() if path.exists() else __version__.encode()))
-    return digest.hexdigest()[:16]
 
 
 def set_blas_threads(n: int) -> bool:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 def test_code_that_holds_an_address_of_this_process_is_not_kept(tmp_path: Path) -> None:
     """numba.get_num_threads in a kernel is such code: in the next process it ends in a segmentation fault."""
     numba = pytest.importorskip("numba")
-    from npllama.kernels.entry import DiskCache
+    from npllama.disk_cache import DiskCache
 
     @numba.njit
     def kernel() -> int:
@@ -79,7 +79,7 @@ def test_code_from_a_file_runs_its_own_functions_and_not_others_of_the_same_name
 import sys
 import numba
 from npllama.kernels.deferred import compiled_as_one
-from npllama.kernels.entry import DiskCache
+from npllama.disk_cache import DiskCache
 from npllama.kernels.flags import INNER, SERIAL
 from npllama.kernels.vector import keep_apart
 from pathlib import Path
@@ -143,7 +143,7 @@ def test_code_for_the_matrix_unit_is_kept_apart(monkeypatch: pytest.MonkeyPatch)
 
 def test_two_hundred_flipped_bits_and_cut_files_cost_a_compilation_each(tmp_path: Path) -> None:
     numba = pytest.importorskip("numba")
-    from npllama.kernels.entry import DiskCache
+    from npllama.disk_cache import DiskCache
     from npllama.kernels.flags import SERIAL
 
     file, said = tmp_path / "forward-f32-0-0", []

@@ -14,8 +14,8 @@ import helpers
 import numpy as np
 import pytest
 
+from npllama import compiled_code, machine, model, ops
 from npllama import engine as engine_module
-from npllama import machine, model, ops
 from npllama.engine import Engine, choose_backend
 from npllama.errors import ModelError, UsageError
 from npllama.weights import OpenModel, open_model
@@ -160,7 +160,7 @@ def test_auto_is_numpy_for_a_small_model_that_nothing_is_compiled_for(
     said: list[str] = []
     assert choose_backend("auto", opened, said.append) == "numpy"
     assert "using NumPy" in said[0]
-    (tmp_path / f"{engine_module.cache_name(opened)}-cpu").touch()
+    (tmp_path / f"{compiled_code.forward_name(opened)}-cpu").touch()
     assert choose_backend("auto", opened, print) == "numba"
 
 

@@ -1,147 +1,81 @@
-"""model.forward compiled whole, and the disk cache of what was compiled.
-
-The cache keeps one file for each combination of number formats. Its name holds a hash of everything the machine code
-depends on (the package's sources, versions, switches, the CPU and what the system lets a process use of it), so a stale
-file is never read; a checksum stands before the code, because one flipped byte in machine code is a crash and not an
-exception. The directory is private (0700): these files are code. Whatever is wrong with directory or file costs one
-compilation, with one warning.
-"""
+"""model.forward compiled whole, or taken from a cache; and what its machine code is made for."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
 from numba import njit, types
-from numba.core import caching, compiler, serialize
+from numba.core import config
 from numba.core.errors import NumbaError
 from numba.extending import register_jitable
 
 from npllama import model
 from npllama.errors import ModelError
 from npllama.kernels import attention, largest, linear, matrix_unit, places, steps  # noqa: F401 (importing registers the overloads)
-from npllama.kernels.deferred import POSSIBLE, compiled_as_one
+from npllama.kernels.deferred import compiled_as_one
 from npllama.kernels.flags import SERIAL
 
 register_jitable(model.attention)
 register_jitable(model.feed_forward)
 
-DIGEST_BYTES = 32
-
-
-class DiskCache(caching._Cache):
-    """What Numba asks of a cache for one compiled function, kept in one file: checksum, then code."""
-
-    def __init__(self, file: Path, warn: Callable[[str], None]) -> None:
-        self._file, self._warn = file, warn
-        self.loaded = False
-
-    @property
-    def cache_path(self) -> str:
-        return str(self._file.parent)
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """The compiled function from the file, or None: then Numba compiles."""
-        target_context.refresh()
-        try:
-            content = self._file.read_bytes()
-            digest, code = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-            if hashlib.sha256(code).digest() != digest:
-                raise ValueError("its checksum does not match")
-            stored_sig, payload = serialize.loads(code)
-            if stored_sig != str(sig):
-                return None
-            result = compiler.CompileResult._rebuild(target_context, *payload)
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # noqa: BLE001 (whatever is wrong with the file: compile, and replace it)
-            self._warn(f"{self._file}: not usable ({error}); compiling again")
-            return None
-        self.loaded = True
-        return result
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        """Replace the file, and remove what other sources or versions left for the same formats."""
-        try:
-            if data.library.has_dynamic_globals:
-                raise ValueError("it holds an address of this process, which crashes in the next")
-            code = serialize.dumps((str(sig), data._reduce()))
-            handle, name = tempfile.mkstemp(dir=self._file.parent, prefix="new-")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(hashlib.sha256(code).digest())
-                    file.write(code)
-                os.replace(name, self._file)
-            except BaseException:
-                os.unlink(name)
-                raise
-            formats, stamp, _ = self._file.name.rsplit("-", 2)
-            for other in self._file.parent.glob(f"{formats}-*-*"):
-                if not other.name.startswith(f"{formats}-{stamp}-"):
-                    other.unlink(missing_ok=True)
-        except Exception as error:  # noqa: BLE001 (a full or read-only disk: run uncached)
-            self._warn(f"{self._file}: cannot keep compiled code ({error}); the next start compiles again")
-
-    def enable(self) -> None:
-        raise NotImplementedError("this cache is always on")
-
-    def disable(self) -> None:
-        raise NotImplementedError("this cache is always on")
-
-    def flush(self) -> None:
-        self._file.unlink(missing_ok=True)
+SETTINGS = (
+    "BOUNDSCHECK",
+    "DEBUGINFO_DEFAULT",
+    "DEBUG_ARRAY_OPT_RUNTIME",
+    "DEBUG_NRT",
+    "DISABLE_INTEL_SVML",
+    "ENABLE_AVX",
+    "ENABLE_PROFILING",
+    "EXTEND_VARIABLE_LIFETIMES",
+    "LLVM_REFPRUNE_FLAGS",
+    "LLVM_REFPRUNE_PASS",
+    "LOOP_VECTORIZE",
+    "OPT",
+    "SLP_VECTORIZE",
+)
+"""Settings of Numba that change machine code."""
 
 
 def target() -> str:
     """The CPU that code is compiled for: name and features, NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included.
 
-    And whether the system lets this process use its matrix unit.
+    And whether the system lets this process use its matrix unit, and the settings of Numba that change code.
     """
-    return "|".join((*numba.core.registry.cpu_target.target_context.codegen().magic_tuple(), str(matrix_unit.USED)))
+    settings = [f"{name}={getattr(config, name, None)!r}" for name in SETTINGS]
+    cpu = numba.core.registry.cpu_target.target_context.codegen().magic_tuple()
+    return "|".join((*cpu, str(matrix_unit.USED), *settings))
 
 
-def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callable[[str], None]) -> tuple[Any, bool]:
-    """model.forward for arguments of these types. Returns the function, and whether it came from the cache file.
-
-    file: where compiled code is kept, without the CPU's part of the name; None: nowhere.
-    """
-    if file is not None and not POSSIBLE:
-        warn(f"compiled code is not kept: numba {numba.__version__} cannot be told to hide what is inside it")
+def compile_forward(arguments: tuple[Any, ...], cache: Any) -> Any:
+    """model.forward, compiled for arguments of these types or taken from the cache: a disk_cache.DiskCache, or None."""
     function = njit(**SERIAL)(model.forward)
     try:
-        return function, _compile(function, tuple(numba.typeof(a) for a in arguments), file, warn)
+        _compile(function, tuple(numba.typeof(a) for a in arguments), cache)
     except NumbaError as error:
         said = re.search(r"NumbaTypeError: (.*)", str(error))  # the sentence of an overload, out of forty lines
         reason = said.group(1) if said else str(error).splitlines()[0]
         raise ModelError(
             f"this model cannot be compiled: {reason}; use --backend numpy, or export it again."
         ) from error
+    return function
 
 
-def compile_bind(file: Path | None, warn: Callable[[str], None]) -> Any:
-    """places.bind, compiled or from the cache file (see compile_forward)."""
-    _compile(places.bind, (types.Array(types.uint64, 2, "C"),), file, warn)
+def compile_bind(cache: Any) -> Any:
+    """places.bind, compiled or from the cache (see compile_forward)."""
+    _compile(places.bind, (types.Array(types.uint64, 2, "C"),), cache)
     return places.bind
 
 
-def compile_largest(file: Path | None, warn: Callable[[str], None]) -> Any:
-    """largest.largest, compiled or from the cache file (see compile_forward)."""
-    arguments = types.Array(types.float32, 1, "C"), types.Array(types.int64, 1, "C")
-    _compile(largest.largest, arguments, file, warn)
+def compile_largest(cache: Any) -> Any:
+    """largest.largest, compiled or from the cache (see compile_forward)."""
+    _compile(largest.largest, (types.Array(types.float32, 1, "C"), types.Array(types.int64, 1, "C")), cache)
     return largest.largest
 
 
-def _compile(function: Any, arguments: tuple[Any, ...], file: Path | None, warn: Callable[[str], None]) -> bool:
-    """Compile a function for arguments of these types; whether it came from the cache file."""
-    if file is not None and POSSIBLE:
-        cpu = hashlib.sha256(target().encode()).hexdigest()[:16]
-        function._cache = DiskCache(file.with_name(f"{file.name}-{cpu}"), warn)
+def _compile(function: Any, arguments: tuple[Any, ...], cache: Any) -> None:
+    if cache is not None:
+        function._cache = cache
     with compiled_as_one():
         function.compile(arguments)
-    return isinstance(function._cache, DiskCache) and function._cache.loaded
