@@ -30,9 +30,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which kernels the run has compiled."""
     if os.environ.get("NPLLAMA_BACKEND") == "numpy" or importlib.util.find_spec("numba") is None:
         return
-    from npllama.engine import import_numba
-
-    import_numba()
     from npllama.kernels import codes, matrix_unit, vector
 
     terminalreporter.write_line(
