@@ -21,7 +21,7 @@ from npllama.compiled import Compiled
 from npllama.compiled_code import compiled_exists
 from npllama.errors import ModelError, UsageError, quote, whole_number
 from npllama.quant import Coded, grouped, widen
-from npllama.threads import COMPILED, UnavailableError, new_turn, using
+from npllama.threads import COMPILED, Turn, UnavailableError, using
 from npllama.weights import OpenModel, Weights, kind_shapes
 
 SMALL_MODEL_BYTES = 20_000_000
@@ -66,7 +66,7 @@ class Engine:
         self.import_s = self.compile_s = 0.0
         if self.backend == "numba":
             self._prepare_numba(threads, optional=backend == "auto" and not os.environ.get("NPLLAMA_BACKEND"))
-        self._lock = new_turn() if self.compiled is None else COMPILED
+        self._lock = Turn() if self.compiled is None else COMPILED
         self._releases: list[Callable[[], None]] = []
         self._release_later(process.hold_freed_memory())
         if self.compiled is None:

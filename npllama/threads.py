@@ -14,7 +14,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from npllama.errors import UsageError, quote
 
@@ -34,30 +33,62 @@ class UnavailableError(UsageError):
 # Locks, and forks.
 
 _forking = threading.RLock()
-_turns: weakref.WeakSet[Any] = weakref.WeakSet()
-_held: list[Any] = []
+_fork_waits = False
 _forked = False
+_turns: weakref.WeakSet[Turn] = weakref.WeakSet()
+_held: list[Turn] = []
 
 
-def new_turn() -> Any:
+class _Own(threading.local):
+    turns = 0  # that this Python thread holds
+
+
+_own = _Own()
+
+
+class Turn:
     """A lock to hold while computing: no fork happens meanwhile, but by the thread that holds it."""
-    lock = threading.RLock()
-    with _forking:
-        _turns.add(lock)
-    return lock
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        with _forking:
+            _turns.add(self)
+
+    def __enter__(self) -> None:
+        self.acquire()
+        while _fork_waits and _own.turns == 1:  # let it go first: threads that compute on and on would keep it waiting
+            self.release()
+            with _forking:
+                pass
+            self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        self._lock.acquire()
+        _own.turns += 1
+
+    def release(self) -> None:
+        _own.turns -= 1
+        self._lock.release()
 
 
 def _before_fork() -> None:
+    global _fork_waits
     _forking.acquire()
+    _fork_waits = True
     _held[:] = list(_turns)
-    for lock in _held:
-        lock.acquire()
+    for turn in _held:
+        turn.acquire()
 
 
 def _after_fork() -> None:
-    for lock in reversed(_held):
-        lock.release()
+    global _fork_waits
+    for turn in reversed(_held):
+        turn.release()
     _held.clear()
+    _fork_waits = False
     _forking.release()
 
 
@@ -71,9 +102,9 @@ def _after_fork_in_child() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
-COMPILED = new_turn()
+COMPILED = Turn()
 """One compiled call at a time in this process: each uses all its threads, and not every threading layer takes two."""
-COMPILING = new_turn()
+COMPILING = Turn()
 """One engine at a time compiles."""
 
 
