@@ -130,6 +130,18 @@ def start_numba(report: Callable[[str], None]) -> None:
         _pass_on(warning, report)
     if numba.config.DISABLE_JIT:  # type: ignore[attr-defined] # set when numba is imported
         raise UnavailableError("NUMBA_DISABLE_JIT is set, so nothing can be compiled; unset it, or use backend numpy.")
+    if lacking := _lacking_features(str(numba.config.CPU_FEATURES or "")):  # type: ignore[attr-defined]
+        raise UnavailableError(
+            f"NUMBA_CPU_FEATURES asks for {quote(lacking)}, which this CPU has not; leave it out, or use backend numpy."
+        )
+
+
+def _lacking_features(asked: str) -> str:
+    """Which of the features asked for this CPU has not: code that uses them would end the process."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    return ",".join(name for name in asked.split(",") if name[:1] == "+" and not features.get(name[1:], True))
 
 
 def _first_line(error: BaseException) -> str:

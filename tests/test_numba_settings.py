@@ -10,9 +10,13 @@ import pytest
 from command_line import environment
 
 pytest.importorskip("numba")
+from llvmlite import binding
+
 pytestmark = pytest.mark.skipif(
     os.environ.get("NPLLAMA_BACKEND") == "numpy", reason="compiled execution: not in the run of NumPy's"
 )
+
+LACKING = next((f"+{name}" for name, there in binding.get_host_cpu_features().items() if not there), "")
 
 PROGRAM = """
 import logging, sys
@@ -61,6 +65,7 @@ def test_one_thread_is_one_thread_without_a_complaint(settings: dict[str, str]) 
         ("NUMBA_DISABLE_JIT", "1", "NUMBA_DISABLE_JIT is set"),
         ("NUMBA_THREADING_LAYER", "nonsense", "see NUMBA_THREADING_LAYER"),
         ("NUMBA_THREADING_LAYER_PRIORITY", "omp", "THREADING_LAYER_PRIORITY"),
+        ("NUMBA_CPU_FEATURES", LACKING, f"asks for '{LACKING}', which this CPU has not"),
         ("NUMBA_DYLD_WORKAROUND", "x", "NUMBA_DYLD_WORKAROUND='x'"),
     ],
 )
