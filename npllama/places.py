@@ -54,6 +54,16 @@ class Places:
         if self._cpu is not None:
             self._bind()
 
+    @property
+    def apart(self) -> bool:
+        """Whether threads of calls from this Python thread are tied."""
+        return bool(_thread.apart)
+
+    def release(self, n_threads: int) -> None:
+        """Let the threads of calls from this Python thread run on all its CPUs again."""
+        if self._cpu is not None:
+            self._spread(n_threads, False, self._cpu)
+
     def run(self, n_threads: int, function: Callable[..., np.ndarray], arguments: tuple[Any, ...]) -> np.ndarray:
         """function(*arguments), with its threads on CPUs of their own where others compete for them."""
         cpu = self._cpu

@@ -120,7 +120,11 @@ class Tokenizer:
                 f"Unicode text without halves of surrogate pairs is needed. Decode the input with errors='replace'."
             ) from error
         ids: list[int] = self._processor.encode(text)
-        assert self.control_ids.isdisjoint(ids)
+        if not self.control_ids.isdisjoint(ids):
+            raise UsageError(
+                "SentencePiece reads a control token in this text, and text never becomes one; "
+                "sentencepiece 0.2.2 or newer and an unchanged tokenizer.model are needed, or pass ids."
+            )
         before = [self.bos_id] if (self.add_bos if bos is None else bos) else []
         after = [self.eos_id] if (self.add_eos if eos is None else eos) else []
         return [*before, *ids, *after]

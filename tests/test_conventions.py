@@ -23,13 +23,16 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding
 LAYERS = (
     {"errors", "signatures", "version"},
     {"format_version", "options"},
-    {"numbers", "config", "strict_json", "machine", "places", "sampling"},
-    {"kinds", "tokenizer", "staging", "npy"},
+    {"numbers", "config", "strict_json", "machine", "places", "sampling", "threads"},
+    {"kinds", "tokenizer", "staging", "npy", "process"},
     {"checkpoints"},
     {"cache", "weights", "text_rules"},
     {"ops"},
     {"model"},
-    {"kernels"},
+    {"kernels", "compiled_sources"},
+    {"compiled_code"},
+    {"disk_cache"},
+    {"compiled"},
     {"engine", "export"},
     {"streaming", "random_model"},
     {"inference"},
@@ -102,9 +105,9 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 @pytest.mark.parametrize("file", each())
-def test_only_kernels_and_engine_import_numba_and_only_the_tokenizer_sentencepiece(file: str) -> None:
+def test_only_what_compiles_imports_numba_and_only_the_tokenizer_sentencepiece(file: str) -> None:
     roots = {name.split(".")[0] for name in imports(TREES[file])}
-    if module(file) not in ("kernels", "engine"):
+    if module(file) not in ("kernels", "compiled", "disk_cache", "threads"):
         assert not roots & {"numba", "llvmlite"}
     if file != "tokenizer.py":
         assert "sentencepiece" not in roots
@@ -154,6 +157,12 @@ def test_nothing_in_the_package_executes_data(file: str) -> None:
         assert not list(calls(TREES[file], name)), name
     for node in ast.walk(TREES[file]):
         assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), "allow_pickle"
+
+
+@pytest.mark.parametrize("file", each())
+def test_no_guard_is_an_assert(file: str) -> None:
+    """`python -O` drops them."""
+    assert not [node.lineno for node in ast.walk(TREES[file]) if isinstance(node, ast.Assert)]
 
 
 READERS = each("checkpoints/", "weights.py", "tokenizer.py", "config.py", "strict_json.py", "export.py", "text_rules")

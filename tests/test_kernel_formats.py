@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from helpers import quantize
 
 numba = pytest.importorskip("numba", reason="compiled kernels: numba is not installed")
 
 # E402: these import numba, which may not be there.
-from npllama.quant import Q4_CODEBOOK, Grouped, grouped, quantize  # noqa: E402
 
 from npllama import ops  # noqa: E402
 from npllama.kernels import amx  # noqa: E402
@@ -19,6 +19,9 @@ from npllama.kernels.formats import KERNELS  # noqa: E402
 from npllama.kernels.int8_dot import dot8, load_codes, make_lookup, store_levels  # noqa: E402
 from npllama.kernels.int8_linear import INLINE, register_grouped  # noqa: E402
 from npllama.kernels.per_op import embed_alone, linear_alone  # noqa: E402
+from npllama.numbers import format_of  # noqa: E402
+from npllama.numbers.groups import Grouped  # noqa: E402
+from npllama.numbers.q4 import Q4_CODEBOOK  # noqa: E402
 
 LEVELS = tuple(range(-30, 34, 4))
 LOWEST_UNPACKED = LEVELS[0] if amx.USED else 0
@@ -67,7 +70,7 @@ def _registered() -> Any:
 def weights() -> tuple[Even, Grouped]:
     """A matrix in the new format, and unpacked for NumPy."""
     w = quantize(np.random.default_rng(0).standard_normal((70, 90), dtype=np.float32), "q4")
-    unpacked = grouped(w)
+    unpacked = format_of(w).for_products(w)
     levels = TABLE[np.searchsorted(Q4_CODEBOOK, unpacked.levels)]
     return Even(*w), unpacked._replace(levels=levels)
 

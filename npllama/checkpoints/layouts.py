@@ -120,8 +120,8 @@ def is_llama2c(tree: object) -> bool:
 
 def open_llama2c(tree: object, file: InputFile, pool: Pool) -> Checkpoint:
     """A training checkpoint of llama2.c (see is_llama2c); what its optimizer keeps is not looked at."""
-    assert isinstance(tree, dict)
-    if not isinstance(tree["model_args"], dict) or not isinstance(tree["model"], dict):
+    parts = [tree.get(key) for key in ("model_args", "model")] if isinstance(tree, dict) else []
+    if not isinstance(tree, dict) or not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"{file.name}: 'model' and 'model_args' must be dicts; it is damaged: download it again")
     try:
         config = configs.from_llama2c(tree["model_args"])

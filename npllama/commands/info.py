@@ -99,7 +99,7 @@ def matrix_formats(manifest: dict[str, Any]) -> list[str]:
 def machine_facts() -> dict[str, Any]:
     """Versions, CPU, threads and why, threading layer, memory, and where compiled code is kept."""
     from npllama import machine
-    from npllama.engine import compiled_execution
+    from npllama.compiled import compiled_execution
     from npllama.inference import DEMO
 
     n_threads, why = machine.default_threads()

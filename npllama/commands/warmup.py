@@ -21,7 +21,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     """Compile, and make sure that the result was kept."""
     import npllama
     from npllama import machine
-    from npllama.engine import compiled_exists
+    from npllama.compiled_code import compiled_exists
     from npllama.weights import open_model
 
     model = model_of(args)

@@ -11,7 +11,8 @@ Where a part is missing or behaves otherwise, code is compiled as Numba always d
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,6 +82,18 @@ def target_machine() -> tuple[str, str, str]:
     cpu = numba.config.CPU_NAME or own.get_host_cpu_name()  # type: ignore[attr-defined] # set when numba is imported
     features = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
     return own.get_default_triple(), cpu, own.get_host_cpu_features().flatten() if features is None else features
+
+
+def threads_started() -> bool:
+    """Whether Numba's threads run in this process, as far as it knows. Imports nothing: it is asked after a fork."""
+    return bool(getattr(sys.modules.get("numba.np.ufunc.parallel"), "_is_initialized", False))
+
+
+def start_threads_again(started: bool) -> None:
+    """Let Numba believe again what `threads_started` said before: the next who needs threads then starts them."""
+    parallel: Any = sys.modules.get("numba.np.ufunc.parallel")
+    if hasattr(parallel, "_is_initialized"):
+        parallel._is_initialized = started
 
 
 def launch_threads() -> None:
@@ -168,11 +181,11 @@ def _linked_once() -> Iterator[None]:
                     generator.set_env(name, env)
 
 
-def compile_once(function: Any, arguments: tuple[Any, ...], cache: Any, warn: Callable[[str], None]) -> bool:
+def compile_once(function: Any, arguments: tuple[Any, ...], cache: Any) -> bool:
     """Compile a dispatcher for arguments of these types; whether it came from the cache.
 
-    cache: a `Cache` to load it from and keep it in, None: none. Whatever is wrong with Numba's private parts costs
-    the cache, longer compilation and one warning.
+    cache: a `Cache` with `warn`, to load it from and keep it in; None: none. Whatever is wrong with Numba's private
+    parts costs the cache, longer compilation and one warning.
     """
     missing = missing_parts()
     reason = f"it has no {missing[0]}" if missing else ""
@@ -189,7 +202,7 @@ def compile_once(function: Any, arguments: tuple[Any, ...], cache: Any, warn: Ca
                 raise
             reason = str(error).splitlines()[0]
     if cache is not None:
-        warn(f"compiled code is not kept: numba {numba.__version__} is not one that is known here ({reason})")
+        cache.warn(f"compiled code is not kept: numba {numba.__version__} is not one that is known here ({reason})")
     function.compile(arguments)
     return False
 
