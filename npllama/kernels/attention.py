@@ -21,7 +21,7 @@ from numba.extending import overload, register_jitable
 
 from npllama import cache as kv
 from npllama import ops
-from npllama.kernels.flags import INNER, INNER_PARALLEL
+from npllama.kernels.flags import INLINE, INNER, INNER_PARALLEL
 from npllama.kernels.gemm_f32 import transpose_square
 from npllama.kernels.gemv_f32 import StridedRows, skip_columns, skip_rows
 from npllama.kernels.kv_formats import block_rows, pointers, store_head
@@ -229,7 +229,7 @@ def online_softmax(work, m, at, n_slots):
     store_scalar(work.weight_sum, m, load_scalar(work.weight_sum, m) * rescale + horizontal_sum(total_weight))
 
 
-@njit(**INNER)
+@njit(**INLINE)
 def oldest_and_newest(view, s, n_slots):
     """The lowest and the highest position that the slots s .. s+n_slots-1 hold."""
     oldest = newest = load_scalar(view.pos, s)
@@ -238,7 +238,7 @@ def oldest_and_newest(view, s, n_slots):
     return oldest, newest
 
 
-@njit(**INNER)
+@njit(**INLINE)
 def attend_block(queries, view, tile, s, n_slots, oldest, newest, work):
     """Add a block of slots to a tile's sums. oldest, newest: the positions between which its slots lie."""
     share, E, last = queries.heads_per_kv, queries.head_dim, tile.p + tile.n_tokens - 1

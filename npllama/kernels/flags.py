@@ -15,6 +15,8 @@ SERIAL: dict[str, Any] = {"error_model": "numpy", "fastmath": False, "boundschec
 INNER: dict[str, Any] = {**SERIAL, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 PARALLEL: dict[str, Any] = {**SERIAL, "parallel": True}
 INNER_PARALLEL: dict[str, Any] = {**INNER, "parallel": True}
+# For a part of a kernel that stands in a function of its own to be read, or to be chosen by format.
+INLINE = {**INNER, "forceinline": True}
 
 # Read once, before anything compiles: a later change would be ignored. Part of the key of the compile cache.
 PLAIN = os.environ.get("NPLLAMA_PLAIN_KERNELS", "0") not in ("", "0")

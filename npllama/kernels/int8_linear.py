@@ -19,7 +19,7 @@ from numba import njit, prange
 from npllama.kernels import amx
 from npllama.kernels.amx import LEVELS_BYTES, N_SUMS, add_scaled_sums, bytes_to_line, configure, dot_products, release
 from npllama.kernels.amx import TOKENS as AMX_TOKENS
-from npllama.kernels.flags import INNER, INNER_PARALLEL
+from npllama.kernels.flags import INLINE, INNER, INNER_PARALLEL
 from npllama.kernels.formats import register
 from npllama.kernels.fused_inputs import outputs, part_of_each
 from npllama.kernels.int8_dot import (
@@ -56,8 +56,6 @@ MIN_TILES_UNPACKED = 4
 
 GROUPS_AHEAD, SUM_BUFFERS = 3, 4
 """AMX multiplies a group so many groups before its sums are scaled and added; buffers for sums."""
-
-INLINE = {**INNER, "forceinline": True}
 
 
 # ---------------------------------------------------------------- tiles

@@ -6,9 +6,9 @@ import numpy as np
 from numba import njit
 
 from npllama.kernels import amx
-from npllama.kernels.flags import INNER
+from npllama.kernels.flags import INLINE, INNER
 from npllama.kernels.int8_dot import dot8, load_codes, make_lookup, opaque_count, prefetch_line, store_levels
-from npllama.kernels.int8_linear import INLINE, PREFETCH_BYTES, register_grouped
+from npllama.kernels.int8_linear import PREFETCH_BYTES, register_grouped
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
 from npllama.numbers.q4 import Q4, Q4_CODEBOOK
 

@@ -6,9 +6,9 @@ import numpy as np
 from numba import njit
 
 from npllama.kernels import amx
-from npllama.kernels.flags import INNER
+from npllama.kernels.flags import INLINE, INNER
 from npllama.kernels.int8_dot import dot8, load_codes, opaque_count, prefetch_line, store_levels, unpack_6bit
-from npllama.kernels.int8_linear import INLINE, PREFETCH_BYTES, register_grouped
+from npllama.kernels.int8_linear import PREFETCH_BYTES, register_grouped
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
 from npllama.numbers.q6 import NIBBLE_BYTES, Q6, Q6_LOWEST
 

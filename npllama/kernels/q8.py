@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from npllama.kernels.flags import INNER
+from npllama.kernels.flags import INLINE, INNER
 from npllama.kernels.int8_dot import (
     UNSIGNED_BIAS,
     dot4_signed,
@@ -15,7 +15,7 @@ from npllama.kernels.int8_dot import (
     store_levels,
     to_unsigned,
 )
-from npllama.kernels.int8_linear import INLINE, PREFETCH_BYTES, register_grouped
+from npllama.kernels.int8_linear import PREFETCH_BYTES, register_grouped
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
 from npllama.numbers.q8 import Q8
 
