@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npllama.errors import UsageError, quote
-from npllama.format_version import unknown_key
+from npllama.version import unknown_key
 
 LARGEST = {
     "dim": 1 << 16,

@@ -16,13 +16,13 @@ import numpy as np
 
 from npllama.cache import KVCache, clear
 from npllama.config import ModelConfig
-from npllama.engine import Engine
 from npllama.errors import ContextError, UsageError, quote, whole_number
+from npllama.execution.engine import Engine
+from npllama.generation.sampling import PENALTY_WINDOW, SEEDS, Allowed, sample
+from npllama.generation.streaming import StopStrings, StreamDecoder, stop_texts
 from npllama.options import SamplingOptions, chosen_sampling
-from npllama.sampling import PENALTY_WINDOW, SEEDS, Allowed, sample
-from npllama.streaming import StopStrings, StreamDecoder, stop_texts
-from npllama.tokenizer import Tokenizer
-from npllama.weights import OpenModel, open_model
+from npllama.store.opening import OpenModel, open_model
+from npllama.text.sentencepiece import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 MOST_CONTEXT_UNASKED = 4096
@@ -343,7 +343,7 @@ class Stream:
             position = self._n_prompt + i
             recent = allowed.places(self._ids[-PENALTY_WINDOW:])
             drawn = request.sampling, request.seed, self._completion, position
-            token = allowed.id(sample(allowed.logits(logits[0]), recent, *drawn, llama.engine.largest))
+            token = allowed.id(sample(allowed.logits(logits[0]), recent, *drawn, llama.engine.top_k))
             if token in ends:
                 self._finish_reason = "stop"
                 break

@@ -12,10 +12,10 @@ import pytest
 
 from npllama import cache as kv
 from npllama.cache import KVCache, Rounded
-from npllama.engine import Engine
 from npllama.errors import UsageError
+from npllama.execution.engine import Engine
 from npllama.numbers.f16 import F16
-from npllama.weights import OpenModel, open_model
+from npllama.store.opening import OpenModel, open_model
 
 BACKENDS = ["numpy"] if os.environ.get("NPLLAMA_BACKEND") == "numpy" else ["numpy", "numba"]
 C = helpers.TINY

@@ -13,8 +13,8 @@ import pytest
 from command_line import environment
 
 import npllama
-from npllama import compiled_code
-from npllama.compiled_sources import compiled_sources
+from npllama.execution import compiled_code
+from npllama.execution.compiled_sources import compiled_sources
 
 PACKAGE = Path(npllama.__file__).parent
 STAMP = "from npllama import compiled_code; print(compiled_code.stamp())"
@@ -41,13 +41,13 @@ def edit(file: Path, old: str, new: str) -> None:
 
 
 WORDS = {
-    "an error of the reader of weights": ("weights.py", "raise ModelError(", 'raise ModelError("Oh! " '),
+    "an error of the reader of weights": ("store/opening.py", "raise ModelError(", 'raise ModelError("Oh! " '),
     "an error of the cache": ("cache.py", "is not known; it needs", "is unknown; it needs"),
-    "an error of a kernel": ("kernels/linear.py", "no kernel for weights", "there is no kernel for weights"),
-    "a docstring": ("kernels/linear.py", '"""ops.linear', '"""The step ops.linear'),
+    "an error of a kernel": ("execution/kernels/linear.py", "no kernel for weights", "there is no kernel for weights"),
+    "a docstring": ("execution/kernels/linear.py", '"""ops.linear', '"""The step ops.linear'),
     "a comment": ("model.py", "import annotations", "import annotations  # as everywhere"),
-    "how weights are read": ("weights.py", "import annotations\n", "import annotations\n\n_UNUSED = 1\n"),
-    "a warning about a file": ("disk_cache.py", "compiling again", "it is compiled again"),
+    "how weights are read": ("store/opening.py", "import annotations\n", "import annotations\n\n_UNUSED = 1\n"),
+    "a warning about a file": ("execution/disk_cache.py", "compiling again", "it is compiled again"),
     "an error about a forked process": ("errors.py", "Base of every error", "The base of every error"),
     "how NumPy computes a step": ("ops.py", "gain * (x * scale", "gain * (+x * scale"),
 }
@@ -62,7 +62,7 @@ def test_other_words_compile_nothing_again(copy: Path, what: str) -> None:
 
 CODE = {
     "the model": ("model.py", "x = x + ", "x = x + x + "),
-    "the order of the weights": ("kinds.py", "    wk: Annotated", "    other_wk: Annotated"),
+    "the order of the weights": ("weights.py", "    wk: Annotated", "    other_wk: Annotated"),
     "which slot a position has": ("cache.py", "return p\n", "return p + 0\n"),
     "which rows are written at once": ("cache.py", "stop = start + 1\n", "stop = start + 2\n"),
     "a constant of a number format": ("numbers/q4.py", "Q4_CODEBOOK = (-34", "Q4_CODEBOOK = (-35"),
@@ -71,8 +71,8 @@ CODE = {
         "_SCALE_CODES = np.arange(256",
         "_SCALE_CODES = np.arange(0, 256",
     ),
-    "a kernel": ("kernels/float_linear.py", "MAX_GEMV_TOKENS = 8", "MAX_GEMV_TOKENS = 9"),
-    "the compiler's flags": ("kernels/flags.py", '"nogil": True', '"nogil": False'),
+    "a kernel": ("execution/kernels/float_linear.py", "MAX_GEMV_TOKENS = 8", "MAX_GEMV_TOKENS = 9"),
+    "the compiler's flags": ("execution/kernels/flags.py", '"nogil": True', '"nogil": False'),
     "the arguments of a step": ("ops.py", "def swiglu(gate", "def swiglu(up_gate"),
 }
 

@@ -14,11 +14,13 @@ import helpers
 import numpy as np
 import pytest
 
-from npllama import compiled_code, machine, model, ops
-from npllama import engine as engine_module
-from npllama.engine import Engine, choose_backend
+from npllama import model, ops
 from npllama.errors import ModelError, UsageError
-from npllama.weights import OpenModel, open_model
+from npllama.execution import compiled, compiled_code
+from npllama.execution import engine as engine_module
+from npllama.execution.engine import Engine, choose_backend
+from npllama.store.opening import OpenModel, open_model
+from npllama.system import machine
 
 needs_numba = pytest.mark.skipif(
     os.environ.get("NPLLAMA_BACKEND") == "numpy", reason="compiled execution: not in the run of NumPy's"
@@ -264,8 +266,8 @@ def test_quantized_logits_have_the_same_bits_however_the_prompt_is_cut(dtype: st
 
 RUN = """
 import sys, numpy as np
-from npllama.engine import Engine
-from npllama.weights import open_model
+from npllama.execution.engine import Engine
+from npllama.store.opening import open_model
 said = []
 engine = Engine(open_model(sys.argv[1]), "numba", None, said.append)
 logits = engine.forward(engine.new_cache(1, 4), [1, 7, 3], range(3), [0] * 3, range(3))
@@ -322,7 +324,7 @@ def test_how_long_idle_threads_spin_follows_from_the_models_size(n_bytes: float,
     """OpenMP says what it found; the environment is left as it was."""
     program = f"""
 import os
-from npllama import threads
+from npllama.execution import threads
 threads.start_numba(print)
 with threads.numba_threads_later({int(n_bytes)}):
     pass
@@ -382,7 +384,7 @@ def test_the_largest_logits_are_found_in_both_executions(engine: Engine, n_logit
         logits[::2] = -np.finfo(np.float32).max
     for k in (1, 2, 40, 64, 65, 500):
         expected = np.argsort(-logits, kind="stable")[:k]
-        assert np.array_equal(engine.largest(logits, k), expected), k
+        assert np.array_equal(engine.top_k(logits, k), expected), k
 
 
 @pytest.mark.parametrize("n_logits", [64, 1000, 32001])
@@ -390,16 +392,16 @@ def test_the_largest_logits_are_found_in_both_executions(engine: Engine, n_logit
 def test_both_searches_see_every_logit_that_is_not_finite(engine: Engine, n_logits: int, value: float) -> None:
     logits = np.full(n_logits, np.finfo(np.float32).max)
     logits[::2] *= -1
-    engine.largest(logits, 1)  # sums of finite logits that overflow are no matter
+    engine.top_k(logits, 1)  # sums of finite logits that overflow are no matter
     for place in {0, 17, n_logits // 2, n_logits - 1}:
         damaged = logits.copy()
         damaged[place] = value
         with pytest.raises(ModelError, match="the logits are not all finite"):
-            engine.largest(damaged, 1)
+            engine.top_k(damaged, 1)
 
 
 @needs_numba
 def test_the_compiled_search_is_what_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = np.arange(5000, dtype=np.float32)
-    monkeypatch.setattr(engine_module.sampling, "largest", None)
-    assert engine.largest(logits, 40).tolist() == list(range(4999, 4959, -1))
+    monkeypatch.setattr(compiled.search, "top_k", None)
+    assert engine.top_k(logits, 40).tolist() == list(range(4999, 4959, -1))

@@ -26,7 +26,7 @@ def folder() -> Path:
 START = """
 import multiprocessing, os, sys, threading, time
 import npllama
-from npllama import threads
+from npllama.execution import threads
 
 llm = npllama.load(sys.argv[1], backend=sys.argv[2])
 ids = [1, 7, 30, 5, 9, 12, 40, 3]

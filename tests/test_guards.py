@@ -12,7 +12,7 @@ PROGRAMS = {
     "a control token that comes out of a text": (
         """
 from npllama.inference import DEMO
-from npllama.tokenizer import Tokenizer
+from npllama.text.sentencepiece import Tokenizer
 tokenizer = Tokenizer(DEMO / "tokenizer.model")
 tokenizer.control_ids |= {tokenizer.encode("fox")[-1]}
 tokenizer.encode("fox")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from npllama import machine
+from npllama.system import machine
 
 
 @pytest.mark.parametrize(("quota", "threads"), [(7.65, 7), (7.0, 7), (1.99, 1), (0.5, 1), (float("inf"), 16)])

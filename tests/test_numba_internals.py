@@ -14,10 +14,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 # E402: these import numba, which may not be there.
-from npllama.disk_cache import DiskCache  # noqa: E402
-from npllama.kernels import numba_internals  # noqa: E402
-from npllama.kernels.flags import INNER, SERIAL  # noqa: E402
-from npllama.kernels.numba_internals import LIBRARY_PARTS, PARTS, LinkOnceLibrary, compile_once  # noqa: E402
+from npllama.execution.disk_cache import DiskCache  # noqa: E402
+from npllama.execution.kernels import numba_internals  # noqa: E402
+from npllama.execution.kernels.flags import INNER, SERIAL  # noqa: E402
+from npllama.execution.kernels.numba_internals import LIBRARY_PARTS, PARTS, LinkOnceLibrary, compile_once  # noqa: E402
 
 
 def compiled(folder: Path) -> tuple[int, bool, list[str]]:

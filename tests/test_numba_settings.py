@@ -66,6 +66,7 @@ def test_one_thread_is_one_thread_without_a_complaint(settings: dict[str, str]) 
         ("NUMBA_THREADING_LAYER", "nonsense", "see NUMBA_THREADING_LAYER"),
         ("NUMBA_THREADING_LAYER_PRIORITY", "omp", "THREADING_LAYER_PRIORITY"),
         ("NUMBA_CPU_FEATURES", LACKING, f"asks for '{LACKING}', which this CPU has not"),
+        ("NUMBA_CPU_FEATURES", "junk", "'junk', which this CPU has not or LLVM cannot read"),
         ("NUMBA_DYLD_WORKAROUND", "x", "NUMBA_DYLD_WORKAROUND='x'"),
     ],
 )
@@ -101,7 +102,7 @@ def test_the_simplest_threading_layer_computes_in_a_child_too() -> None:
 
 @pytest.mark.parametrize("setting", ["NUMBA_OPT", "NUMBA_BOUNDSCHECK", "NUMBA_LOOP_VECTORIZE"])
 def test_settings_that_change_code_keep_code_of_their_own(setting: str) -> None:
-    program = "from npllama.kernels import entry; print(entry.target())"
+    program = "from npllama.execution.kernels import entry; print(entry.target())"
 
     def target(**settings: str) -> str:
         command = [sys.executable, "-c", program]

@@ -9,7 +9,7 @@ import sys
 import pytest
 from command_line import environment
 
-from npllama import process
+from npllama.execution import process
 
 needs_numba = pytest.mark.skipif(
     os.environ.get("NPLLAMA_BACKEND") == "numpy", reason="compiled execution: not in the run of NumPy's"
@@ -32,7 +32,7 @@ def test_closing_the_last_model_puts_the_threads_of_numpys_products_back() -> No
     run(
         """
 import npllama
-from npllama import process
+from npllama.execution import process
 get, put = process._openblas()
 put(2)
 first = npllama.load(backend="numpy", threads=1)
@@ -60,7 +60,7 @@ def test_a_users_own_number_of_threads_for_numpy_stands() -> None:
     run(
         """
 import npllama
-from npllama import process
+from npllama.execution import process
 get, put = process._openblas()
 before = get()
 with npllama.load(backend="numpy") as llm:
@@ -102,7 +102,7 @@ def test_closing_lets_threads_that_were_tied_to_cpus_run_on_all_again() -> None:
         """
 import os, time
 import npllama
-from npllama import places
+from npllama.execution import affinity
 cpus = os.sched_getaffinity(0)
 llm = npllama.load(backend="numba", threads=len(cpus))
 places.CROWDED_PER_S = -1.0  # every thread counts as interrupted too often

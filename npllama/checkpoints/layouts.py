@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from npllama import config as configs
-from npllama import strict_json
 from npllama.checkpoints import names
 from npllama.checkpoints.checkpoint import Checkpoint, merge
 from npllama.checkpoints.files import InputFile, Pool, read_whole, sniff
@@ -18,6 +17,7 @@ from npllama.checkpoints.shard import Rename, Shard, equal, state_dict
 from npllama.checkpoints.tensors import Tensor, View
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, UsageError, quote
+from npllama.system import strict_json
 
 META_SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 META_WHOLE = "consolidated.safetensors"
