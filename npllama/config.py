@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npllama.errors import UsageError, quote
+from npllama.fields import get, need, number, show, whole
 
 LARGEST = {
     "dim": 1 << 16,
@@ -54,9 +55,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, largest in LARGEST.items():
-            _whole(name, getattr(self, name), 1, largest)
-        object.__setattr__(self, "norm_eps", _number("norm_eps", self.norm_eps, above=0.0, largest=1e-2))
-        object.__setattr__(self, "rope_theta", _number("rope_theta", self.rope_theta, above=1.0, largest=1e12))
+            whole(name, getattr(self, name), 1, largest)
+        object.__setattr__(self, "norm_eps", number("norm_eps", self.norm_eps, above=0.0, largest=1e-2))
+        object.__setattr__(self, "rope_theta", number("rope_theta", self.rope_theta, above=1.0, largest=1e12))
         if self.n_heads % self.n_kv_heads:
             raise UsageError(
                 f"n_heads is {self.n_heads} and n_kv_heads {self.n_kv_heads}, but every key/value head must serve the "
@@ -69,10 +70,10 @@ class ModelConfig:
             )
         if not isinstance(self.eos_token_ids, tuple) or len(self.eos_token_ids) > MOST_EOS_TOKENS:
             raise UsageError(
-                f"eos_token_ids is {_show(self.eos_token_ids)}, but a tuple of at most {MOST_EOS_TOKENS} ids is needed"
+                f"eos_token_ids is {show(self.eos_token_ids)}, but a tuple of at most {MOST_EOS_TOKENS} ids is needed"
             )
         for name, token in [("bos_token_id", self.bos_token_id), *(("eos_token_ids", t) for t in self.eos_token_ids)]:
-            _whole(name, token, 0, self.vocab_size - 1)
+            whole(name, token, 0, self.vocab_size - 1)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object; `from_json` reads it back."""
@@ -88,9 +89,7 @@ class ModelConfig:
             raise UsageError(f"key {quote(key)} {what} the config; export the model again")
         ids = values["eos_token_ids"]
         if not isinstance(ids, list):
-            raise UsageError(
-                f"eos_token_ids is {_show(ids)}, but a list of token ids is needed; export the model again"
-            )
+            raise UsageError(f"eos_token_ids is {show(ids)}, but a list of token ids is needed; export the model again")
         return cls(**{**values, "eos_token_ids": tuple(ids)})  # type: ignore[arg-type]  # checked by __post_init__
 
 
@@ -101,11 +100,11 @@ def feed_forward_width(dim: int, multiple_of: object = 256, multiplier: object =
 
     Elements. Raises UsageError. Source: FeedForward in Meta's model.py; `multiplier` is ffn_dim_multiplier.
     """
-    dim = _whole("dim", dim, 1, LARGEST["dim"])
-    step = _whole("multiple_of", multiple_of, 1, LARGEST["hidden_dim"])
+    dim = whole("dim", dim, 1, LARGEST["dim"])
+    step = whole("multiple_of", multiple_of, 1, LARGEST["hidden_dim"])
     width = int(2 * (4 * dim) / 3)
     if multiplier is not None:
-        width = int(_number("ffn_dim_multiplier", multiplier, above=0.0, largest=64.0) * width)
+        width = int(number("ffn_dim_multiplier", multiplier, above=0.0, largest=64.0) * width)
     return step * ((width + step - 1) // step)
 
 
@@ -116,8 +115,8 @@ def from_meta(params: Mapping[str, object], *, vocab_size: int, max_seq_len: int
     params.json is silent. Raises UsageError. Source: Meta's ModelArgs, whose defaults are used.
     """
     _refuse_set(params, META_REFUSED)
-    said = _get(params, "vocab_size", -1)
-    if (type(said) is not int or said != -1) and _whole("vocab_size", said, 1, LARGEST["vocab_size"]) != vocab_size:
+    said = get(params, "vocab_size", -1)
+    if (type(said) is not int or said != -1) and whole("vocab_size", said, 1, LARGEST["vocab_size"]) != vocab_size:
         raise UsageError(
             f"vocab_size is {said}, but tok_embeddings has {vocab_size} rows; weights and config do not belong together"
         )
@@ -148,22 +147,22 @@ META_KNOWN = {
 
 def _from_model_args(args: Mapping[str, object], max_seq_len: int) -> ModelConfig:
     """Meta's and llama2.c's names, with Meta's defaults; None stands for the default."""
-    dim = _whole("dim", _need(args, "dim"), 1, LARGEST["dim"])
-    n_heads = _whole("n_heads", _need(args, "n_heads"), 1, LARGEST["n_heads"])
-    width = _get(args, "hidden_dim", None)
+    dim = whole("dim", need(args, "dim"), 1, LARGEST["dim"])
+    n_heads = whole("n_heads", need(args, "n_heads"), 1, LARGEST["n_heads"])
+    width = get(args, "hidden_dim", None)
     if width is None:
-        width = feed_forward_width(dim, _get(args, "multiple_of", 256), _get(args, "ffn_dim_multiplier", None))
+        width = feed_forward_width(dim, get(args, "multiple_of", 256), get(args, "ffn_dim_multiplier", None))
     return ModelConfig(
         dim=dim,
-        n_layers=_need(args, "n_layers"),
+        n_layers=need(args, "n_layers"),
         n_heads=n_heads,
-        n_kv_heads=_get(args, "n_kv_heads", n_heads),
+        n_kv_heads=get(args, "n_kv_heads", n_heads),
         head_dim=_head_dim(args, dim, n_heads),
         hidden_dim=width,
-        vocab_size=_need(args, "vocab_size"),
-        norm_eps=_get(args, "norm_eps", 1e-5),
-        rope_theta=_get(args, "rope_theta", 10000.0),
-        max_seq_len=_get(args, "max_seq_len", max_seq_len),
+        vocab_size=need(args, "vocab_size"),
+        norm_eps=get(args, "norm_eps", 1e-5),
+        rope_theta=get(args, "rope_theta", 10000.0),
+        max_seq_len=get(args, "max_seq_len", max_seq_len),
     )
 
 
@@ -174,10 +173,10 @@ def from_hugging_face(config: Mapping[str, object], generation: Mapping[str, obj
     config come first, as in transformers. Source: its LlamaConfig and MistralConfig, whose defaults are used.
     """
     kind = _check_architecture(config)
-    dim = _whole("hidden_size", _need(config, "hidden_size"), 1, LARGEST["dim"])
-    n_heads = _whole("num_attention_heads", _need(config, "num_attention_heads"), 1, LARGEST["n_heads"])
-    context = _get(config, "max_position_embeddings", 2048 if kind == "llama" else 131072)
-    context = _whole("max_position_embeddings", context, 1, LARGEST["max_seq_len"])
+    dim = whole("hidden_size", need(config, "hidden_size"), 1, LARGEST["dim"])
+    n_heads = whole("num_attention_heads", need(config, "num_attention_heads"), 1, LARGEST["n_heads"])
+    context = get(config, "max_position_embeddings", 2048 if kind == "llama" else 131072)
+    context = whole("max_position_embeddings", context, 1, LARGEST["max_seq_len"])
     _check_window(config, kind, context)
     tokens: dict[str, object] = {"bos_token_id": 1, "eos_token_id": 2}
     for source in (config, generation or {}):
@@ -185,13 +184,13 @@ def from_hugging_face(config: Mapping[str, object], generation: Mapping[str, obj
     eos = tokens["eos_token_id"]
     return ModelConfig(
         dim=dim,
-        n_layers=_need(config, "num_hidden_layers"),
+        n_layers=need(config, "num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=_get(config, "num_key_value_heads", n_heads if kind == "llama" else 8),
+        n_kv_heads=get(config, "num_key_value_heads", n_heads if kind == "llama" else 8),
         head_dim=_head_dim(config, dim, n_heads),
-        hidden_dim=_need(config, "intermediate_size"),
-        vocab_size=_need(config, "vocab_size"),
-        norm_eps=_get(config, "rms_norm_eps", 1e-6),
+        hidden_dim=need(config, "intermediate_size"),
+        vocab_size=need(config, "vocab_size"),
+        norm_eps=get(config, "rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(config),
         max_seq_len=context,
         bos_token_id=tokens["bos_token_id"],  # type: ignore[arg-type]  # checked by __post_init__
@@ -211,29 +210,29 @@ def _check_architecture(config: Mapping[str, object]) -> str:
     kind = config.get("model_type")
     if kind not in ("llama", "mistral"):
         raise UsageError(
-            f"model_type is {_show(kind)}, but only 'llama' (and 'mistral' without a sliding window) is supported; "
+            f"model_type is {show(kind)}, but only 'llama' (and 'mistral' without a sliding window) is supported; "
             "use a LLaMA 2 checkpoint"
         )
-    names = _get(config, "architectures", [])
+    names = get(config, "architectures", [])
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str) or name.lower() not in ("llamaforcausallm", "mistralforcausallm"):
-            raise UsageError(f"architectures names {_show(name)}, but LlamaForCausalLM is needed; use a language model")
+            raise UsageError(f"architectures names {show(name)}, but LlamaForCausalLM is needed; use a language model")
     _refuse_set(config, HUGGING_FACE_REFUSED)
-    activation = _get(config, "hidden_act", "silu")
+    activation = get(config, "hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise UsageError(f"hidden_act is {_show(activation)}, but LLaMA 2 uses 'silu'; use a LLaMA 2 checkpoint")
+        raise UsageError(f"hidden_act is {show(activation)}, but LLaMA 2 uses 'silu'; use a LLaMA 2 checkpoint")
     return str(kind)
 
 
 def _check_window(config: Mapping[str, object], kind: str, context: int) -> None:
     """Mistral's window is 4096 where config.json is silent, and absent where it says null."""
     window = config.get("sliding_window", 4096 if kind == "mistral" else None)
-    if window is not None and _whole("sliding_window", window, 1, LARGEST["max_seq_len"]) < context:
+    if window is not None and whole("sliding_window", window, 1, LARGEST["max_seq_len"]) < context:
         raise UsageError(
             f"sliding_window is {window}, smaller than max_position_embeddings {context}: such attention is not "
             "supported; use a checkpoint without it"
         )
-    layers = _get(config, "layer_types", [])
+    layers = get(config, "layer_types", [])
     if isinstance(layers, list) and any(layer != "full_attention" for layer in layers):
         raise UsageError("layer_types names a layer that is not 'full_attention'; use a LLaMA 2 checkpoint")
 
@@ -242,21 +241,21 @@ def _rope_theta(config: Mapping[str, object]) -> Any:
     """RoPE's base from the old keys (rope_theta, rope_scaling) or the new one (rope_parameters)."""
     found = [config["rope_theta"]] if config.get("rope_theta") is not None else []
     for key in ("rope_scaling", "rope_parameters"):
-        rope = _get(config, key, {})
+        rope = get(config, key, {})
         if not isinstance(rope, dict):
-            raise UsageError(f"{key} is {_show(rope)}, but an object is needed; the config is damaged")
+            raise UsageError(f"{key} is {show(rope)}, but an object is needed; the config is damaged")
         for name in ("rope_type", "type"):
-            kind = _get(rope, name, "default")
+            kind = get(rope, name, "default")
             if kind != "default":
-                raise UsageError(f"{key} asks for rotary positions of type {_show(kind)}, which are not supported")
+                raise UsageError(f"{key} asks for rotary positions of type {show(kind)}, which are not supported")
         unknown = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if unknown or _get(rope, "partial_rotary_factor", 1.0) != 1.0:
-            raise UsageError(f"{key} sets {_show(sorted(unknown or ['partial_rotary_factor'])[0])}: not supported")
+        if unknown or get(rope, "partial_rotary_factor", 1.0) != 1.0:
+            raise UsageError(f"{key} sets {show(sorted(unknown or ['partial_rotary_factor'])[0])}: not supported")
         found += [rope["rope_theta"]] if rope.get("rope_theta") is not None else []
-    if _get(config, "partial_rotary_factor", 1.0) != 1.0:
-        raise UsageError(f"partial_rotary_factor is {_show(config['partial_rotary_factor'])}: not supported")
+    if get(config, "partial_rotary_factor", 1.0) != 1.0:
+        raise UsageError(f"partial_rotary_factor is {show(config['partial_rotary_factor'])}: not supported")
     if any(theta != found[0] for theta in found):
-        raise UsageError(f"rope_theta is said twice, {_show(found[0])} and {_show(found[-1])}; keep the right one")
+        raise UsageError(f"rope_theta is said twice, {show(found[0])} and {show(found[-1])}; keep the right one")
     return found[0] if found else 10000.0
 
 
@@ -271,36 +270,4 @@ def _head_dim(config: Mapping[str, object], dim: int, n_heads: int) -> Any:
 def _refuse_set(config: Mapping[str, object], refused: Mapping[str, str]) -> None:
     for key, what in refused.items():
         if config.get(key) is not None and config[key] is not False:
-            raise UsageError(f"{key} is {_show(config[key])}: {what}, which is not supported; use a LLaMA 2 checkpoint")
-
-
-def _need(config: Mapping[str, object], key: str) -> Any:
-    value = config.get(key)
-    if value is None:
-        raise UsageError(f"{key} is missing; the config is incomplete or of another architecture")
-    return value
-
-
-def _get(config: Mapping[str, object], key: str, default: object) -> Any:
-    """The value of a key; its default where the key is absent or null."""
-    value = config.get(key)
-    return default if value is None else value
-
-
-def _whole(name: str, value: object, least: int, largest: int) -> int:
-    if type(value) is not int or not least <= value <= largest:
-        raise UsageError(f"{name} is {_show(value)}, but a whole number from {least:,} to {largest:,} is needed")
-    return value
-
-
-def _number(name: str, value: object, above: float, largest: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value <= largest:  # NaN: neither
-        raise UsageError(f"{name} is {_show(value)}, but a number above {above:g} and up to {largest:g} is needed")
-    return float(value)
-
-
-def _show(value: object) -> str:
-    """A foreign value for a message; containers by their type alone, as their text may be without end."""
-    if isinstance(value, (int, float, bool)) and not (isinstance(value, int) and value.bit_length() > 64):
-        return repr(value)
-    return quote(value) if isinstance(value, str) or value is None else f"a {type(value).__name__}"
+            raise UsageError(f"{key} is {show(config[key])}: {what}, which is not supported; use a LLaMA 2 checkpoint")

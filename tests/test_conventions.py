@@ -22,6 +22,7 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding
 # modules may import each other as long as there is no cycle.
 LAYERS = (
     {"errors"},
+    {"fields"},
     {"quant", "config", "strict_json", "version", "machine", "places", "sampling"},
     {"checkpoints", "tokenizer", "staging"},
     {"cache", "weights"},
