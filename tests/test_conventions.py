@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from command_line import environment
 
 import npllama
+from npllama import rope
 
 PACKAGE = Path(npllama.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -23,6 +25,8 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding
 LAYERS = (
     {"errors"},
     {"fields"},
+    {"rope"},
+    {"rope_keys"},
     {"quant", "config", "strict_json", "version", "machine", "places", "sampling"},
     {"checkpoints", "tokenizer", "staging"},
     {"cache", "weights"},
@@ -155,7 +159,7 @@ def test_nothing_in_the_package_executes_data(file: str) -> None:
         assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), "allow_pickle"
 
 
-READERS = each("checkpoints/", "weights.py", "tokenizer.py", "config.py", "strict_json.py", "export.py")
+READERS = each("checkpoints/", "weights.py", "tokenizer.py", "config.py", "rope", "strict_json.py", "export.py")
 
 
 @pytest.mark.parametrize("file", READERS)
@@ -202,6 +206,13 @@ def test_the_model_contains_no_arithmetic_but_x_plus_a_block() -> None:
                     sums = isinstance(node.op, ast.Add) and isinstance(node.left, ast.Name) and node.left.id == "x"
                     assert sums, f"model.py:{node.lineno}: {ast.unparse(node)}"
                     assert isinstance(node.right, ast.Call), f"model.py:{node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("formula", rope.FORMULAS.values(), ids=rope.FORMULAS)
+def test_every_way_to_scale_rotary_positions_gives_its_equation_and_its_source(formula: rope.Formula) -> None:
+    text = inspect.getdoc(formula) or ""
+    assert re.search(r"^    .*f'\[i\] = |theta' = ", text, re.MULTILINE)
+    assert re.search(r"Source: .*(arXiv:\d{4}\.\d{5}|\.py)", text, re.DOTALL)
 
 
 # ---------------------------------------------------------------- kernels
