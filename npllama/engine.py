@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from npllama import cache as kv
-from npllama import machine, model, ops, sampling
+from npllama import machine, model, ops, rope, sampling
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
 from npllama.kernels.flags import PLAIN
@@ -96,7 +96,8 @@ class Engine:
         machine.keep_freed_memory()
         c = self.config
         self._numbers = model.Numbers(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, float(c.norm_eps))
-        self._table = ops.rotation(np.arange(min(c.max_seq_len, TABULATED)), c.head_dim, c.rope_theta)
+        self._frequencies = rope.frequencies(None, c.head_dim, c.rope_theta, c.max_seq_len)
+        self._table = ops.rotation(np.arange(min(c.max_seq_len, TABULATED)), *self._frequencies)
         if self.backend == "numpy":
             self._set_blas_threads(threads is not None)
             self._prepare_numpy()
@@ -290,7 +291,7 @@ class Engine:
     def _angles(self, pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(pos) and pos.max() < len(self._table[0]):
             return self._table[0][pos], self._table[1][pos]
-        return ops.rotation(pos, self.config.head_dim, self.config.rope_theta)
+        return ops.rotation(pos, *self._frequencies)
 
     def _check(self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray) -> None:
         T = len(tokens)
