@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from npllama.errors import UsageError, quote
+from npllama.family import refuse_architecture, refuse_changes
 from npllama.fields import get, need, number, show, whole
 
 LARGEST = {
@@ -201,27 +202,22 @@ def from_hugging_face(config: Mapping[str, object], generation: Mapping[str, obj
 HUGGING_FACE_REFUSED = {
     "attention_bias": "biases in attention",
     "mlp_bias": "biases in the feed-forward network",
-    "quantization_config": "quantized weights",
     "auto_map": "code that comes with the checkpoint",
 }
 
 
 def _check_architecture(config: Mapping[str, object]) -> str:
-    kind = config.get("model_type")
-    if kind not in ("llama", "mistral"):
-        raise UsageError(
-            f"model_type is {show(kind)}, but only 'llama' (and 'mistral' without a sliding window) is supported; "
-            "use a LLaMA 2 checkpoint"
-        )
+    kind = refuse_architecture("model_type", config.get("model_type"), ("llama", "mistral"))
     names = get(config, "architectures", [])
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str) or name.lower() not in ("llamaforcausallm", "mistralforcausallm"):
             raise UsageError(f"architectures names {show(name)}, but LlamaForCausalLM is needed; use a language model")
     _refuse_set(config, HUGGING_FACE_REFUSED)
+    refuse_changes(config)
     activation = get(config, "hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UsageError(f"hidden_act is {show(activation)}, but LLaMA 2 uses 'silu'; use a LLaMA 2 checkpoint")
-    return str(kind)
+    return kind
 
 
 def _check_window(config: Mapping[str, object], kind: str, context: int) -> None:

@@ -25,7 +25,7 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding
 LAYERS = (
     {"errors"},
     {"fields"},
-    {"rope"},
+    {"rope", "family"},
     {"rope_keys"},
     {"quant", "config", "strict_json", "version", "machine", "places", "sampling"},
     {"checkpoints", "tokenizer", "staging"},
@@ -159,7 +159,17 @@ def test_nothing_in_the_package_executes_data(file: str) -> None:
         assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), "allow_pickle"
 
 
-READERS = each("checkpoints/", "weights.py", "tokenizer.py", "config.py", "rope", "strict_json.py", "export.py")
+READERS = each(
+    "checkpoints/",
+    "weights.py",
+    "tokenizer.py",
+    "config.py",
+    "family.py",
+    "fields.py",
+    "rope",
+    "strict_json.py",
+    "export.py",
+)
 
 
 @pytest.mark.parametrize("file", READERS)
