@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from npllama import rope_keys
 from npllama.errors import UsageError, quote
 from npllama.family import refuse_architecture, refuse_changes
 from npllama.fields import get, need, number, show, whole
+from npllama.rope import RopeScaling
 
 LARGEST = {
     "dim": 1 << 16,
@@ -37,7 +39,8 @@ MOST_EOS_TOKENS = 256
 class ModelConfig:
     """The shape and the constants of one model; complete and consistent when it exists.
 
-    Units: tokens for max_seq_len, elements for the others; norm_eps stands inside the root; rope_theta is RoPE's base.
+    Units: tokens for max_seq_len and sliding_window, elements for the others; norm_eps stands inside the root;
+    rope_theta is RoPE's base. sliding_window: how many positions, its own included, a query sees (None: all).
     Raises UsageError. Source: Touvron et al. 2023, arXiv:2307.09288, and Meta's ModelArgs.
     """
 
@@ -53,6 +56,8 @@ class ModelConfig:
     max_seq_len: int
     bos_token_id: int = 1
     eos_token_ids: tuple[int, ...] = (2,)
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
 
     def __post_init__(self) -> None:
         for name, largest in LARGEST.items():
@@ -73,25 +78,41 @@ class ModelConfig:
             raise UsageError(
                 f"eos_token_ids is {show(self.eos_token_ids)}, but a tuple of at most {MOST_EOS_TOKENS} ids is needed"
             )
+        if self.rope_scaling is not None:
+            self.rope_scaling.check_head(self.head_dim)
+        if self.sliding_window is not None:
+            whole("sliding_window", self.sliding_window, 1, LARGEST["max_seq_len"])
         for name, token in [("bos_token_id", self.bos_token_id), *(("eos_token_ids", t) for t in self.eos_token_ids)]:
             whole(name, token, 0, self.vocab_size - 1)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object; `from_json` reads it back."""
-        return {**dataclasses.asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+        """The fields as a JSON object, without optional ones that are None; `from_json` reads it back."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        found["eos_token_ids"] = list(self.eos_token_ids)
+        if self.rope_scaling is not None:
+            found["rope_scaling"] = self.rope_scaling.to_json()
+        return {name: value for name, value in found.items() if value is not None}
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> ModelConfig:
         """The config that `to_json` wrote; UsageError for an unknown or missing key or a value out of range."""
-        needed = {field.name for field in dataclasses.fields(cls)}
-        if values.keys() != needed:
-            key = sorted(values.keys() ^ needed)[0]
-            what = "is missing from" if key in needed else "is not known in"
-            raise UsageError(f"key {quote(key)} {what} the config; export the model again")
+        known = {field.name for field in dataclasses.fields(cls)}
+        for what, keys in (
+            ("is not known in", values.keys() - known),
+            ("is missing from", known - OPTIONAL - values.keys()),
+        ):
+            if keys:
+                raise UsageError(f"key {quote(sorted(keys)[0])} {what} the config; export the model again")
         ids = values["eos_token_ids"]
         if not isinstance(ids, list):
             raise UsageError(f"eos_token_ids is {show(ids)}, but a list of token ids is needed; export the model again")
-        return cls(**{**values, "eos_token_ids": tuple(ids)})  # type: ignore[arg-type]  # checked by __post_init__
+        scaling = values.get("rope_scaling")
+        fields: dict[str, Any] = {**values, "eos_token_ids": tuple(ids)}
+        return cls(**fields | {"rope_scaling": None if scaling is None else RopeScaling.from_json(scaling)})
+
+
+OPTIONAL = {"rope_scaling", "sliding_window"}
+"""Fields of ModelConfig that its JSON leaves out where they are None."""
 
 
 def feed_forward_width(dim: int, multiple_of: object = 256, multiplier: object = None) -> int:
@@ -121,7 +142,21 @@ def from_meta(params: Mapping[str, object], *, vocab_size: int, max_seq_len: int
         raise UsageError(
             f"vocab_size is {said}, but tok_embeddings has {vocab_size} rows; weights and config do not belong together"
         )
-    return _from_model_args({**params, "vocab_size": vocab_size}, max_seq_len)
+    if vocab_size != LLAMA_3_VOCABULARY:
+        return _from_model_args({**params, "vocab_size": vocab_size}, max_seq_len)
+    context = LLAMA_3_CONTEXTS[get(params, "use_scaled_rope", False) is True]
+    theta = get(params, "rope_theta", LLAMA_3_THETA)
+    config = _from_model_args({**params, "vocab_size": vocab_size, "rope_theta": theta}, context)
+    return dataclasses.replace(config, bos_token_id=LLAMA_3_BOS, eos_token_ids=LLAMA_3_EOS)
+
+
+LLAMA_3_VOCABULARY = 128256
+LLAMA_3_CONTEXTS = {False: 8192, True: 131072}
+LLAMA_3_THETA = 500000.0
+LLAMA_3_BOS = 128000
+LLAMA_3_EOS = (128001, 128008, 128009)
+"""End of text, of a message and of a turn. params.json says none of these. Source: Meta's llama-models, sku_list.py and
+models/llama3/tokenizer.py."""
 
 
 def from_llama2c(model_args: Mapping[str, object]) -> ModelConfig:
@@ -131,17 +166,17 @@ def from_llama2c(model_args: Mapping[str, object]) -> ModelConfig:
 
 
 META_REFUSED = {
-    "use_scaled_rope": "scaled rotary positions (Llama 3.1)",
     "rope_scaling": "scaled rotary positions",
     "sliding_window": "a sliding attention window",
     "moe": "a mixture of experts",
     "quantization_args": "quantized weights",
     "lora_args": "a LoRA adapter",
+    "vision_chunk_size": "attention to pictures",
 }
 META_KNOWN = {
     *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of"),
     *("ffn_dim_multiplier", "norm_eps", "rope_theta", "max_seq_len", "max_batch_size", "dropout"),
-    *("model_parallel_size", "use_biases"),
+    *("model_parallel_size", "use_biases", "use_scaled_rope"),
     *META_REFUSED,
 }
 
@@ -162,8 +197,9 @@ def _from_model_args(args: Mapping[str, object], max_seq_len: int) -> ModelConfi
         hidden_dim=width,
         vocab_size=need(args, "vocab_size"),
         norm_eps=get(args, "norm_eps", 1e-5),
-        rope_theta=get(args, "rope_theta", 10000.0),
+        rope_theta=get(args, "rope_theta", rope_keys.DEFAULT_THETA),
         max_seq_len=get(args, "max_seq_len", max_seq_len),
+        rope_scaling=rope_keys.from_meta(args),
     )
 
 
@@ -178,7 +214,9 @@ def from_hugging_face(config: Mapping[str, object], generation: Mapping[str, obj
     n_heads = whole("num_attention_heads", need(config, "num_attention_heads"), 1, LARGEST["n_heads"])
     context = get(config, "max_position_embeddings", 2048 if kind == "llama" else 131072)
     context = whole("max_position_embeddings", context, 1, LARGEST["max_seq_len"])
-    _check_window(config, kind, context)
+    theta, scaling = rope_keys.from_hugging_face(config, context)
+    if scaling is not None and scaling.kind == "dynamic":
+        context = min(int(context * scaling.factor), LARGEST["max_seq_len"])
     tokens: dict[str, object] = {"bos_token_id": 1, "eos_token_id": 2}
     for source in (config, generation or {}):
         tokens.update({key: source[key] for key in tokens if source.get(key) is not None})
@@ -192,8 +230,10 @@ def from_hugging_face(config: Mapping[str, object], generation: Mapping[str, obj
         hidden_dim=need(config, "intermediate_size"),
         vocab_size=need(config, "vocab_size"),
         norm_eps=get(config, "rms_norm_eps", 1e-6),
-        rope_theta=_rope_theta(config),
+        rope_theta=theta,
         max_seq_len=context,
+        rope_scaling=scaling,
+        sliding_window=_window(config, kind, context),
         bos_token_id=tokens["bos_token_id"],  # type: ignore[arg-type]  # checked by __post_init__
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),  # type: ignore[arg-type]
     )
@@ -220,39 +260,23 @@ def _check_architecture(config: Mapping[str, object]) -> str:
     return kind
 
 
-def _check_window(config: Mapping[str, object], kind: str, context: int) -> None:
-    """Mistral's window is 4096 where config.json is silent, and absent where it says null."""
-    window = config.get("sliding_window", 4096 if kind == "mistral" else None)
-    if window is not None and whole("sliding_window", window, 1, LARGEST["max_seq_len"]) < context:
-        raise UsageError(
-            f"sliding_window is {window}, smaller than max_position_embeddings {context}: such attention is not "
-            "supported; use a checkpoint without it"
-        )
+def _window(config: Mapping[str, object], kind: str, context: int) -> int | None:
+    """Mistral's window is 4096 where config.json is silent, and absent where it says null or holds the context."""
     layers = get(config, "layer_types", [])
     if isinstance(layers, list) and any(layer != "full_attention" for layer in layers):
         raise UsageError("layer_types names a layer that is not 'full_attention'; use a LLaMA 2 checkpoint")
-
-
-def _rope_theta(config: Mapping[str, object]) -> Any:
-    """RoPE's base from the old keys (rope_theta, rope_scaling) or the new one (rope_parameters)."""
-    found = [config["rope_theta"]] if config.get("rope_theta") is not None else []
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = get(config, key, {})
-        if not isinstance(rope, dict):
-            raise UsageError(f"{key} is {show(rope)}, but an object is needed; the config is damaged")
-        for name in ("rope_type", "type"):
-            kind = get(rope, name, "default")
-            if kind != "default":
-                raise UsageError(f"{key} asks for rotary positions of type {show(kind)}, which are not supported")
-        unknown = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if unknown or get(rope, "partial_rotary_factor", 1.0) != 1.0:
-            raise UsageError(f"{key} sets {show(sorted(unknown or ['partial_rotary_factor'])[0])}: not supported")
-        found += [rope["rope_theta"]] if rope.get("rope_theta") is not None else []
-    if get(config, "partial_rotary_factor", 1.0) != 1.0:
-        raise UsageError(f"partial_rotary_factor is {show(config['partial_rotary_factor'])}: not supported")
-    if any(theta != found[0] for theta in found):
-        raise UsageError(f"rope_theta is said twice, {show(found[0])} and {show(found[-1])}; keep the right one")
-    return found[0] if found else 10000.0
+    said = config.get("sliding_window", 4096 if kind == "mistral" else None)
+    if said is None or (kind == "llama" and config.get("use_sliding_window") is False):
+        return None
+    window = whole("sliding_window", said, 1, LARGEST["max_seq_len"])
+    if window >= context:
+        return None
+    if kind == "llama":
+        raise UsageError(
+            f"sliding_window is {window}, smaller than max_position_embeddings {context}, but models of type 'llama' "
+            "have none; correct the one that is wrong"
+        )
+    return window
 
 
 def _head_dim(config: Mapping[str, object], dim: int, n_heads: int) -> Any:

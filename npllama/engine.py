@@ -71,7 +71,8 @@ class Engine:
     """One model ready to compute. Threads may call it at the same time: calls take turns.
 
     backend "auto" | "numpy" | "numba"; threads None: as many as are worth it; kv_dtype "f32" | "f16" | "q8": how its
-    caches keep keys and values. report gets one-line messages.
+    caches keep keys and values; context None: the model's own, some kinds of rope scaling depend on it. report gets
+    one-line messages.
     Raises UsageError for values that cannot be honoured, ModelError when memory does not suffice.
     """
 
@@ -82,6 +83,7 @@ class Engine:
         threads: int | None = None,
         report: Callable[[str], None] = say_nothing,
         kv_dtype: str = "f32",
+        context: int | None = None,
     ) -> None:
         self.config = opened.config
         self.kv_dtype = kv.checked_kv_dtype(kv_dtype)
@@ -96,7 +98,7 @@ class Engine:
         machine.keep_freed_memory()
         c = self.config
         self._numbers = model.Numbers(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, float(c.norm_eps))
-        self._frequencies = rope.frequencies(None, c.head_dim, c.rope_theta, c.max_seq_len)
+        self._frequencies = rope.frequencies(c.rope_scaling, c.head_dim, c.rope_theta, context or c.max_seq_len)
         self._table = ops.rotation(np.arange(min(c.max_seq_len, TABULATED)), *self._frequencies)
         if self.backend == "numpy":
             self._set_blas_threads(threads is not None)

@@ -194,11 +194,15 @@ class Llama:
         return self._chunk
 
     def borrow_cache(self) -> KVCache:
-        """An empty KV cache of the context's length, used before or new."""
+        """An empty KV cache for the context, or for the sliding window and a chunk; used before or new."""
         try:
             return self._spare.pop()
         except IndexError:
-            return self.engine.new_cache(1, self.context)
+            window = self.config.sliding_window
+            if window is None or window >= self.context:
+                return self.engine.new_cache(1, self.context)
+            slots = min(self.context, window + self._chunk - 1)  # a whole chunk overwrites nothing its first row sees
+            return self.engine.new_cache(1, slots, window)
 
     def return_cache(self, cache: KVCache) -> None:
         """Hand a cache back for the next call: its memory is kept."""
@@ -431,8 +435,9 @@ def load(
                 f"the tokenizer begins a text with id {tokenizer.bos_id}, the model's config says "
                 f"{opened.config.bos_token_id}; using the tokenizer's"
             )
-        engine = Engine(opened, backend, threads, log.warning, kv_dtype)
-        return Llama(opened, engine, tokenizer, _context(opened.config.max_seq_len, n_positions))
+        n_context = _context(opened.config.max_seq_len, n_positions)
+        engine = Engine(opened, backend, threads, log.warning, kv_dtype, n_context)
+        return Llama(opened, engine, tokenizer, n_context)
     except BaseException:
         opened.close()
         raise

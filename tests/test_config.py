@@ -12,6 +12,7 @@ from helpers import TINY, hugging_face_config
 from npllama import strict_json
 from npllama.config import META_CONTEXT, ModelConfig, feed_forward_width, from_hugging_face, from_llama2c, from_meta
 from npllama.errors import UsageError
+from npllama.rope import RopeScaling
 
 SEVEN = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
 SEVENTY = {**SEVEN, "dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_layers": 80}
@@ -141,7 +142,7 @@ def test_params_json_may_say_theta_and_context() -> None:
         ({"vocab_size": -2}, "vocab_size is -2"),
         ({"vocab_size": -1.0}, "vocab_size is -1.0"),
         ({"vocab_size": True}, "vocab_size is True"),
-        ({"use_scaled_rope": True}, "use_scaled_rope is True: scaled rotary positions"),
+        ({"use_scaled_rope": 1}, "use_scaled_rope is 1, but true or false is needed"),
         ({"sliding_window": 4096}, "sliding_window is 4096: a sliding attention window"),
         ({"moe": {"num_experts": 8}}, "moe is a dict: a mixture of experts"),
         ({"lora_args": {}}, "lora_args is a dict: a LoRA adapter"),
@@ -210,15 +211,15 @@ def test_end_of_text_is_one_id_or_several_and_the_generation_config_comes_first(
         ({"sliding_window": 63}, "sliding_window is 63, smaller than max_position_embeddings 64"),
         ({"sliding_window": True}, "sliding_window is True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types names a layer"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_scaling asks for rotary positions of type 'ntk'"),
+        ({"rope_parameters": {"rope_type": "mrope"}}, "rope_parameters asks for rotary positions of type 'mrope'"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling sets 'factor', which is not known"),
         (
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_scaling asks for rotary positions of type 'linear'",
+            {"rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0]}},
+            "short_factors of scaled rotary positions has 1 numbers, but heads of 4 elements need 2",
         ),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "type 'llama3', which are not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters asks for rotary positions of type 'yarn'"),
-        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling sets 'factor': not supported"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', but an object is needed"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters sets 'partial_rotary_factor'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5: not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: not supported"),
         ({"rope_theta": True}, "rope_theta is True"),
         ({"hidden_size": None}, "hidden_size is missing"),
@@ -237,11 +238,41 @@ def test_configs_that_are_impossible_or_not_supported_are_refused(change: dict[s
         hugging_face(**change)
 
 
-def test_mistral_is_accepted_where_it_has_no_window() -> None:
+def test_the_window_of_mistral_is_read_and_4096_where_it_is_not_said() -> None:
     mistral = {**HUGGING_FACE, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    assert from_hugging_face({**mistral, "sliding_window": None}).n_layers == 2
-    with pytest.raises(UsageError, match="sliding_window is 4096, smaller than max_position_embeddings 32768"):
-        from_hugging_face({**mistral, "max_position_embeddings": 32768})
+    assert from_hugging_face({**mistral, "sliding_window": 7}).sliding_window == 7
+    assert from_hugging_face({**mistral, "max_position_embeddings": 32768}).sliding_window == 4096
+    long = {**mistral, "max_position_embeddings": 32768, "sliding_window": None}
+    for config in (long, {**mistral, "sliding_window": 64}, {**HUGGING_FACE, "sliding_window": 100}):
+        assert from_hugging_face(config).sliding_window is None
+    assert from_hugging_face({**HUGGING_FACE, "sliding_window": 7, "use_sliding_window": False}).sliding_window is None
+
+
+def test_a_config_with_scaled_positions_and_a_window_survives_json() -> None:
+    scaling = RopeScaling(kind="yarn", factor=4.0, original_context=16)
+    config = dataclasses.replace(TINY, rope_scaling=scaling, sliding_window=9)
+    assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert not TINY.to_json().keys() & {"rope_scaling", "sliding_window"}
+    with pytest.raises(UsageError, match="sliding_window is 0, but a whole number from 1"):
+        dataclasses.replace(TINY, sliding_window=0)
+    with pytest.raises(UsageError, match="divisors of scaled rotary positions has 3 numbers"):
+        dataclasses.replace(TINY, rope_scaling=RopeScaling(kind="divisors", divisors=(1.0, 1.0, 1.0)))
+
+
+def test_dynamic_scaling_holds_texts_as_many_times_longer_as_its_factor() -> None:
+    assert hugging_face(rope_scaling={"type": "dynamic", "factor": 2.5}).max_seq_len == 160
+    assert hugging_face(rope_scaling={"type": "linear", "factor": 2.5}).max_seq_len == 64
+
+
+def test_params_json_of_llama_3_gives_what_it_does_not_say() -> None:
+    eight = {**SEVEN, "vocab_size": 128256, "ffn_dim_multiplier": 1.3, "multiple_of": 1024, "n_kv_heads": 8}
+    old = from_meta({**eight, "rope_theta": 500000.0}, vocab_size=128256)
+    assert (old.hidden_dim, old.max_seq_len, old.rope_scaling) == (14336, 8192, None)
+    assert (old.bos_token_id, old.eos_token_ids) == (128000, (128001, 128008, 128009))
+    assert from_meta(eight, vocab_size=128256) == old
+    new = from_meta({**eight, "use_scaled_rope": True}, vocab_size=128256)
+    assert new.max_seq_len == 131072
+    assert new.rope_scaling == RopeScaling(kind="llama3", factor=8.0, original_context=8192)
 
 
 # Strict JSON ----------------------------------------------------------------------------------------------------------

@@ -389,7 +389,7 @@ def test_end_of_text_ids_come_from_the_generation_config(tmp_path: Path) -> None
     ("changes", "reason"),
     [
         ({"attention_bias": True}, "attention_bias is True: biases in attention"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary positions of type 'linear'"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rotary positions of type 'ntk'"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
         ({"quantization_config": {}}, "quantized weights"),
     ],
