@@ -528,7 +528,7 @@ def test_the_state_of_an_optimizer_is_refused_by_name(tmp_path: Path) -> None:
     ("files", "reason"),
     [
         ([], r"holds no checkpoint \(nothing\)"),
-        (["model.gguf", "README.md"], r"holds no checkpoint \('README\.md', 'model\.gguf'\)"),
+        (["model.txt", "README.md"], r"holds no checkpoint \('README\.md', 'model\.txt'\)"),
         (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA adapter alone"),
         (["model-00001-of-00002.safetensors"], r"the index of model-00001-of-00002\.safetensors .* is missing"),
         (["a.pt", "b.pt"], "holds no checkpoint"),

@@ -506,9 +506,9 @@ def test_another_legacy_protocol_or_no_byte_order_is_refused(tmp_path: Path) -> 
     [
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a Git-LFS pointer.*git lfs pull"),
-        (b"GGUF\3\0\0\0", "is a GGUF file of llama.cpp"),
+        (b"GGUF\3\0\0\0", "is a file of gguf, but its name says PyTorch or safetensors"),
         (b"tjgg\3\0\0\0", "is a GGJT file of llama.cpp"),
-        (b"24ka\1\0\0\0", "is a llama2.c run.c file"),
+        (b"24ka\1\0\0\0", r"is a file of llama2\.c, but its name says PyTorch or safetensors"),
         (b"\x93NUMPY\1\0", "is a NumPy array"),
         (b"\x1f\x8b\x08\0", "is compressed with gzip"),
         (b"<!DOCTYPE html>", "is a web page"),

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from npllama.checkpoints.checkpoint import Checkpoint
-from npllama.checkpoints.files import InputFile, Pool
+from npllama.checkpoints.files import InputFile, Pool, sniff
+from npllama.checkpoints.gguf_model import GGUF_PART, open_gguf
 from npllama.checkpoints.layouts import (
     HF_SHARD,
     HF_WHOLE,
@@ -20,12 +21,14 @@ from npllama.checkpoints.layouts import (
     open_meta,
     read_tree,
 )
+from npllama.checkpoints.llama2c_bin import open_llama2c_bin
 from npllama.checkpoints.tensors import Tensor
 from npllama.errors import CheckpointError, quote
 
 __all__ = ["Checkpoint", "Tensor", "open_checkpoint"]
 
 NOT_WEIGHTS = ("optimizer.pt", "scheduler.pt", "scaler.pt")
+TOKENIZER_BIN = re.compile(r"tokenizer\.bin|tok\d+\.bin|.*_args\.bin|optimizer\.bin|scheduler\.bin")
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -56,7 +59,13 @@ def _open_folder(folder: Path, pool: Pool) -> Checkpoint:
         llama2c = [folder / "ckpt.pt"]
     elif meta or hugging_face or len(llama2c) > 1:
         llama2c = []  # files of a trainer beside the weights
-    kinds = [found[0].name for found in (meta, hugging_face, llama2c) if found]
+    gguf = [folder / name for name in _whole_gguf(files)]
+    run_c: list[Path] = []
+    if not (meta or hugging_face or llama2c or gguf):
+        run_c = [folder / name for name in files if name.endswith(".bin") and not TOKENIZER_BIN.fullmatch(name)]
+    kinds = [
+        found[0].name for found in (meta, hugging_face, llama2c, gguf[:1], gguf[1:], run_c[:1], run_c[1:]) if found
+    ]
     if len(kinds) > 1:
         raise CheckpointError(
             f"{folder.name or folder} holds more than one checkpoint ({', '.join(kinds)}); give the file that is meant"
@@ -65,9 +74,19 @@ def _open_folder(folder: Path, pool: Pool) -> Checkpoint:
         return open_meta(_complete(meta), pool)
     if hugging_face:
         return open_hugging_face(_preferred(hugging_face), pool)
-    if llama2c:
-        return _open_file(llama2c[0], pool)
+    if one := llama2c or gguf or run_c:
+        return _open_file(one[0], pool)
     raise _nothing(folder, files)
+
+
+def _whole_gguf(files: list[str]) -> list[str]:
+    """GGUF files by name; of one in parts the first that is there."""
+    found: dict[str, str] = {}
+    for name in files:
+        part = GGUF_PART.fullmatch(name)
+        if name.endswith(".gguf"):
+            found.setdefault(f"{part[1]}-of-{part[3]}" if part else name, name)
+    return list(found.values())
 
 
 def _open_file(path: Path, pool: Pool) -> Checkpoint:
@@ -85,6 +104,11 @@ def _open_file(path: Path, pool: Pool) -> Checkpoint:
             )
         return open_hugging_face(path.parent / index, pool)
     file = InputFile(path, pool)
+    kind = sniff(file)
+    if kind == "gguf":
+        return open_gguf(path, pool)
+    if kind == "llama2.c":
+        return open_llama2c_bin(path, pool)
     tree = read_tree(file)
     if is_llama2c(tree):
         return open_llama2c(tree, file, pool)
@@ -115,5 +139,5 @@ def _nothing(folder: Path, files: list[str]) -> CheckpointError:
     shown = ", ".join(quote(name) for name in files[:5]) or "nothing"
     return CheckpointError(
         f"{folder.name or folder} holds no checkpoint ({shown}{', ...' if len(files) > 5 else ''}); "
-        "consolidated.00.pth, model.safetensors, pytorch_model.bin or ckpt.pt is needed"
+        "consolidated.00.pth, model.safetensors, pytorch_model.bin, a .gguf file or ckpt.pt is needed"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import struct
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,11 +130,11 @@ MAGICS = (
     (b"PK\x03\x04", "zip"),
     (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e", "legacy"),
     (b"version https://git-lfs", "a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`"),
-    (b"GGUF", "a GGUF file of llama.cpp; give the checkpoint that it was made from"),
+    (b"GGUF", "gguf"),
     (b"tjgg", "a GGJT file of llama.cpp; give the checkpoint that it was made from"),
     (b"lmgg", "a GGML file of llama.cpp; give the checkpoint that it was made from"),
     (b"fmgg", "a GGMF file of llama.cpp; give the checkpoint that it was made from"),
-    (b"24ka", "a llama2.c run.c file; give the ckpt.pt that it was made from"),
+    (b"24ka", "llama2.c"),
     (b"\x93NUMPY", "a NumPy array; give a PyTorch or safetensors checkpoint"),
     (b"\x89HDF", "an HDF5 file; give a PyTorch or safetensors checkpoint"),
     (b"\x1f\x8b", "compressed with gzip; unpack it first"),
@@ -146,14 +147,22 @@ MAGICS = (
 )
 
 
+READ = ("zip", "legacy", "gguf", "llama2.c")
+"""What of MAGICS is a format that is read; all else is the reason why a file is not."""
+
+LARGEST_SIZES = (1 << 16, 1 << 19, 512, 1 << 10, 1 << 10, 1 << 20, 1 << 24)
+"""Of version 0 of llama2.c's files, which begins with these numbers: width, feed-forward width, layers, heads,
+key/value heads, vocabulary (negative where the output is not the embedding), context."""
+
+
 def sniff(file: InputFile) -> str:
-    """Which format the first bytes show: "zip", "legacy" or "safetensors"; any other is refused by its name."""
+    """Which format the first bytes show: "zip", "legacy", "safetensors", "gguf" or "llama2.c"; others are refused."""
     head = file.read(0, min(file.size, 512))
     if not head:
         raise CheckpointError(f"{file.name} is empty; download it again")
     for magic, what in MAGICS:
         if head.startswith(magic):
-            if what in ("zip", "legacy"):
+            if what in READ:
                 return what
             raise CheckpointError(f"{file.name} is {what}")
     if head[257:262] == b"ustar":
@@ -161,9 +170,12 @@ def sniff(file: InputFile) -> str:
     fits = 2 <= int.from_bytes(head[:8], "little") <= file.size - 8
     if head[8:10] == b'{"' or (fits and head[8:9] in b"{ \t\r\n"):  # also one that was cut off, to say just that
         return "safetensors"
+    numbers = struct.unpack_from("<7i", head) if len(head) >= 28 else (0,) * 7
+    if all(0 < abs(n) <= most for n, most in zip(numbers, LARGEST_SIZES, strict=True)):
+        return "llama2.c"
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         raise CheckpointError(f"{file.name} is a plain pickle, not written by torch.save; save it with torch.save")
     raise CheckpointError(
         f"{file.name} begins with {quote(head[:8].decode('latin-1'))}, which is no format that is read; "
-        "a checkpoint of PyTorch or safetensors is needed"
+        "a checkpoint of PyTorch, safetensors or GGUF is needed"
     )

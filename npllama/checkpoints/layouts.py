@@ -35,7 +35,12 @@ def read_tree(file: InputFile) -> object:
         "legacy": read_legacy,
         "safetensors": read_safetensors,
     }
-    return readers[sniff(file)](file)
+    kind = sniff(file)
+    if kind not in readers:
+        raise CheckpointError(
+            f"{file.name} is a file of {kind}, but its name says PyTorch or safetensors; give it the name that it had"
+        )
+    return readers[kind](file)
 
 
 def read_json(path: Path) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Which tensors a LLaMA 2 has: their names in Meta's and Hugging Face's checkpoints, their shapes, their shards.
+"""Which tensors a LLaMA 2 has: their names in each kind of checkpoint, their shapes, their shards.
 
 Axes: L layers, D width, H query heads, G key/value heads, E head size, F feed-forward width, V vocabulary.
 """
@@ -25,12 +25,29 @@ HUGGING_FACE = {
 }
 """Source: transformers, convert_llama_weights_to_hf.py."""
 
+GGUF = {
+    "tok_embeddings": "token_embd",
+    "norm": "output_norm",
+    "output": "output",
+    "attention_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+}
+"""Source: llama.cpp, gguf-py/gguf/constants.py."""
+
 SPLIT_COLUMNS = {"tok_embeddings", "attention.wo", "feed_forward.w2"}
 """Model-parallel shards hold columns of these and rows of the other matrices. Source: Meta's model.py (fairscale)."""
 
 DERIVED = re.compile(
     r"rope\.freqs|freqs_(cos|sin)|layers\.\d+\.attention\.inner_attention\.rope\.freqs"
     r"|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+    r"|blk\.\d+\.attn_rot_embd\.weight"
 )
 """Tables that follow from the config; some checkpoints carry them, and they are not read."""
 
@@ -65,3 +82,11 @@ def hugging_face(name: str) -> str:
         _, layer, rest = name.split(".", 2)
         return f"model.layers.{layer}.{HUGGING_FACE[rest]}"
     return HUGGING_FACE[name]
+
+
+def gguf(name: str) -> str:
+    """Meta's name without ".weight" -> the one in GGUF files without ".weight"."""
+    if name.startswith("layers."):
+        _, layer, rest = name.split(".", 2)
+        return f"blk.{layer}.{GGUF[rest]}"
+    return GGUF[name]
