@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import struct
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from helpers import TINY, random_weights
 
+from npllama.checkpoints.gguf_blocks import BLOCK_TYPES
 from npllama.config import ModelConfig
 from npllama.quant import bf16_bits
 
@@ -188,3 +190,39 @@ def split(file: File, parts: int) -> list[File]:
         metadata = {**(file.metadata if i == 0 else {}), **own}
         found.append(File(metadata, {name: file.tensors[name] for name in share}, file.order))
     return found
+
+
+BLOCKY = dataclasses.replace(TINY, dim=256, hidden_dim=512, head_dim=64, n_heads=4, n_kv_heads=2)
+"""Widths that are whole blocks of every type."""
+
+
+def blocks(number: int, shape: tuple[int, ...], seed: int) -> tuple[Written, np.ndarray]:
+    """A tensor of random blocks, and the numbers that they stand for."""
+    kind = BLOCK_TYPES[number]
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (int(np.prod(shape)) // kind.elements, kind.size), np.uint8)
+    for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind.name, (0, 2)):
+        if at == 0 or kind.name in ("Q2_K", "Q3_K", "Q6_K", "Q4_1", "Q5_1", "Q4_K", "Q5_K"):
+            raw[:, at : at + 2] = rng.normal(0, 0.02, (len(raw), 1)).astype("<f2").view(np.uint8)
+    return Written(number, shape, raw.tobytes()), kind.decode(raw).reshape(shape)
+
+
+def quantized(seed: int = 0) -> tuple[File, dict[str, np.ndarray]]:
+    """A file whose matrices take turns in every type of blocks, and its numbers by name."""
+    file, _ = file_of(BLOCKY, seed)
+    needed = {}
+    numbers = list(BLOCK_TYPES)
+    for name, tensor in file.tensors.items():
+        if len(tensor.shape) == 2:
+            i = len(needed)
+            file.tensors[name], needed[name] = blocks(numbers[i % len(numbers)], tensor.shape, seed + i)
+    assert {tensor.kind for tensor in file.tensors.values()} == {0, *numbers}
+    return file, needed
+
+
+def write_quantized(folder: Path) -> None:
+    """Write a folder with a GGUF file of every type of blocks, and no vocabulary, so that its tensors come early."""
+    file, _ = quantized()
+    file.metadata = {key: typed for key, typed in file.metadata.items() if not key.startswith("tokenizer.")}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.gguf").write_bytes(file.bytes())

@@ -12,7 +12,7 @@ from pathlib import Path
 import gguf_files
 import numpy as np
 import pytest
-from gguf_files import File, Written, file_of, floats, metadata_of, write_gguf, write_split
+from gguf_files import BLOCKY, File, Written, file_of, floats, metadata_of, quantized, write_gguf, write_split
 from helpers import TINY
 from tiny_sentencepiece import BYTES, NORMAL, USUAL, written
 
@@ -20,15 +20,11 @@ import npllama
 from npllama.checkpoints import open_checkpoint
 from npllama.checkpoints.files import InputFile, Pool
 from npllama.checkpoints.gguf import BlockView, GgufFile, Numbers, read_gguf
-from npllama.checkpoints.gguf_blocks import BLOCK_TYPES
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError
 from npllama.export import export
 from npllama.quant import BF16, widen
 from npllama.rope import RopeScaling
-
-BLOCKY = dataclasses.replace(TINY, dim=256, hidden_dim=512, head_dim=64, n_heads=4, n_kv_heads=2)
-"""Widths that are whole blocks of every type."""
 
 
 def put(tmp_path: Path, file: File | bytes, name: str = "model.gguf") -> Path:
@@ -99,30 +95,6 @@ def test_narrow_floats_keep_their_format(tmp_path: Path, dtype: str, order: str)
         rows = tensor.rows(5, 9)
         wide = widen(BF16(rows)) if dtype == "bf16" else rows.astype(np.float32)
         np.testing.assert_allclose(wide, weights["output"][5:9], rtol=1e-2)
-
-
-def blocks(number: int, shape: tuple[int, ...], seed: int) -> tuple[Written, np.ndarray]:
-    """A tensor of random blocks, and the numbers that they stand for."""
-    kind = BLOCK_TYPES[number]
-    rng = np.random.default_rng(seed)
-    raw = rng.integers(0, 256, (int(np.prod(shape)) // kind.elements, kind.size), np.uint8)
-    for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind.name, (0, 2)):
-        if at == 0 or kind.name in ("Q2_K", "Q3_K", "Q6_K", "Q4_1", "Q5_1", "Q4_K", "Q5_K"):
-            raw[:, at : at + 2] = rng.normal(0, 0.02, (len(raw), 1)).astype("<f2").view(np.uint8)
-    return Written(number, shape, raw.tobytes()), kind.decode(raw).reshape(shape)
-
-
-def quantized(seed: int = 0) -> tuple[File, dict[str, np.ndarray]]:
-    """A file whose matrices take turns in every type of blocks, and its numbers by name."""
-    file, _ = file_of(BLOCKY, seed)
-    needed = {}
-    numbers = list(BLOCK_TYPES)
-    for name, tensor in file.tensors.items():
-        if len(tensor.shape) == 2:
-            i = len(needed)
-            file.tensors[name], needed[name] = blocks(numbers[i % len(numbers)], tensor.shape, seed + i)
-    assert {tensor.kind for tensor in file.tensors.values()} == {0, *numbers}
-    return file, needed
 
 
 def test_matrices_of_every_type_of_blocks_are_read_in_one_file(tmp_path: Path) -> None:

@@ -9,58 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import TINY, random_weights
+from llama2c_files import version_0, version_1, version_2, vocabulary
 
 import npllama
 from npllama.checkpoints import Checkpoint, open_checkpoint
 from npllama.checkpoints.llama2c_bin import read_tokenizer_bin
-from npllama.config import ModelConfig
 from npllama.errors import CheckpointError
 from npllama.export import export
-
-KINDS_0 = ["tok_embeddings", "attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3", "norm"]
-KINDS_1 = ["attention_norm", "ffn_norm", "norm", "tok_embeddings", "wq", "wk", "wv", "wo", "w1", "w2", "w3"]
-
-
-def in_order(weights: dict[str, np.ndarray], kinds: list[str]) -> list[np.ndarray]:
-    return [w for kind in kinds for name, w in weights.items() if name.rpartition(".")[2] == kind]
-
-
-def sizes(c: ModelConfig) -> tuple[int, ...]:
-    return c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, c.vocab_size, c.max_seq_len
-
-
-def version_0(c: ModelConfig, weights: dict[str, np.ndarray]) -> bytes:
-    tied = "output" not in weights
-    head = struct.pack("<7i", *sizes(c)[:5], c.vocab_size if tied else -c.vocab_size, c.max_seq_len)
-    tables = bytes(c.max_seq_len * c.head_dim * 4)
-    body = b"".join(w.tobytes() for w in in_order(weights, KINDS_0))
-    return head + body + tables + (b"" if tied else weights["output"].tobytes())
-
-
-def header(c: ModelConfig, version: int, tied: int, group: int | None = None) -> bytes:
-    head = b"24ka" + struct.pack("<i7iB", version, *sizes(c), tied)
-    return (head + (b"" if group is None else struct.pack("<i", group))).ljust(256, b"\0")
-
-
-def version_1(c: ModelConfig, weights: dict[str, np.ndarray]) -> bytes:
-    kinds = [*KINDS_1, *(["output"] if "output" in weights else [])]
-    return header(c, 1, "output" not in weights) + b"".join(w.tobytes() for w in in_order(weights, kinds))
-
-
-def version_2(c: ModelConfig, weights: dict[str, np.ndarray], group: int) -> tuple[bytes, dict[str, np.ndarray]]:
-    """The file, and the weights that it stands for."""
-    rounded = dict(weights)
-    parts = {name: w.tobytes() for name, w in weights.items()}
-    for name, w in weights.items():
-        if w.ndim == 2:
-            groups = w.reshape(-1, group)
-            scale = np.abs(groups).max(axis=1, keepdims=True) / np.float32(127)
-            codes = np.round(groups / scale).astype(np.int8)
-            parts[name] = codes.tobytes() + scale.astype("<f4").tobytes()
-            rounded[name] = (codes * scale).reshape(w.shape)
-    kinds = [*KINDS_1, *(["output"] if "output" in weights else [])]
-    body = b"".join(parts[name] for kind in kinds for name in weights if name.rpartition(".")[2] == kind)
-    return header(c, 2, "output" not in weights, group) + body, rounded
 
 
 def write(folder: Path, data: bytes) -> Path:
@@ -166,14 +121,6 @@ def test_files_that_are_not_what_their_header_says_are_refused(
 
 
 # tokenizer.bin --------------------------------------------------------------------------------------------------------
-
-
-def vocabulary(n: int, **changes: bytes) -> bytes:
-    """A tokenizer.bin of n pieces; `changes` by number, as p7=b"...", replace a piece."""
-    pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(f"<0x{byte:02X}>".encode() for byte in range(256))]
-    pieces += [" é".encode(), *(f"x{i}".encode() for i in range(n))]
-    pieces = [changes.get(f"p{i}", piece) for i, piece in enumerate(pieces[:n])]
-    return struct.pack("<i", 7) + b"".join(struct.pack("<fi", -i, len(p)) + p for i, p in enumerate(pieces))
 
 
 def test_the_pieces_of_a_tokenizer_are_those_of_sentencepiece(tmp_path: Path) -> None:

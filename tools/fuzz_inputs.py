@@ -27,7 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from gguf_files import write_gguf, write_quantized, write_split  # noqa: E402
 from helpers import write_model_directory, write_tokenizer  # noqa: E402
+from llama2c_files import write_llama2c_bin  # noqa: E402
 from torch_files import torch_legacy, write_hugging_face, write_llama2c, write_meta  # noqa: E402
 
 from npllama.checkpoints import open_checkpoint  # noqa: E402
@@ -88,6 +90,12 @@ KINDS = {
     "params.json": Kind(write_meta, "params.json", read_checkpoint, text=True),
     "config.json": Kind(write_hugging_face, "config.json", read_checkpoint, text=True),
     "index.json": Kind(_sharded, "model.safetensors.index.json", read_checkpoint, text=True),
+    "gguf": Kind(write_gguf, "model.gguf", read_checkpoint),
+    "gguf-tensors": Kind(write_quantized, "model.gguf", read_checkpoint),
+    "gguf-part": Kind(lambda folder: write_split(folder, 2), "model-00002-of-00002.gguf", read_checkpoint),
+    "llama2c-bin": Kind(write_llama2c_bin, "model.bin", read_checkpoint),
+    "llama2c-q8": Kind(lambda folder: write_llama2c_bin(folder, version=2), "model.bin", read_checkpoint),
+    "tokenizer.bin": Kind(write_llama2c_bin, "tokenizer.bin", read_checkpoint),
     "npllama.json": Kind(
         lambda f: write_model_directory(f / "m"), "m/npllama.json", lambda f: read_model(f / "m"), True
     ),
