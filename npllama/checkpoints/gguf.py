@@ -32,7 +32,9 @@ MOST_TENSORS = 1 << 14
 MOST_AXES = 4
 LARGEST_ALIGNMENT = 1 << 16
 FIRST_READ = 1 << 16  # bytes of a header that are read at first; then twice as many, and so on
-PIECE_BYTES = 1 << 20  # blocks are read and decoded in pieces of at most this
+PIECE_BYTES = (
+    1 << 16
+)  # blocks are read and decoded in pieces of this size, whose numbers stay in the second-level cache
 
 CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Type of a value -> its struct format character, where it is a number."""

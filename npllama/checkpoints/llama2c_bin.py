@@ -35,7 +35,7 @@ MAGIC = b"24ka"
 HEADER = 256  # bytes, of versions 1 and 2
 SIZES = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 NORM_EPS = 1e-5
-PIECE = 1 << 20  # codes are read and decoded in pieces of at most this many
+PIECE = 1 << 17  # codes are read and decoded in pieces of this many, whose numbers stay in the second-level cache
 LARGEST_GROUP = 1 << 16
 
 NORMS = ("attention_norm", "ffn_norm")
