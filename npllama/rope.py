@@ -53,7 +53,7 @@ class RopeScaling:
     divisors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in FORMULAS:
+        if not isinstance(self.kind, str) or self.kind not in FORMULAS:
             raise UsageError(
                 f"rotary positions are scaled by {quote(self.kind)}, which is not known; {', '.join(FORMULAS)} are"
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import gguf_files
 import numpy as np
 import pytest
 from helpers import TINY, write_model_directory
@@ -16,7 +17,9 @@ from tiny_sentencepiece import NORMAL, USUAL, written
 
 import npllama
 from npllama import cache as kv
+from npllama.checkpoints import open_checkpoint
 from npllama.export import export
+from npllama.rope import frequencies
 
 TOLERANCE = 2e-4  # float32 differs by the order of summation
 MODELS = [
@@ -55,6 +58,56 @@ def test_token_after_token_gives_what_all_at_once_gives(model: tuple[Path, list[
         cache = llm.borrow_cache()
         found = [llm.engine.forward(cache, [token], [i], [0], [0]) for i, token in enumerate(tokens)]
         np.testing.assert_allclose(np.concatenate(found), needed, atol=TOLERANCE, rtol=0)
+
+
+ROPE_KEYS: dict[str, dict[str, gguf_files.Typed]] = {
+    "llama_default": {},
+    "llama_tied_headdim16": {},
+    "llama_linear": {"llama.rope.scaling.type": ("str", "linear")},
+    "llama_yarn": {"llama.rope.scaling.type": ("str", "yarn")},
+    "llama_llama3": {},
+    "llama_longrope": {},
+}
+
+
+def as_gguf(source: Path, name: str) -> gguf_files.File:
+    """A Hugging Face folder as llama.cpp's converter writes it: pairs adjacent, scaling in keys and in tensors."""
+    with open_checkpoint(source) as opened:
+        config, found = opened.config, opened.tensors
+        tensors = {gguf_files.gguf_name(key): gguf_files.floats(t.rows(0, t.shape[0])) for key, t in found.items()}
+    metadata = {key: typed for key, typed in gguf_files.metadata_of(config).items() if not key.startswith("tokenizer.")}
+    metadata |= {
+        "llama.attention.key_length": ("u32", config.head_dim),
+        "llama.attention.value_length": ("u32", config.head_dim),
+        **ROPE_KEYS[name],
+    }
+    scaling = config.rope_scaling
+    if "llama.rope.scaling.type" in metadata:
+        metadata["llama.rope.scaling.factor"] = ("f32", scaling.factor)
+        metadata["llama.rope.scaling.original_context_length"] = ("u32", scaling.original_context or 1)
+    if name == "llama_llama3":
+        ratio = frequencies(None, config.head_dim, config.rope_theta, 1)[0]
+        ratio = ratio / frequencies(scaling, config.head_dim, config.rope_theta, 1)[0]
+        tensors["rope_freqs.weight"] = gguf_files.floats(ratio)
+    if name == "llama_longrope":
+        metadata["llama.rope.scaling.original_context_length"] = ("u32", scaling.original_context)
+        metadata["llama.rope.scaling.attn_factor"] = ("f32", frequencies(scaling, config.head_dim, 1e4, 1)[1])
+        for which in ("short", "long"):
+            factors = np.array(getattr(scaling, f"{which}_factors"), np.float32)
+            tensors[f"rope_factors_{which}.weight"] = gguf_files.floats(factors)
+    return gguf_files.File(metadata, tensors)
+
+
+@pytest.mark.parametrize("name", ROPE_KEYS)
+def test_the_same_models_as_gguf_files_give_the_same_logits(
+    name: str, shared_data: Path, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    source = shared_data / "family" / "tiny" / name
+    (tmp_path / "model.gguf").write_bytes(as_gguf(source, name).bytes())
+    export(tmp_path / "model.gguf", tmp_path / "model", tokenizer=tokenizer_file)
+    tokens, needed = np.load(source / "tokens.npy").reshape(-1).tolist(), np.load(source / "logits.npy")
+    with npllama.load(tmp_path / "model", context=len(tokens)) as llm:
+        np.testing.assert_allclose(llm.logits(tokens), needed.reshape(-1, 96), atol=TOLERANCE, rtol=0)
 
 
 def test_memory_is_for_the_window_and_a_chunk_and_the_ring_changes_nothing(tmp_path: Path) -> None:

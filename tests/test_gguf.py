@@ -298,6 +298,16 @@ def test_the_table_of_rotary_positions_becomes_part_of_the_config(tmp_path: Path
     refused(path, "rope_freqs.weight is no vector of float32")
 
 
+def test_a_long_llama_3_without_its_table_of_rotary_positions_is_warned_of(tmp_path: Path) -> None:
+    for context, n_warnings in ((8192, 0), (131072, 1)):
+        config = dataclasses.replace(TINY, vocab_size=128256, max_seq_len=context, n_layers=1)
+        file, _ = file_of(config, tied=True, dtype="f16")
+        file.metadata = {key: typed for key, typed in file.metadata.items() if not key.startswith("tokenizer.")}
+        with open_checkpoint(put(tmp_path, file)) as opened:
+            assert len(opened.warnings) == n_warnings
+            assert all("the file has no rope_freqs.weight" in warning for warning in opened.warnings)
+
+
 def test_keys_that_are_not_known_are_named(tmp_path: Path) -> None:
     with open_checkpoint(with_keys(tmp_path, llama__zoo=("u32", 1))) as opened:
         assert opened.warnings == ("'llama.zoo' is not known and was ignored",)
@@ -338,11 +348,11 @@ def test_keys_that_are_not_known_are_named(tmp_path: Path) -> None:
         ({"llama__context_length": ("u32", 0)}, "max_seq_len is 0"),
         ({"tokenizer__ggml__eos_token_id": ("u32", 300)}, "eos_token_id is 300, but a whole number from 0 to 299"),
         ({"tokenizer__ggml__bos_token_id": ("i32", -1)}, "bos_token_id is -1"),
-        ({"tokenizer__ggml__tokens": ("[str]", ["a"])}, "scores is no array of 1 numbers"),
+        ({"tokenizer__ggml__tokens": ("[str]", ["a"])}, "scores is no array of 1 floating-point numbers"),
         ({"tokenizer__ggml__tokens": ("[u8]", [1])}, "tokens is no list of texts"),
         ({"tokenizer__ggml__merges": ("str", "a b")}, "merges is no list of texts"),
-        ({"tokenizer__ggml__scores": ("[f64]", [0.0] * 300)}, "scores is no array of 300 numbers of type float32"),
-        ({"tokenizer__ggml__token_type": ("[u32]", [1] * 300)}, "token_type is no array of 300 numbers of type int32"),
+        ({"tokenizer__ggml__scores": ("[i32]", [0] * 300)}, "scores is no array of 300 floating-point numbers"),
+        ({"tokenizer__ggml__token_type": ("[f32]", [1.0] * 300)}, "token_type is no array of 300 whole numbers"),
         ({"general__alignment": ("u32", 48)}, "general.alignment is '48', but a power of two"),
         ({"general__alignment": ("u32", 0)}, "general.alignment is '0'"),
         ({"general__alignment": ("u32", 1 << 31)}, "general.alignment is '2147483648'"),

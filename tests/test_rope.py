@@ -179,6 +179,7 @@ def test_json_of_a_description_holds_no_defaults_and_no_other_keys() -> None:
         ({"factor": 2.0}, "an object with a kind is needed"),
         ([], "an object with a kind is needed"),
         ({"kind": "ntk"}, "by 'ntk', which is not known"),
+        ({"kind": ["linear"]}, "which is not known"),
         ({"kind": "yarn"}, "original context .* is 'None'"),
     ]:
         with pytest.raises(UsageError, match=reason):

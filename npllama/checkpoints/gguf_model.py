@@ -7,8 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from npllama import rope_keys
 from npllama.checkpoints import names
 from npllama.checkpoints.checkpoint import Checkpoint, Shard, merge
@@ -244,11 +242,11 @@ def vocabulary_of(metadata: Mapping[str, object]) -> dict[str, object] | None:
     n = len(_texts(found, "tokens"))
     if "merges" in found:
         _texts(found, "merges")
-    for name, dtype in (("scores", np.float32), ("token_type", np.int32)):
+    for name, kinds, what in (("scores", "f", "floating-point"), ("token_type", "iu", "whole")):
         if name in found:
             values = found[name]
-            if not isinstance(values, Numbers) or values.array.dtype != dtype or len(values.array) != n:
-                raise UsageError(f"{PREFIX}{name} is no array of {n:,} numbers of type {np.dtype(dtype)}")
+            if not isinstance(values, Numbers) or values.array.dtype.kind not in kinds or len(values.array) != n:
+                raise UsageError(f"{PREFIX}{name} is no array of {n:,} {what} numbers; download the file again")
             found[name] = values.array.tolist()
     for key in [key for key in found if key.endswith("_token_id")]:
         token = found[key]
