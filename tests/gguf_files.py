@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from helpers import TINY, random_weights
 
+from npllama.checkpoints.files import InputFile, Pool
+from npllama.checkpoints.gguf import GgufFile, read_gguf
 from npllama.checkpoints.gguf_blocks import BLOCK_TYPES
 from npllama.config import ModelConfig
 from npllama.quant import bf16_bits
@@ -226,3 +228,34 @@ def write_quantized(folder: Path) -> None:
     file.metadata = {key: typed for key, typed in file.metadata.items() if not key.startswith("tokenizer.")}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.gguf").write_bytes(file.bytes())
+
+
+def put(tmp_path: Path, file: File | bytes, name: str = "model.gguf") -> Path:
+    (tmp_path / name).write_bytes(file if isinstance(file, bytes) else file.bytes())
+    return tmp_path / name
+
+
+def changed(tmp_path: Path, change: Callable[[File], object]) -> Path:
+    """The path of a sound file of TINY after a change."""
+    file, _ = file_of()
+    change(file)
+    return put(tmp_path, file)
+
+
+def with_keys(tmp_path: Path, **changes: Typed | None) -> Path:
+    """The path of a file whose metadata has changed; `__` stands for `.`, None takes a key out."""
+
+    def change(file: File) -> None:
+        named = {key.replace("__", "."): typed for key, typed in changes.items()}
+        merged = {**file.metadata, **named}
+        file.metadata = {key: typed for key, typed in merged.items() if typed is not None}
+
+    return changed(tmp_path, change)
+
+
+def header(path: Path) -> GgufFile:
+    pool = Pool()
+    try:
+        return read_gguf(InputFile(path, pool))
+    finally:
+        pool.close()

@@ -185,27 +185,7 @@ def read_tokenizer_bin(path: Path, vocab_size: int) -> dict[str, object]:
     Spaces stand for the mark U+2581. Raises CheckpointError unless it has `vocab_size` pieces and no more bytes.
     Source: karpathy/llama2.c, tokenizer.py.
     """
-    data = read_whole(path, LARGEST_TOKENIZER)
-    tokens: list[str] = []
-    scores: list[float] = []
-    at = 4
-    for i in range(vocab_size):
-        if at + 8 > len(data):
-            raise _damaged(path, f"it ends before piece {i:,} of {vocab_size:,}")
-        score, size = struct.unpack_from("<fi", data, at)
-        at += 8
-        if not 0 <= size <= min(LONGEST_PIECE, len(data) - at):
-            raise _damaged(path, f"piece {i:,} of {size:,} bytes is announced")
-        if not math.isfinite(score):
-            raise _damaged(path, f"the score of piece {i:,} is {score}")
-        try:
-            tokens.append(data[at : at + size].decode().replace(" ", "\u2581"))
-        except UnicodeDecodeError as error:
-            raise _damaged(path, f"piece {i:,} is not UTF-8") from error
-        scores.append(score)
-        at += size
-    if at != len(data):
-        raise _damaged(path, f"{len(data) - at:,} bytes follow its {vocab_size:,} pieces")
+    tokens, scores = _pieces(path, read_whole(path, LARGEST_TOKENIZER), vocab_size)
     types = [BYTE if BYTE_PIECE.fullmatch(token) else NORMAL for token in tokens]
     for i, (token, kind) in SPECIAL.items():
         if i < vocab_size:
@@ -219,6 +199,31 @@ def read_tokenizer_bin(path: Path, vocab_size: int) -> dict[str, object]:
         "eos_token_id": 2,
         "unknown_token_id": 0,
     }
+
+
+def _pieces(path: Path, data: bytes, n: int) -> tuple[list[str], list[float]]:
+    """Texts and scores of n pieces, which the file must end with."""
+    tokens: list[str] = []
+    scores: list[float] = []
+    at = 4
+    for i in range(n):
+        if at + 8 > len(data):
+            raise _damaged(path, f"it ends before piece {i:,} of {n:,}")
+        score, size = struct.unpack_from("<fi", data, at)
+        at += 8
+        if not 0 <= size <= min(LONGEST_PIECE, len(data) - at):
+            raise _damaged(path, f"piece {i:,} of {size:,} bytes is announced")
+        if not math.isfinite(score):
+            raise _damaged(path, f"the score of piece {i:,} is {score}")
+        try:
+            tokens.append(data[at : at + size].decode().replace(" ", "\u2581"))
+        except UnicodeDecodeError as error:
+            raise _damaged(path, f"piece {i:,} is not UTF-8") from error
+        scores.append(score)
+        at += size
+    if at != len(data):
+        raise _damaged(path, f"{len(data) - at:,} bytes follow its {n:,} pieces")
+    return tokens, scores
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
