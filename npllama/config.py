@@ -261,7 +261,7 @@ def _check_architecture(config: Mapping[str, object]) -> str:
 
 
 def _window(config: Mapping[str, object], kind: str, context: int) -> int | None:
-    """Mistral's window is 4096 where config.json is silent, and absent where it says null or holds the context."""
+    """Mistral's window is 4096 where config.json is silent, and absent where it says null."""
     layers = get(config, "layer_types", [])
     if isinstance(layers, list) and any(layer != "full_attention" for layer in layers):
         raise UsageError("layer_types names a layer that is not 'full_attention'; use a LLaMA 2 checkpoint")
@@ -269,14 +269,14 @@ def _window(config: Mapping[str, object], kind: str, context: int) -> int | None
     if said is None or (kind == "llama" and config.get("use_sliding_window") is False):
         return None
     window = whole("sliding_window", said, 1, LARGEST["max_seq_len"])
-    if window >= context:
-        return None
-    if kind == "llama":
+    if kind == "mistral":
+        return window
+    if window < context:
         raise UsageError(
             f"sliding_window is {window}, smaller than max_position_embeddings {context}, but models of type 'llama' "
             "have none; correct the one that is wrong"
         )
-    return window
+    return None
 
 
 def _head_dim(config: Mapping[str, object], dim: int, n_heads: int) -> Any:

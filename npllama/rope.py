@@ -203,7 +203,7 @@ def yarn_sharpening(factor: float, mscale: float = 1.0) -> float:
 
         A = 0.1 mscale ln(factor) + 1                1 where factor <= 1
 
-    Source: Peng et al. 2023, arXiv:2309.00071, section 3.4, equation 22; mscale is DeepSeek-V2's, arXiv:2405.04434.
+    Source: Peng et al. 2023, arXiv:2309.00071, section 3.4; mscale is DeepSeek-V2's, arXiv:2405.04434.
     """
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
@@ -229,7 +229,7 @@ def longrope(scaling: RopeScaling, plain: np.ndarray, theta: float, context: int
         f'[i] = f[i] / e[i]                   e = long_factors where context > original, else short_factors
         A = sqrt(1 + ln(factor) / ln(original))            1 where factor <= 1
 
-    Source: Ding et al. 2024, arXiv:2402.13753, section 3.2; A as in the code of Phi-3 and of transformers.
+    Source: Ding et al. 2024, arXiv:2402.13753, section 3; A as in the code of Phi-3 and of transformers.
     """
     assert scaling.original_context is not None
     factors = scaling.long_factors if context > scaling.original_context else scaling.short_factors

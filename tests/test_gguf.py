@@ -24,7 +24,7 @@ from gguf_files import (
     write_gguf,
     write_split,
 )
-from helpers import TINY
+from helpers import TINY, write_safetensors_checkpoint, write_tokenizer
 from tiny_sentencepiece import BYTES, NORMAL, USUAL, written
 
 import npllama
@@ -143,6 +143,14 @@ def test_a_file_of_the_package_gguf_is_read(tmp_path: Path) -> None:
         assert opened.config == BLOCKY
         for name, w in weights.items():
             np.testing.assert_allclose(opened.tensors[name].rows(0, len(w)), w, atol=0.02, err_msg=name)
+
+
+def test_a_model_exports_to_the_same_files_from_gguf_and_from_hugging_face(tmp_path: Path) -> None:
+    write_safetensors_checkpoint(tmp_path / "hf")
+    write_gguf(tmp_path / "gguf")
+    write_tokenizer(tmp_path / "gguf" / "tokenizer.model", TINY.vocab_size)
+    one, other = (export(tmp_path / kind, tmp_path / f"{kind}-model") for kind in ("hf", "gguf"))
+    assert one == other
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def _config(
         bos_token_id=get(vocabulary, "bos_token_id", ids or 1),
         eos_token_ids=tuple(dict.fromkeys(ends)),  # type: ignore[arg-type]  # checked by __post_init__
         rope_scaling=rope_keys.from_gguf(rope, context, tables.get(ROPE_TABLES[0]), short, long),
-        sliding_window=_window(said, context),
+        sliding_window=_window(said),
     )
 
 
@@ -188,12 +188,12 @@ def _head_dim(said: Mapping[str, object], dim: object, n_heads: object) -> int:
     return found
 
 
-def _window(said: Mapping[str, object], context: int) -> int | None:
+def _window(said: Mapping[str, object]) -> int | None:
     """A sliding window, which today's files of Mistral 7B do not mention: llama.cpp runs it without."""
     window = get(said, "attention.sliding_window", 0)
     if type(window) is not int:
         raise UsageError(f"llama.attention.sliding_window is {show(window)}, but a whole number is needed")
-    return window if 0 < window < context else None
+    return window or None
 
 
 def _rows(file: GgufFile, tensors: Mapping[str, object]) -> int:
