@@ -265,6 +265,14 @@ def test_a_byte_level_vocabulary_without_ids_begins_and_ends_with_11(tmp_path: P
     assert (config_of(path).bos_token_id, config_of(path).eos_token_ids) == (11, (11,))
 
 
+def test_control_tokens_that_end_a_turn_by_their_name_end_a_text(tmp_path: Path) -> None:
+    tokens = [f"x{i}" for i in range(300)]
+    tokens[7], tokens[8], tokens[9] = "<|eot_id|>", "<|im_end|>", "<|end_of_text|>"
+    types = [3 if i == 7 else 4 if i == 9 else 1 for i in range(300)]  # the one between is an ordinary token
+    path = with_keys(tmp_path, tokenizer__ggml__tokens=("[str]", tokens), tokenizer__ggml__token_type=("[i32]", types))
+    assert config_of(path).eos_token_ids == (2, 7, 9)
+
+
 def test_the_table_of_rotary_positions_becomes_part_of_the_config(tmp_path: Path) -> None:
     table = np.array([1.0, 8.0], np.float32)
     path = changed(tmp_path, lambda file: file.tensors.update({"rope_freqs.weight": floats(table)}))

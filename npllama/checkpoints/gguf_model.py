@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from npllama import rope_keys
 from npllama.checkpoints import names
@@ -49,7 +50,22 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 
 DEFAULT_IDS = {"gpt2": 11}
 """Begin and end of text of a vocabulary that does not say them. Source: llama.cpp, llama-vocab.cpp."""
+ADDED = (3, 4)  # control tokens, and those that a user defined
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+END_TEXTS = {
+    *(
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|endoftext|>",
+        "<|eom_id|>",
+        "<|end_of_text|>",
+        "<end_of_turn>",
+        "<EOT>",
+    ),
+    *("\u2581<EOT>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+}
+"""Tokens that end a text or a turn by their name, if not ordinary ones. Source: llama.cpp, llama-vocab.cpp."""
 
 
 def open_gguf(path: Path, pool: Pool) -> Checkpoint:
@@ -152,7 +168,6 @@ def _config(
             f"the vocabulary has {len(tokens):,} tokens, but token_embd.weight {rows:,} rows; download the file again"
         )
     ids = DEFAULT_IDS.get(str(vocabulary.get("model")))
-    ends = [vocabulary[key] for key in END_KEYS if key in vocabulary] or [ids or 2]
     head_dim = _head_dim(said, dim, n_heads)
     short, long = (tables.get(name) for name in ROPE_TABLES[1:])
     rope = {key.removeprefix("rope."): value for key, value in said.items() if key.startswith("rope.")}
@@ -168,10 +183,20 @@ def _config(
         rope_theta=get(said, "rope.freq_base", rope_keys.DEFAULT_THETA),
         max_seq_len=context,
         bos_token_id=get(vocabulary, "bos_token_id", ids or 1),
-        eos_token_ids=tuple(dict.fromkeys(ends)),  # type: ignore[arg-type]  # checked by __post_init__
+        eos_token_ids=_ends(vocabulary, ids or 2),
         rope_scaling=rope_keys.from_gguf(rope, context, tables.get(ROPE_TABLES[0]), short, long),
         sliding_window=_window(said),
     )
+
+
+def _ends(vocabulary: Mapping[str, Any], default: int) -> tuple[int, ...]:
+    """Ids that end a text: those of the keys, the first one first, and control tokens that are known by their name."""
+    keyed = [vocabulary[key] for key in END_KEYS if key in vocabulary] or [default]
+    tokens, types = vocabulary.get("tokens", ()), vocabulary.get("token_type", ())
+    named = [
+        i for i, (token, kind) in enumerate(zip(tokens, types, strict=False)) if kind in ADDED and token in END_TEXTS
+    ]
+    return tuple(dict.fromkeys([*keyed, *named]))
 
 
 def _head_dim(said: Mapping[str, object], dim: object, n_heads: object) -> int:
