@@ -17,8 +17,8 @@ import numpy as np
 from npllama.engine import Engine, stepwise
 from npllama.errors import ContextError
 from npllama.inference import Llama, chunk_tokens
+from npllama.kinds import Weights
 from npllama.machine import free_memory
-from npllama.weights import Weights
 
 BANDWIDTH_BYTES = 1 << 28  # several times a large cache; a quarter of the free memory where that is less
 BETWEEN_S = 0.1  # how long tests run before the bandwidth is measured again, which empties the caches

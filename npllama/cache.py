@@ -19,13 +19,15 @@ from typing import NamedTuple
 import numpy as np
 
 from npllama.errors import UsageError, quote
-from npllama.quant import F16, GROUP, f16_bits, quantize_rows, widen
+from npllama.numbers.activations import quantize_rows
+from npllama.numbers.blocks import GROUP
+from npllama.numbers.f16 import F16, f16_bits, from_f16
 
 EMPTY = -1
 
 
 class Rounded(NamedTuple):
-    """Keys or values in 8 bits, each head's row rounded in groups as quant.quantize_rows does it.
+    """Keys or values in 8 bits, each head's row rounded in groups as activations.quantize_rows does it.
 
     codes (L, N, G, S, E) int8, scales (L, N, G, S, groups) float32.
     """
@@ -128,7 +130,7 @@ def write(stored: Stored, l: int, n: int, at: slice | list[int], rows: np.ndarra
 def read(stored: Stored, l: int, n: int, used: int) -> np.ndarray:
     """The first `used` slots of sequence n in layer l: (G, used, E) float32, a view where that is how they lie."""
     if isinstance(stored, F16):
-        return widen(F16(stored.bits[l, n, :, :used]))
+        return from_f16(stored.bits[l, n, :, :used])
     if isinstance(stored, Rounded):
         codes, scales = stored.codes[l, n, :, :used], stored.scales[l, n, :, :used]
         return codes * np.repeat(scales, GROUP, axis=-1)[:, :, : codes.shape[-1]]
@@ -145,6 +147,18 @@ def slot(cache: KVCache, p: int) -> int:
     if p < cache.n_sink:
         return p
     return cache.n_sink + (p - cache.n_sink) % (cache.pos.shape[2] - cache.n_sink)
+
+
+def store(cache: KVCache, l: int, n: int, pos: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    """Keep the keys and values (T, G, E) of ascending positions in layer l of sequence n."""
+    first, last = slot(cache, int(pos[0])), slot(cache, int(pos[-1]))
+    if last - first == len(pos) - 1:
+        at: slice | list[int] = slice(first, last + 1)
+    else:
+        at = [slot(cache, p) for p in pos.tolist()]
+    write(cache.k, l, n, at, k)
+    write(cache.v, l, n, at, v)
+    cache.pos[l, n, at] = pos
 
 
 def run_stop(cache: KVCache, pos: np.ndarray, seq: np.ndarray, start: int, most: int) -> int:

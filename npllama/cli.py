@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from npllama.commands import bench, export, generate, info, perplexity, quantize, verify, warmup
-from npllama.commands.terminal import Notes, say
+from npllama.commands.terminal import MARK, Notes, say
 from npllama.errors import NpllamaError, UsageError
 from npllama.version import __version__
 
@@ -53,10 +54,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser, its commands' included, whose errors are one line like all others, without the list of all options."""
+    """A parser, its commands' included, whose errors are one line like all others, without the list of all options.
+
+    texts: options of a command whose value is taken as it is, though argparse would take "---" for an option, and loses
+    a "--"; None for the parser of all commands, which leaves their arguments to them.
+    """
+
+    texts: Mapping[str, str] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, once the values of text options are marked as such."""
+        if self.texts is None:
+            return super().parse_known_args(args, namespace)
+        marked = _marked(args, self.texts)
+        if lost := [arg for arg in marked if re.fullmatch("-[a-z]=?--|--[a-z-]+=--", arg)]:
+            self.error(f"{lost[0]}: -- is no value")
+        return super().parse_known_args(marked, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; {self.prog} --help tells what can be given.")
+
+
+def _marked(args: Sequence[str], texts: Mapping[str, str]) -> list[str]:
+    """Arguments with "--stop", "---" and "--stop=---" as "--stop=", MARK, "---" in one, for each option of texts.
+
+    Behind "--" nothing is an option.
+    """
+    found, rest = [], list(args)
+    while rest and rest[0] != "--":
+        arg = rest.pop(0)
+        option, joined, value = arg.partition("=") if arg.startswith("--") else (arg[:2], arg[2:], arg[2:])
+        if option in texts and (joined or rest):
+            value = value if arg.startswith("--") else value.removeprefix("=")
+            arg = f"{texts[option]}={MARK}{value if joined else rest.pop(0)}"
+        found.append(arg)
+    return found + rest
 
 
 def build_parser() -> Parser:
@@ -71,6 +103,7 @@ def build_parser() -> Parser:
     for command in COMMANDS:
         one = commands.add_parser(command.NAME, help=command.SUMMARY, description=command.__doc__, allow_abbrev=False)
         command.add_arguments(one)
+        one.texts = getattr(command, "TEXTS", {})
         one.set_defaults(run=command.run, parser=one)
     return parser
 
@@ -84,7 +117,10 @@ def _run(argv: Sequence[str] | None, notes: Notes) -> int:
         parser.print_help(sys.stderr)
         return WRONG_USAGE
     if extra:
-        hint = "" if extra[0].startswith("-") else " (text of several words needs quotation marks)"
+        hint = " (text of several words needs quotation marks)"
+        if extra[0].startswith("-"):
+            option = re.match("--?[a-z]{2}", extra[0]) or not args.parser.texts
+            hint = "" if option else " (text that begins with a dash is given as -p TEXT)"
         args.parser.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
     code: int = args.run(args, notes)
     notes.show()

@@ -7,7 +7,7 @@ Every function here raises UsageError; a caller who knows the file adds its name
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from npllama import rope_keys
 from npllama.errors import UsageError, quote
 from npllama.family import refuse_architecture, refuse_changes
 from npllama.fields import get, need, number, show, whole
+from npllama.format_version import SINCE, unknown_key
 from npllama.rope import RopeScaling
 
 LARGEST = {
@@ -41,6 +42,7 @@ class ModelConfig:
 
     Units: tokens for max_seq_len and sliding_window, elements for the others; norm_eps stands inside the root;
     rope_theta is RoPE's base. sliding_window: how many positions, its own included, a query sees (None: all).
+    add_bos_token, add_eos_token: whether a text gets BOS in front and EOS behind it.
     Raises UsageError. Source: Touvron et al. 2023, arXiv:2307.09288, and Meta's ModelArgs.
     """
 
@@ -56,6 +58,8 @@ class ModelConfig:
     max_seq_len: int
     bos_token_id: int = 1
     eos_token_ids: tuple[int, ...] = (2,)
+    add_bos_token: bool = True
+    add_eos_token: bool = False
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
 
@@ -84,35 +88,41 @@ class ModelConfig:
             whole("sliding_window", self.sliding_window, 1, LARGEST["max_seq_len"])
         for name, token in [("bos_token_id", self.bos_token_id), *(("eos_token_ids", t) for t in self.eos_token_ids)]:
             whole(name, token, 0, self.vocab_size - 1)
+        for name in ("add_bos_token", "add_eos_token"):
+            if type(getattr(self, name)) is not bool:
+                raise UsageError(f"{name} is {show(getattr(self, name))}, but true or false is needed")
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object, without optional ones that are None; `from_json` reads it back."""
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """The fields as a JSON object, without later ones that have their default; `from_json` reads it back."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        found = {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
         found["eos_token_ids"] = list(self.eos_token_ids)
         if self.rope_scaling is not None:
             found["rope_scaling"] = self.rope_scaling.to_json()
-        return {name: value for name, value in found.items() if value is not None}
+        return found
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> ModelConfig:
-        """The config that `to_json` wrote; UsageError for an unknown or missing key or a value out of range."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        for what, keys in (
-            ("is not known in", values.keys() - known),
-            ("is missing from", known - OPTIONAL - values.keys()),
-        ):
-            if keys:
-                raise UsageError(f"key {quote(sorted(keys)[0])} {what} the config; export the model again")
-        ids = values["eos_token_ids"]
+        """The config that `to_json` wrote, by this version or an older one: an absent key has its field's default.
+
+        Raises UsageError for an unknown key, a missing one without a default, or a value out of range.
+        """
+        fields = dataclasses.fields(cls)
+        if unknown := sorted(values.keys() - {field.name for field in fields}):
+            raise UsageError(f"key {quote(unknown[0])} is not known in the config: {unknown_key(unknown[0])}")
+        if missing := sorted({f.name for f in fields if f.default is dataclasses.MISSING} - values.keys()):
+            raise UsageError(f"key {quote(missing[0])} is missing from the config; export the model again")
+        ids = values.get("eos_token_ids", list(cls.eos_token_ids))
         if not isinstance(ids, list):
             raise UsageError(f"eos_token_ids is {show(ids)}, but a list of token ids is needed; export the model again")
-        scaling = values.get("rope_scaling")
-        fields: dict[str, Any] = {**values, "eos_token_ids": tuple(ids)}
-        return cls(**fields | {"rope_scaling": None if scaling is None else RopeScaling.from_json(scaling)})
+        checked: dict[str, Any] = {**values, "eos_token_ids": tuple(ids)}
+        if values.get("rope_scaling") is not None:
+            checked["rope_scaling"] = RopeScaling.from_json(values["rope_scaling"])
+        return cls(**checked)
 
 
-OPTIONAL = {"rope_scaling", "sliding_window"}
-"""Fields of ModelConfig that its JSON leaves out where they are None."""
+LATER = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name in SINCE}
+"""Fields that came after format version 1, and what their absence means."""
 
 
 def feed_forward_width(dim: int, multiple_of: object = 256, multiplier: object = None) -> int:
@@ -237,6 +247,40 @@ def from_hugging_face(config: Mapping[str, object], generation: Mapping[str, obj
         bos_token_id=tokens["bos_token_id"],  # type: ignore[arg-type]  # checked by __post_init__
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),  # type: ignore[arg-type]
     )
+
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+
+
+def usable_ids(
+    source: Mapping[str, object], file: str, vocab_size: object, warn: Callable[[str], None]
+) -> dict[str, object]:
+    """BOS and EOS ids of config.json or generation_config.json that can be used; `warn` gets a line for others.
+
+    An EOS id of -1 means none. In generation_config.json, whose ids no weight depends on, whatever is no id of the
+    vocabulary is left out too; in config.json it is refused by `from_hugging_face`. Raises UsageError for too many.
+    """
+    found: dict[str, object] = {}
+    for key in ("bos_token_id", "eos_token_id"):
+        value = source.get(key)
+        several = isinstance(value, list) and key == "eos_token_id"
+        ids: Any = value if several else [] if value is None else [value]
+        kept = [token for token in ids if _usable_id(token, key, file, vocab_size)]
+        if len(kept) > MOST_EOS_TOKENS:
+            raise UsageError(f"{file}: {key} lists {len(kept):,} ids, but at most {MOST_EOS_TOKENS} are supported")
+        if len(kept) < len(ids):
+            lost = [show(token) for token in ids if not _usable_id(token, key, file, vocab_size)]
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            warn(f"{file}: {key} {', '.join(lost[:3])}{more} dropped: no id of the vocabulary of {vocab_size}")
+        if kept:
+            found[key] = kept if several else kept[0]
+    return found
+
+
+def _usable_id(token: object, key: str, file: str, vocab_size: object) -> bool:
+    if file == CONFIG or type(vocab_size) is not int:
+        return key != "eos_token_id" or type(token) is not int or token != -1
+    return type(token) is int and 0 <= token < vocab_size
 
 
 HUGGING_FACE_REFUSED = {

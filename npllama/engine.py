@@ -24,10 +24,11 @@ from npllama import machine, model, ops, rope, sampling
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
 from npllama.kernels.flags import PLAIN
+from npllama.kinds import Weights, kind_shapes
+from npllama.numbers import format_of
 from npllama.places import Places
-from npllama.quant import Coded, grouped, widen
 from npllama.version import __version__
-from npllama.weights import OpenModel, Weights, kind_shapes
+from npllama.weights import OpenModel
 
 SMALL_MODEL_BYTES = 20_000_000
 TABULATED = 8192  # positions whose angles are kept; of later ones they are computed in each call
@@ -125,9 +126,7 @@ class Engine:
         if needed and needed <= machine.free_memory() // 2:
             if needed > SMALL_MODEL_BYTES:
                 self._report(f"widening the weights to float32 in memory ({needed / 1e6:,.0f} MB)")
-            wide: dict[str, Any] = {
-                kind: grouped(w) if isinstance(w, Coded) else widen(w) for kind, w in factors.items()
-            }
+            wide: dict[str, Any] = {kind: format_of(w).for_products(w) for kind, w in factors.items()}
             self._weights = weights._replace(**wide)
         elif needed:
             self._report(
@@ -141,7 +140,7 @@ class Engine:
         import_numba(self._opened.size_bytes)
         import numba
 
-        from npllama.kernels import entry
+        from npllama.kernels import compile as compiler
 
         self.import_s = time.perf_counter() - started
         most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined] # set when numba is imported
@@ -158,16 +157,16 @@ class Engine:
         if not compiled_exists(self._opened, self.kv_dtype):
             self._report(f"compiling kernels for {formats(self._opened)} (once; 10 to 20 s) ...")
         arguments = self._arguments(self.new_cache(1, 1), *(np.zeros(1, np.int64) for _ in range(4)))
-        compiled, loaded = entry.compile_forward(arguments, file, self._report)
+        compiled, loaded = compiler.compile_forward(arguments, file, self._report)
 
         def make_bind() -> Callable[[np.ndarray], None]:
             bind_file = None if folder is None else folder / f"bind-threads{TWINS}-{sources_hash()}"
-            return entry.compile_bind(bind_file, self._report)
+            return compiler.compile_pin_threads(bind_file, self._report)
 
         @functools.cache
         def make_largest() -> Callable[[np.ndarray, np.ndarray], bool]:
             largest_file = None if folder is None else folder / f"largest-logits{TWINS}-{sources_hash()}"
-            return entry.compile_largest(largest_file, self._report)
+            return compiler.compile_top_k(largest_file, self._report)
 
         places = Places(make_bind, numba.threading_layer)
         if not loaded:
@@ -189,7 +188,7 @@ class Engine:
             return places.run(self.threads, compiled, arguments)
 
         def largest(logits: np.ndarray, k: int) -> np.ndarray:
-            if k > min(MOST_KEPT, len(logits) // entry.largest.BLOCK):
+            if k > min(MOST_KEPT, len(logits) // compiler.top_k.BLOCK_LOGITS):
                 return sampling.largest(logits, k)
             ids = np.empty(k, np.int64)
             if not make_largest()(logits, ids):
@@ -219,11 +218,11 @@ class Engine:
             return lambda data: data.reshape(-1, 4096) @ np.ones(4096, np.float32)
         import numba
 
-        from npllama.kernels.bandwidth import read
+        from npllama.kernels.bandwidth import stream_memory
 
         def reader(data: np.ndarray) -> object:
             numba.set_num_threads(self.threads)
-            return read(data)
+            return stream_memory(data)
 
         return reader
 
@@ -231,9 +230,9 @@ class Engine:
         """Every step of ops.py compiled on its own. Raises UsageError for the NumPy execution, which has no kernels."""
         if self.backend != "numba":
             raise UsageError("the NumPy execution has no kernels to look at; it needs numba, and backend numba.")
-        from npllama.kernels import single
+        from npllama.kernels import per_op
 
-        return single.STEPS
+        return per_op.OPS
 
     def run_stepwise(
         self, forward: Callable[..., np.ndarray], cache: KVCache, tokens: np.ndarray, pos: np.ndarray
@@ -389,23 +388,22 @@ def compiled_execution() -> dict[str, str]:
     """What compiled code is made for, and what runs its threads. Imports numba."""
     import_numba()
     import numba
-    from numba.np.ufunc.parallel import _launch_threads
 
-    from npllama.kernels import entry
+    from npllama.kernels import compile as compiler
+    from npllama.kernels.numba_internals import launch_threads
 
-    _launch_threads()  # the layer is chosen here
-    return {"compiled_for": entry.target().split("|")[1], "threading_layer": numba.threading_layer()}
+    launch_threads()  # the layer is chosen here
+    return {"compiled_for": compiler.target().split("|")[1], "threading_layer": numba.threading_layer()}
 
 
 def formats(opened: OpenModel) -> str:
     """The number formats of a model's matrices, as part of a file name: the compiled code depends on them."""
-    used = [type(w).__name__.lower() if isinstance(w, tuple) else "f32" for w in opened.weights]
-    return "+".join(sorted(set(used), key=used.index))
+    return "+".join(dict.fromkeys(format_of(w).name for w in opened.weights))
 
 
 def cache_name(opened: OpenModel, kv_dtype: str = "f32") -> str:
     """Name of the file of compiled code, without the CPU's part: formats and a hash of all that the code depends on."""
-    layout = hashlib.sha256(repr([type(w).__name__ for w in opened.weights]).encode()).hexdigest()[:8]
+    layout = hashlib.sha256(repr([format_of(w).name for w in opened.weights]).encode()).hexdigest()[:8]
     return f"forward-{formats(opened)}.{layout}.kv_{kv_dtype}{TWINS}-{sources_hash()}"
 
 
@@ -416,7 +414,7 @@ def compiled_exists(opened: OpenModel, kv_dtype: str = "f32") -> bool:
 
 
 def sources_hash() -> str:
-    """Hash of everything compiled code depends on but entry.target: sources, versions, switches."""
+    """Hash of everything compiled code depends on but compiler.target: sources, versions, switches."""
     digest = hashlib.sha256(sys.version.encode())
     for package in ("numba", "llvmlite", "numpy"):
         try:
@@ -426,8 +424,9 @@ def sources_hash() -> str:
     digest.update(TWINS.encode())
     folder = Path(__file__).parent
     # A build without sources (frozen, or .pyc alone) changes with the version only.
-    names = ("model.py", "ops.py", "cache.py", "quant.py", "weights.py")
-    for path in [folder / name for name in names] + sorted((folder / "kernels").glob("*.py")):
+    names = ("model.py", "ops.py", "cache.py", "kinds.py")
+    parts = [*sorted((folder / "numbers").glob("*.py")), *sorted((folder / "kernels").glob("*.py"))]
+    for path in [folder / name for name in names] + parts:
         digest.update(path.name.encode() + (path.read_bytes() if path.exists() else __version__.encode()))
     return digest.hexdigest()[:16]
 

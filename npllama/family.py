@@ -7,10 +7,11 @@ Source: transformers, modeling_*.py of each architecture; llama.cpp, src/llama-a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from npllama.errors import UsageError, quote
-from npllama.fields import show
+from npllama.fields import get, show
 
 EXPERTS = "it is a mixture of experts"
 PICTURES = "it reads pictures or sound beside text"
@@ -183,8 +184,24 @@ def refuse_changes(config: Mapping[str, object]) -> None:
         if not any(value is ok or (type(value) is type(ok) and value == ok) for ok in neutral):
             raise UsageError(f"{key} is {show(value)}: {what}, which is not supported; use a checkpoint of a LLaMA")
     quantization = config.get("quantization_config")
-    if quantization is not None and quantization is not False:
+    if not _quantizes_nothing(quantization):
         raise UsageError(f"quantization_config is {_quantized_by(quantization)}")
+
+
+QUANTIZATION_IS_IDLE = re.compile(
+    r"quant_method|bnb_4bit_.*|llm_int8_.*|modules_to_not_convert|ignore|format|.*version|.*status|.*compression_ratio"
+)
+"""Settings of quantization_config that say how, not whether, weights are quantized."""
+
+
+def _quantizes_nothing(settings: object) -> bool:
+    """Whether a quantization_config switches nothing on, as one of bitsandbytes without load_in_8bit or _4bit."""
+    if not isinstance(settings, dict):
+        return not settings
+    method = get(settings, "quant_method", "none")
+    switches = {key: value for key, value in settings.items() if not QUANTIZATION_IS_IDLE.fullmatch(key)}
+    on = [key for key, value in switches.items() if value and not (key == "bits" and value in (16, 32))]
+    return method in ("none", BITS_AND_BYTES, "compressed-tensors") and not on
 
 
 def _quantized_by(quantization: object) -> str:

@@ -18,7 +18,8 @@ from npllama.cache import KVCache, clear
 from npllama.config import ModelConfig
 from npllama.engine import Engine
 from npllama.errors import ContextError, UsageError, quote, whole_number
-from npllama.sampling import PENALTY_WINDOW, SEEDS, SamplingOptions, sample
+from npllama.options import SamplingOptions, chosen_sampling
+from npllama.sampling import PENALTY_WINDOW, SEEDS, Allowed, sample
 from npllama.streaming import StopStrings, StreamDecoder, stop_texts
 from npllama.tokenizer import Tokenizer
 from npllama.weights import OpenModel, open_model
@@ -84,6 +85,7 @@ class Request:
     seed: int
     stop: tuple[str, ...]
     echo: bool
+    padding_ids: bool
 
 
 class Llama:
@@ -113,47 +115,59 @@ class Llama:
         self,
         prompt: Prompt | Sequence[Prompt],
         max_tokens: int | None = 256,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         echo: bool = False,
         *,
+        sampling: str | SamplingOptions = "default",
+        bos: bool | None = None,
+        eos: bool | None = None,
+        padding_ids: bool = False,
         max_new_tokens: int | None = None,
         repetition_penalty: float | None = None,
     ) -> Result | list[Result]:
         """Continue a prompt, or each of a list of prompts (a list of results, in order).
 
-        prompt: text (BOS is put before it), or token ids (taken as they are). max_tokens: None or -1 until the
-        context is full, 0 reads the prompt only. temperature 0 is greedy; the sampling order is repetition penalty
-        (over the last 64 tokens), top-k, top-p, min-p, temperature. seed None: random, see Result.seed. stop: texts
-        that end the generation and are not returned. max_new_tokens and repetition_penalty are other names.
+        prompt: text (which gets BOS and EOS as the model says, or as bos= and eos= do), or token ids (taken as they
+        are). max_tokens: None or -1 until the context is full, 0 reads the prompt only. temperature 0 is greedy; the
+        sampling order is repetition penalty (over the last 64 tokens), top-k, top-p, min-p, temperature; those left out
+        (None) come from sampling: "default", "model" (what its makers suggest), or SamplingOptions. seed None: random,
+        see Result.seed. stop: texts that end the generation and are not returned. padding_ids: ids beyond the
+        tokenizer's pieces may come too. max_new_tokens and repetition_penalty are other names.
         Raises UsageError for values out of range, ContextError for a prompt that does not fit.
         """
         max_tokens = _either("max_tokens", max_tokens, 256, "max_new_tokens", max_new_tokens)
-        penalty = _either("repeat_penalty", repeat_penalty, 1.0, "repetition_penalty", repetition_penalty)
-        request = _request(max_tokens, (temperature, top_k, top_p, min_p, penalty), seed, stop, echo)
+        penalty = _either("repeat_penalty", repeat_penalty, None, "repetition_penalty", repetition_penalty)
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repeat_penalty": penalty}
+        options = chosen_sampling(sampling, self._opened.sampling, given)
+        request = _request(max_tokens, options, seed, stop, echo, bos=bos, eos=eos, padding_ids=padding_ids)
         if _is_one(prompt):
-            return Stream(self, self._ids(prompt), request, 0).run()  # type: ignore[arg-type]
-        streams = [Stream(self, self._ids(one), request, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
+            return Stream(self, self._ids(prompt, bos, eos), request, 0).run()  # type: ignore[arg-type]
+        streams = [Stream(self, self._ids(one, bos, eos), request, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
         return [stream.run() for stream in streams]
 
     def stream(
         self,
         prompt: Prompt,
         max_tokens: int | None = 256,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         echo: bool = False,
         *,
+        sampling: str | SamplingOptions = "default",
+        bos: bool | None = None,
+        eos: bool | None = None,
+        padding_ids: bool = False,
         max_new_tokens: int | None = None,
         repetition_penalty: float | None = None,
     ) -> Stream:
@@ -162,11 +176,13 @@ class Llama:
         The texts of the pieces, joined, are the text that `generate` returns.
         """
         max_tokens = _either("max_tokens", max_tokens, 256, "max_new_tokens", max_new_tokens)
-        penalty = _either("repeat_penalty", repeat_penalty, 1.0, "repetition_penalty", repetition_penalty)
-        request = _request(max_tokens, (temperature, top_k, top_p, min_p, penalty), seed, stop, echo)
+        penalty = _either("repeat_penalty", repeat_penalty, None, "repetition_penalty", repetition_penalty)
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repeat_penalty": penalty}
+        options = chosen_sampling(sampling, self._opened.sampling, given)
+        request = _request(max_tokens, options, seed, stop, echo, bos=bos, eos=eos, padding_ids=padding_ids)
         if not _is_one(prompt):
             raise UsageError("stream takes one prompt (text or a list of ids); generate takes a list of prompts.")
-        return Stream(self, self._ids(prompt), request, 0)
+        return Stream(self, self._ids(prompt, bos, eos), request, 0)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of the next token after each of the ids: (T, V) float32. Nothing is added to the ids."""
@@ -210,11 +226,19 @@ class Llama:
         if not self._spare and not self._closed:
             self._spare.append(cache)
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Prompt, bos: bool | None = None, eos: bool | None = None) -> list[int]:
         """The token ids of one prompt, validated against the vocabulary."""
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, bos=True)
+            ids = self.tokenizer.encode(prompt, bos, eos)
+            if not ids:
+                raise UsageError(
+                    "the prompt is empty and gets no BOS here, so there is no token; give text, or bos=True."
+                )
+            return ids
         _check_kind(prompt)
+        for name, asked in (("bos", bos), ("eos", eos)):
+            if asked:
+                raise UsageError(f"{name}=True is for a prompt of text; ids are taken as they are: put it among them.")
         ids = []
         for item in prompt:
             number = whole_number(item)
@@ -317,11 +341,13 @@ class Stream:
         self._prompt_s = time.perf_counter() - started
         started = time.perf_counter()
         ends = {*llama.config.eos_token_ids, llama.config.bos_token_id, llama.tokenizer.bos_id}
+        n_ids = llama.config.vocab_size if request.padding_ids else llama.tokenizer.n_pieces
+        allowed = Allowed(n_ids, llama.config.eos_token_ids)
         for i in range(self._most):
             position = self._n_prompt + i
-            recent = self._ids[-PENALTY_WINDOW:]
+            recent = allowed.places(self._ids[-PENALTY_WINDOW:])
             drawn = request.sampling, request.seed, self._completion, position
-            token = sample(logits[0], recent, *drawn, llama.engine.largest)
+            token = allowed.id(sample(allowed.logits(logits[0]), recent, *drawn, llama.engine.largest))
             if token in ends:
                 self._finish_reason = "stop"
                 break
@@ -374,10 +400,11 @@ def _either(name: str, value: Any, default: object, alias: str, other: Any) -> A
 
 def _request(
     max_tokens: int | None,
-    options: tuple[float, int, float, float, float],
+    sampling: SamplingOptions,
     seed: int | None,
-    stop: str | Sequence[str],
+    stop: str | Sequence[str] | None,
     echo: bool,
+    **flags: bool | None,
 ) -> Request:
     """Check the options of a call; UsageError names what is out of range."""
     n_new = whole_number(-1 if max_tokens is None else max_tokens)
@@ -390,13 +417,16 @@ def _request(
         raise UsageError(
             f"seed={quote(seed)}: needs a whole number from 0 to 2^64 - 1, or None (or -1) for a random one."
         )
-    temperature, top_k, top_p, min_p, repeat_penalty = options
+    for name, value in flags.items():
+        if not (isinstance(value, bool) or (value is None and name != "padding_ids")):
+            raise UsageError(f"{name}={quote(value)}: needs True or False.")
     return Request(
         max_tokens=None if n_new == -1 else n_new,
-        sampling=SamplingOptions(temperature, top_k, top_p, min_p, repeat_penalty),
+        sampling=sampling,
         seed=secrets.randbits(32) if key == -1 else key,
         stop=stop_texts(stop),
         echo=bool(echo),
+        padding_ids=bool(flags["padding_ids"]),
     )
 
 
@@ -424,7 +454,8 @@ def load(
         raise UsageError(f"context={quote(context)}: needs a number of positions, 1 or more.")
     opened = open_model(DEMO if model is None else model)
     try:
-        tokenizer = Tokenizer(opened.tokenizer_path, opened.config.vocab_size)
+        c = opened.config
+        tokenizer = Tokenizer(opened.tokenizer_path, c.vocab_size, c.add_bos_token, c.add_eos_token)
         if tokenizer.eos_id not in opened.config.eos_token_ids:
             log.warning(
                 f"the tokenizer ends a text with id {tokenizer.eos_id}, which is not among the model's end-of-text ids "

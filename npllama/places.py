@@ -41,7 +41,7 @@ _thread = _Thread()
 
 
 class Places:
-    """Runs compiled functions. make_bind: gives kernels.places.bind, compiled; layer: numba.threading_layer."""
+    """Runs compiled functions. make_bind: gives affinity.pin_threads, compiled; layer: numba.threading_layer."""
 
     def __init__(self, make_bind: Callable[[], Callable[[np.ndarray], None]], layer: Callable[[], str]) -> None:
         self._bind = functools.cache(make_bind)
@@ -100,7 +100,7 @@ class Places:
 
 
 def _masks(places: Sequence[Collection[int]]) -> np.ndarray:
-    """The CPUs of each thread as kernels.places.bind takes them: (n_threads, words) uint64."""
+    """The CPUs of each thread as kernels.affinity.pin_threads takes them: (n_threads, words) uint64."""
     masks = np.zeros((len(places), max(map(max, places)) // 64 + 1), np.uint64)
     for mask, cpus in zip(masks, places, strict=True):
         for cpu in cpus:

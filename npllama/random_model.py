@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from npllama.config import ModelConfig, feed_forward_width
-from npllama.export import IN_LAYERS, Progress, write_model
+from npllama.export import Progress, write_model
+from npllama.kinds import tensor_shapes
+from npllama.numbers import named
 from npllama.tokenizer import Tokenizer
-from npllama.weights import kind_shapes
 
 VOCABULARY = 32000
 SHAPES = {
@@ -71,12 +72,8 @@ class RandomCheckpoint:
         self.folder = Path("random weights")
         drawn = np.random.default_rng(seed).standard_normal(DRAWN, dtype=np.float32)
         self.tensors: dict[str, _Tensor] = {}
-        for kind, shape in kind_shapes(config).items():
-            layers = range(config.n_layers) if kind in IN_LAYERS else (0,)
-            for l in layers:
-                name = IN_LAYERS[kind].format(l) if kind in IN_LAYERS else kind
-                one = shape[1:] if kind in IN_LAYERS else shape
-                self.tensors[name] = _Tensor(one, drawn, 7919 * len(self.tensors))
+        for name, shape in tensor_shapes(config).items():
+            self.tensors[name] = _Tensor(shape, drawn, 7919 * len(self.tensors))
 
 
 def write_random_model(
@@ -86,7 +83,7 @@ def write_random_model(
     filled = out.with_name(f"{out.name}.tokenizer")
     filled.write_bytes(filled_tokenizer(tokenizer, config.vocab_size))
     try:
-        write_model(RandomCheckpoint(config), out, dtype, filled, False, progress)
+        write_model(RandomCheckpoint(config), out, named(dtype), filled, False, progress)
     finally:
         filled.unlink()
 

@@ -52,7 +52,24 @@ def from_hugging_face(config: Mapping[str, object], context: int) -> tuple[Any, 
     return (thetas or [DEFAULT_THETA])[0], _scaling(key, said, config, context)
 
 
+SCALES_BY_FACTOR = ("default", "linear", "dynamic", "yarn", "llama3")
+ONES = ("factor", "attention_factor", "partial_rotary_factor")
+AS_FACTOR_WORKS = {"low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "mscale"}
+AS_FACTOR_WORKS |= {"mscale_all_dim", *IN_ALL, *ONES}
+"""Keys that only say how a factor other than 1 works."""
+
+
+def _changes_nothing(said: Mapping[str, object]) -> bool:
+    """Whether rotary positions are "scaled" by a factor of 1, whatever else belongs to that."""
+    known = all(get(said, name, "default") in SCALES_BY_FACTOR for name in ("rope_type", "type"))
+    ones = [get(said, name, 1.0) for name in ONES]
+    one = said.get("factor") is not None and all(not isinstance(value, bool) and value == 1 for value in ones)
+    return known and one and said.keys() <= AS_FACTOR_WORKS
+
+
 def _scaling(key: str, said: Mapping[str, object], config: Mapping[str, object], context: int) -> RopeScaling | None:
+    if _changes_nothing(said):
+        return None
     name = get(said, "rope_type", get(said, "type", "default"))
     kind = RENAMED.get(name, name) if isinstance(name, str) else None
     if kind not in KEYS:

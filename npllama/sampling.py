@@ -6,16 +6,14 @@ Axes: V ids of the vocabulary, C candidates that are left. A draw depends on its
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from npllama.errors import ModelError, UsageError, quote
+from npllama.options import SamplingOptions
 
 PENALTY_WINDOW = 64
 """How many of the latest ids the repetition penalty looks at (llama.cpp's default)."""
@@ -42,47 +40,6 @@ BLOCK = 64
 
 Search = Callable[[np.ndarray, int], np.ndarray]
 """A function like `largest`: the compiled execution has one of its own."""
-
-_RANGES = {
-    "temperature": (0.0, math.inf, "a finite number of at least 0 (0: the most probable id)"),
-    "top_p": (0.0, 1.0, "a number from 0 to 1 (1: off)"),
-    "min_p": (0.0, 1.0, "a number from 0 to 1 (0: off)"),
-    "repeat_penalty": (math.ulp(0.0), math.inf, "a finite number above 0 (1: off)"),
-}
-
-
-def _number(value: object) -> float:
-    """A real number of any type as a float; NaN for what is none, or is too large."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How an id is chosen.
-
-    temperature 0 takes the most probable id; top_k <= 0, top_p 1, min_p 0 and repeat_penalty 1 are off.
-    Raises UsageError for a value of another type or out of range.
-    """
-
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, Integral):
-            raise UsageError(f"top_k={quote(self.top_k)}: needs a whole number (0 or -1: off).")
-        for name, (low, high, needed) in _RANGES.items():
-            number = _number(getattr(self, name))
-            if not (low <= number <= high and number < math.inf):
-                raise UsageError(f"{name}={quote(getattr(self, name))}: needs {needed}.")
-            object.__setattr__(self, name, number)
 
 
 def not_finite() -> ModelError:
@@ -138,6 +95,33 @@ def probabilities(
     """
     ids, p = _weighed(logits, recent, options, search)
     return ids, p / p.sum()
+
+
+class Allowed:
+    """The ids that may be drawn: those below n_ids, and a few beyond them; the order of ids stays.
+
+    Logits beyond the pieces of a tokenizer belong to rows that pad the vocabulary, which no training text has named.
+    """
+
+    def __init__(self, n_ids: int, beyond: Iterable[int] = ()) -> None:
+        self._n_ids = n_ids
+        self._beyond = np.array(sorted({i for i in beyond if i >= n_ids}), np.int64)
+
+    def logits(self, logits: np.ndarray) -> np.ndarray:
+        """The logits (V,) of the allowed ids (A,): a view where they are the first A."""
+        first = logits[: self._n_ids]
+        return np.concatenate((first, logits[self._beyond])) if len(self._beyond) else first
+
+    def places(self, ids: Sequence[int]) -> Sequence[int]:
+        """Where ids stand among the allowed ones; those that are not allowed are left out."""
+        if max(ids, default=0) < self._n_ids:
+            return ids
+        beyond = {int(token): self._n_ids + i for i, token in enumerate(self._beyond)}
+        return [beyond.get(i, i) for i in ids if i < self._n_ids or i in beyond]
+
+    def id(self, place: int) -> int:
+        """The id at a place."""
+        return place if place < self._n_ids else int(self._beyond[place - self._n_ids])
 
 
 def sample(

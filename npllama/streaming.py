@@ -52,8 +52,10 @@ class StreamDecoder:
         return replace_bad_bytes(self._utf8.decode(b"", final=True))
 
 
-def stop_texts(stops: str | Iterable[str]) -> tuple[str, ...]:
-    """One stop string, or several, as a tuple. Raises UsageError for what is empty or no string."""
+def stop_texts(stops: str | Iterable[str] | None) -> tuple[str, ...]:
+    """One stop string, several, or None for none, as a tuple. Raises UsageError for what is empty or no string."""
+    if stops is None:
+        return ()
     found = (stops,) if isinstance(stops, str) or not isinstance(stops, Iterable) else tuple(stops)
     for stop in found:
         if not isinstance(stop, str) or not stop:
@@ -68,7 +70,7 @@ class StopStrings:
     string.
     """
 
-    def __init__(self, stops: str | Iterable[str] = ()) -> None:
+    def __init__(self, stops: str | Iterable[str] | None = None) -> None:
         self._stops = stop_texts(stops)
         self._text = ""
         self.stopped = False

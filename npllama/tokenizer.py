@@ -2,7 +2,8 @@
 
 * Text never becomes a control id: `</s>` in a prompt is four characters. Control ids enter a sequence only as ids.
   (A piece that the file calls user-defined is text: it is what its characters encode to.)
-* Text gets BOS in front once, also when it begins with the characters `<s>`.
+* Text gets BOS in front once, also when it begins with the characters `<s>`; where the model or the caller says so, it
+  gets none, and EOS behind it.
 * A control id adds nothing to a text. Nor does an id beyond the pieces, which exists where the model's embedding is
   padded to a rounder size than its tokenizer: such an id can be sampled, and must not end a text with an error.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from npllama import signatures
 from npllama.errors import ModelError, UsageError, quote
 
 MAX_FILE_BYTES = 32 << 20
@@ -36,13 +38,20 @@ _BAD_BYTE = re.compile("[\udc80-\udcff]")
 class Tokenizer:
     """A SentencePiece model: ids of a text, text of ids.
 
-    vocab_size is the number of ids that the model has (at least the number of pieces; by default just that).
+    vocab_size is the number of ids that the model has (at least the number of pieces; by default just that). add_bos
+    and add_eos say what `encode` does unless told otherwise.
     Raises ModelError for a file that is missing, malformed, or belongs to another model. Safe to use
     from several threads.
     """
 
-    def __init__(self, path: str | os.PathLike[str], vocab_size: int | None = None) -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        vocab_size: int | None = None,
+        add_bos: bool = True,
+        add_eos: bool = False,
+    ) -> None:
+        self.path, self.add_bos, self.add_eos = Path(path), add_bos, add_eos
         self._processor = _load(self.path)
         self.n_pieces: int = self._processor.get_piece_size()
         self.bos_id: int = self._processor.bos_id()
@@ -95,11 +104,11 @@ class Tokenizer:
                 f"one that does not is needed. Use the tokenizer.model that came with a LLaMA 2 checkpoint."
             )
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """The ids of a text, with BOS in front unless bos is False; never a control id from the text itself.
+    def encode(self, text: str, bos: bool | None = None, eos: bool | None = None) -> list[int]:
+        """The ids of a text, with BOS in front and EOS behind as asked; never a control id from the text itself.
 
-        Raises UsageError for what is not a string, or holds half of a surrogate pair. Takes about 0.4 microseconds a
-        character, also where there are no spaces.
+        bos, eos None: as the model says, for LLaMA 2 BOS alone. Raises UsageError for what is not a string, or holds
+        half of a surrogate pair. Takes about 0.4 microseconds a character, also where there are no spaces.
         """
         if not isinstance(text, str):
             raise UsageError(f"the text is of type {type(text).__name__}; a str is needed. Pass ids as ids.")
@@ -112,7 +121,14 @@ class Tokenizer:
             ) from error
         ids: list[int] = self._processor.encode(text)
         assert self.control_ids.isdisjoint(ids)
-        return [self.bos_id, *ids] if bos else ids
+        before = [self.bos_id] if (self.add_bos if bos is None else bos) else []
+        after = [self.eos_id] if (self.add_eos if eos is None else eos) else []
+        return [*before, *ids, *after]
+
+    def spelling(self, token: int) -> str:
+        """How the file spells the piece of an id below n_pieces, a control piece's name included."""
+        spelled: str = self._processor.id_to_piece(token)
+        return spelled
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, as SentencePiece defines it.
@@ -186,6 +202,8 @@ def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
             f"{path.name}: cannot read {quote(str(path))} ({error.strerror}); a SentencePiece model is needed. "
             f"Put the one that came with the checkpoint there."
         ) from error
+    if what := signatures.named(data[: signatures.HEAD]) or signatures.other_tokenizer(data[: signatures.HEAD]):
+        raise ModelError(_malformed(path, what))
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(data)

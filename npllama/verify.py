@@ -16,7 +16,7 @@ import numpy as np
 
 from npllama import ops
 from npllama.engine import Engine, stepwise
-from npllama.weights import Weights
+from npllama.kinds import KINDS, Weights
 
 # Largest error allowed, relative to the largest value of the step's result. A sum of K products in another order
 # differs by about sqrt(K) * 6e-8; norm, attention and SwiGLU are float64 rounded to float32, where a last digit may
@@ -134,9 +134,8 @@ def weight_names(weights: Weights) -> dict[int, tuple[str, int]]:
 
 
 def _named(weights: Weights) -> Iterator[tuple[int, tuple[str, int]]]:
-    alone = {"tok_embeddings", "norm", "output"}
     for kind, w in weights._asdict().items():
-        if kind in alone:
+        if not KINDS[kind].in_layers:
             yield address(w), (kind, -1)
             continue
         n_layers = (w if isinstance(w, np.ndarray) else w[0]).shape[0]

@@ -16,7 +16,7 @@ from npllama.checkpoints.files import InputFile, Pool
 from npllama.checkpoints.gguf import GgufFile, read_gguf
 from npllama.checkpoints.gguf_blocks import BLOCK_TYPES
 from npllama.config import ModelConfig
-from npllama.quant import bf16_bits
+from npllama.numbers.bf16 import bf16_bits
 
 CODES = {"u8": 0, "i8": 1, "u16": 2, "i16": 3, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "u64": 10, "i64": 11, "f64": 12}
 FORMATS = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f"}

@@ -238,6 +238,41 @@ def test_configs_that_are_impossible_or_not_supported_are_refused(change: dict[s
         hugging_face(**change)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"type": "linear", "factor": 1.0},
+        {"type": "dynamic", "factor": 1},
+        {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.0, "beta_fast": 32.0, "mscale": 0.7},
+        {"rope_type": "llama3", "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"factor": 1.0},
+    ],
+)
+def test_positions_scaled_by_one_are_not_scaled(said: dict[str, object]) -> None:
+    assert hugging_face(rope_scaling=said) == hugging_face()
+    assert hugging_face(rope_theta=None, rope_parameters={**said, "rope_theta": 1e4}) == hugging_face()
+    for change in ({"factor": True}, {"rope_type": "ntk"}, {"new": 1}):
+        with pytest.raises(UsageError, match=r"^(rope_scaling (asks for|sets)|factor is True)"):
+            hugging_face(rope_scaling={**said, **change})
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"load_in_8bit": False, "load_in_4bit": False},
+        {"quant_method": "bitsandbytes", "load_in_4bit": False, "bnb_4bit_compute_dtype": "float16"},
+        {"quant_method": "none", "bits": 16},
+        {"quant_method": "compressed-tensors", "config_groups": {}, "format": "dense", "global_compression_ratio": 1.0},
+    ],
+)
+def test_a_quantization_config_that_switches_nothing_on_is_none(said: dict[str, object]) -> None:
+    assert hugging_face(quantization_config=said) == hugging_face()
+    for change in ({"load_in_8bit": True}, {"quant_method": "gptq"}, {"bits": 8}, {"config_groups": {"group_0": {}}}):
+        with pytest.raises(UsageError, match="quantization_config is a dict: quantized weights"):
+            hugging_face(quantization_config={**said, **change})
+
+
 def test_the_window_of_mistral_is_read_and_4096_where_it_is_not_said() -> None:
     mistral = {**HUGGING_FACE, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     assert from_hugging_face({**mistral, "sliding_window": 7}).sliding_window == 7

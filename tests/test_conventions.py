@@ -23,13 +23,14 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding
 # From the bottom to the top: a module imports only from rows below its own. Folders are one entry; inside a folder,
 # modules may import each other as long as there is no cycle.
 LAYERS = (
-    {"errors"},
-    {"fields"},
+    {"errors", "signatures", "version"},
+    {"format_version", "options", "fields"},
     {"rope", "family"},
     {"rope_keys"},
-    {"quant", "config", "strict_json", "version", "machine", "places", "sampling"},
-    {"checkpoints", "tokenizer", "staging"},
-    {"cache", "weights"},
+    {"numbers", "config", "strict_json", "machine", "places", "sampling"},
+    {"kinds", "tokenizer", "staging", "npy"},
+    {"checkpoints"},
+    {"cache", "weights", "text_rules"},
     {"ops"},
     {"model"},
     {"kernels"},
@@ -169,6 +170,7 @@ READERS = each(
     "rope",
     "strict_json.py",
     "export.py",
+    "text_rules",
 )
 
 
@@ -270,6 +272,67 @@ def test_no_kernel_is_compiled_with_reassociation() -> None:
     for file in each("kernels/"):
         if file != "kernels/flags.py":
             assert not [n for n in ast.walk(TREES[file]) if isinstance(n, ast.keyword) and n.arg == "fastmath"], file
+
+
+# What kernels take from numba.core. All else that is not documented goes through numba_internals.py.
+OPEN_PARTS = ("numba.core.cgutils", "numba.core.errors.", "numba.core.imputils")
+
+
+@pytest.mark.parametrize("file", each())
+def test_private_parts_of_numba_are_used_in_one_place(file: str) -> None:
+    if file == "kernels/numba_internals.py":
+        return
+    for name in imports(TREES[file]):
+        if name.startswith(("numba.core", "numba.np", "llvmlite.binding")):
+            assert name.startswith(OPEN_PARTS), f"{file} imports {name}"
+    for node in ast.walk(TREES[file]) if module(file) in ("kernels", "engine") else ():
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("_cache", "_reduce", "_rebuild", "_final_module", "magic_tuple"), file
+
+
+@pytest.mark.parametrize("file", [f for f in each("kernels/") if f != "kernels/llvm.py"])
+def test_memory_is_addressed_through_llvm_py_which_names_the_element_type(file: str) -> None:
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "builder":
+            assert node.attr not in ("load", "store", "gep"), f"{file}:{node.lineno}"
+        assert not (isinstance(node, ast.Attribute) and node.attr in ("as_pointer", "make_array")), file
+
+
+def test_the_kernels_docstring_names_every_file_once() -> None:
+    text = ast.get_docstring(TREES["kernels/__init__.py"]) or ""
+    named = re.findall(r"^    (\w+\.py)  +\w", text.split("in the order in which to read them")[1], re.MULTILINE)
+    assert sorted(named) == [file.split("/")[1] for file in each("kernels/") if "__init__" not in file]
+
+
+# Words of our own that have gone -> the field's.
+GONE = {
+    r"\b_?asks?_|\bUNASKED\b|\bask(s|ed)? (the )?memory|memory asked": "prefetch",
+    r"\bturned\b|\bturn_(square|block)\b": "transposed, rotated",
+    r"\bkeep_apart\b": "noinline",
+    r"\bbrain\b|_brain\b": "bf16",
+    r"\bmatrix[ _]unit\b": "AMX",
+    r"\b(first|second|third)(-level)? cache\b": "L1, L2, L3",
+    r"\bQ4_LEVELS\b": "codebook",
+    r"\bfurther\b(?! reading)": "stride",
+    r"\bsooner done\b": "starting threads costs more than it saves",
+    r"\bwalks?\b": "attend, loop",
+}
+
+
+@pytest.mark.parametrize("file", each("kernels/", "quant.py"))
+def test_words_that_have_gone_stay_away(file: str) -> None:
+    text = (PACKAGE / file).read_text(encoding="utf-8")
+    for pattern, word in GONE.items():
+        found = re.search(pattern, text)
+        assert found is None, f"{file}: {found.group()!r} is {word} here" if found else ""
+
+
+@pytest.mark.parametrize("file", each("kernels/"))
+def test_functions_of_kernels_are_short(file: str) -> None:
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.FunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= 50, f"{file}:{node.lineno}: {node.name} has {lines} lines"
 
 
 @pytest.mark.parametrize("file", each("kernels/"))

@@ -116,7 +116,7 @@ def test_a_trailing_slash_and_a_place_inside_the_checkpoint_are_fine(checkpoint:
 
 
 def test_a_name_that_the_disk_refuses_is_an_error_of_the_family(tmp_path: Path, checkpoint: Path):
-    message = refusal(checkpoint, tmp_path / ("m" * 250))
+    message = refusal(checkpoint, tmp_path / ("m" * 256))
     assert "cannot be written (File name too long), and nothing was left behind" in message
 
 

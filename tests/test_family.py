@@ -57,7 +57,7 @@ def test_a_setting_that_changes_the_mathematics_is_refused_by_name(key: str) -> 
         ({"load_in_4bit": True}, "quantized weights by 'bitsandbytes'"),
         ({"quant_method": 4}, "quantized weights, which"),
         ("awq", "is 'awq': quantized weights"),
-        ({}, "quantized weights"),
+        ({"bits": 8}, "quantized weights"),
     ],
 )
 def test_quantized_checkpoints_are_refused_with_what_to_use(quantization: object, reason: str) -> None:

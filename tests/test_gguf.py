@@ -33,7 +33,8 @@ from npllama.checkpoints.gguf import BlockView, Numbers
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError
 from npllama.export import export
-from npllama.quant import BF16, widen
+from npllama.numbers import widen
+from npllama.numbers.bf16 import BF16
 from npllama.rope import RopeScaling
 
 

@@ -367,7 +367,7 @@ def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[
     import torch
     from torch.nn import functional
 
-    from npllama.quant import BF16
+    from npllama.numbers.bf16 import BF16
     from npllama.weights import open_model
 
     torch.set_num_threads(threads)

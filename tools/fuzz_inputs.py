@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import multiprocessing
 import random
 import re
@@ -25,13 +26,23 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from gguf_files import write_gguf, write_quantized, write_split  # noqa: E402
-from helpers import TINY, write_model_directory, write_tokenizer  # noqa: E402
+from helpers import TINY, safetensors_bytes, write_model_directory, write_tokenizer  # noqa: E402
 from llama2c_files import write_llama2c_bin  # noqa: E402
-from torch_files import torch_legacy, write_hugging_face, write_llama2c, write_meta  # noqa: E402
+from torch_files import (  # noqa: E402
+    hugging_face_tensors,
+    stored,
+    torch_legacy,
+    torch_zip,
+    write_hugging_face,
+    write_llama2c,
+    write_meta,
+)
 
 from npllama.checkpoints import open_checkpoint  # noqa: E402
 from npllama.errors import NpllamaError  # noqa: E402
@@ -93,6 +104,47 @@ def _sharded(folder: Path) -> object:
     return write_hugging_face(folder, files=2)
 
 
+def _odd(folder: Path) -> object:
+    """Two shards in which the same tensors stand twice, among them biases of zeros, behind a prefix."""
+    weights = write_hugging_face(folder, files=2)
+    tensors = {f"base_model.{name}": w for name, w in hugging_face_tensors(weights).items()}
+    tensors["base_model.model.norm.bias"] = np.zeros(24)
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for name in names:
+        (folder / name).write_bytes(safetensors_bytes({tensor: (w, "f32") for tensor, w in tensors.items()}))
+    places = {tensor: names[i % 2] for i, tensor in enumerate(tensors)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return weights
+
+
+def _header(folder: Path) -> None:
+    """A tied safetensors checkpoint as save_model leaves it, its header and its numbers in files of their own."""
+    write_hugging_face(folder, tied=True)
+    data = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = {"lm_head.weight": "model.embed_tokens.weight", "notes": '\\"é{}' * 9}
+    (folder / "header.json").write_text(json.dumps(header))
+    (folder / "numbers").write_bytes(data[8 + size :])
+
+
+def read_header(folder: Path) -> None:
+    """Open a checkpoint made of a header and numbers."""
+    header = (folder / "header.json").read_bytes()
+    data = len(header).to_bytes(8, "little") + header + (folder / "numbers").read_bytes()
+    (folder / "model.safetensors").write_bytes(data)
+    read_checkpoint(folder)
+
+
+def _wrapped(folder: Path) -> None:
+    """A checkpoint of a trainer: dicts in dicts, wrappers in names, masks and biases of zeros."""
+    weights = write_hugging_face(folder, suffix="bin")
+    tree = {f"model.module.{name}": stored(w) for name, w in hugging_face_tensors(weights).items()}
+    tree["model.model.layers.0.self_attn.bias"] = stored(np.ones((1, 1, 8, 8)))
+    tree["model.model.norm.bias"] = stored(np.zeros(24))
+    (folder / "pytorch_model.bin").write_bytes(torch_zip({"epoch": 1, "state_dict": {"model": tree}}))
+
+
 KINDS = {
     "zip": Kind(write_meta, "consolidated.00.pth", read_checkpoint),
     "zip-llama2c": Kind(write_llama2c, "ckpt.pt", read_checkpoint),
@@ -101,6 +153,9 @@ KINDS = {
         lambda folder: write_meta(folder, "bf16", save=torch_legacy), "consolidated.00.pth", read_checkpoint
     ),
     "safetensors": Kind(write_hugging_face, "model.safetensors", read_checkpoint),
+    "safetensors-odd": Kind(_odd, "model-00002-of-00002.safetensors", read_checkpoint),
+    "header": Kind(_header, "header.json", read_header, text=True),
+    "zip-wrapped": Kind(_wrapped, "pytorch_model.bin", read_checkpoint),
     "params.json": Kind(write_meta, "params.json", read_checkpoint, text=True),
     "config.json": Kind(write_hugging_face, "config.json", read_checkpoint, text=True),
     "config.json-rope": Kind(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import io
 import os
 import stat
-import struct
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from npllama import signatures
 from npllama.errors import CheckpointError, quote
 
 MOST_OPEN = 8
@@ -126,56 +126,32 @@ def _identity(file: io.FileIO) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-MAGICS = (
-    (b"PK\x03\x04", "zip"),
-    (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e", "legacy"),
-    (b"version https://git-lfs", "a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`"),
-    (b"GGUF", "gguf"),
-    (b"tjgg", "a GGJT file of llama.cpp; give the checkpoint that it was made from"),
-    (b"lmgg", "a GGML file of llama.cpp; give the checkpoint that it was made from"),
-    (b"fmgg", "a GGMF file of llama.cpp; give the checkpoint that it was made from"),
-    (b"24ka", "llama2.c"),
-    (b"\x93NUMPY", "a NumPy array; give a PyTorch or safetensors checkpoint"),
-    (b"\x89HDF", "an HDF5 file; give a PyTorch or safetensors checkpoint"),
-    (b"\x1f\x8b", "compressed with gzip; unpack it first"),
-    (b"BZh", "compressed with bzip2; unpack it first"),
-    (b"\xfd7zXZ", "compressed with xz; unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it first"),
-    (b"<!DOCTYPE", "a web page; download the file itself"),
-    (b"<html", "a web page; download the file itself"),
-    (b"PK\x05\x06", "an empty zip archive; download the file again"),
-)
-
-
-READ = ("zip", "legacy", "gguf", "llama2.c")
-"""What of MAGICS is a format that is read; all else is the reason why a file is not."""
-
-LARGEST_SIZES = (1 << 16, 1 << 19, 512, 1 << 10, 1 << 10, 1 << 20, 1 << 24)
-"""Of version 0 of llama2.c's files, which begins with these numbers: width, feed-forward width, layers, heads,
-key/value heads, vocabulary (negative where the output is not the embedding), context."""
-
-
 def sniff(file: InputFile) -> str:
     """Which format the first bytes show: "zip", "legacy", "safetensors", "gguf" or "llama2.c"; others are refused."""
-    head = file.read(0, min(file.size, 512))
+    head = file.read(0, min(file.size, signatures.HEAD))
     if not head:
         raise CheckpointError(f"{file.name} is empty; download it again")
-    for magic, what in MAGICS:
-        if head.startswith(magic):
-            if what in READ:
-                return what
-            raise CheckpointError(f"{file.name} is {what}")
+    if kind := signatures.checkpoint(head):
+        return kind
+    if what := signatures.named(head):
+        raise CheckpointError(f"{file.name} is {what}")
     if head[257:262] == b"ustar":
         raise CheckpointError(f"{file.name} is a tar file (torch before 0.2); save it again with a current torch")
     fits = 2 <= int.from_bytes(head[:8], "little") <= file.size - 8
     if head[8:10] == b'{"' or (fits and head[8:9] in b"{ \t\r\n"):  # also one that was cut off, to say just that
         return "safetensors"
-    numbers = struct.unpack_from("<7i", head) if len(head) >= 28 else (0,) * 7
-    if all(0 < abs(n) <= most for n, most in zip(numbers, LARGEST_SIZES, strict=True)):
+    if signatures.is_llama2c_run(head):
         return "llama2.c"
+    raise _unknown(file.name, head)
+
+
+def _unknown(name: str, head: bytes) -> CheckpointError:
+    """What can be said of a file that is none of those that are read."""
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
-        raise CheckpointError(f"{file.name} is a plain pickle, not written by torch.save; save it with torch.save")
-    raise CheckpointError(
-        f"{file.name} begins with {quote(head[:8].decode('latin-1'))}, which is no format that is read; "
-        "a checkpoint of PyTorch, safetensors or GGUF is needed"
+        return CheckpointError(f"{name} is a plain pickle, not written by torch.save; save it with torch.save")
+    if line := signatures.plain_text(head):
+        return CheckpointError(f"{name} is a text that begins with {quote(line)}; download the file itself")
+    return CheckpointError(
+        f"{name} begins with {quote(head[:8].decode('latin-1'))}, which is no format that is read; "
+        "a checkpoint of PyTorch, safetensors, GGUF or llama2.c is needed"
     )

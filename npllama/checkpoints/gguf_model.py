@@ -10,9 +10,10 @@ from typing import Any
 
 from npllama import rope_keys
 from npllama.checkpoints import names
-from npllama.checkpoints.checkpoint import Checkpoint, Shard, merge
+from npllama.checkpoints.checkpoint import Checkpoint, merge
 from npllama.checkpoints.files import InputFile, Pool
 from npllama.checkpoints.gguf import BlockView, GgufFile, Numbers, read_gguf
+from npllama.checkpoints.shard import Shard
 from npllama.checkpoints.tensors import Tensor, View
 from npllama.config import LLAMA_3_CONTEXTS, LLAMA_3_VOCABULARY, ModelConfig
 from npllama.errors import CheckpointError, UsageError, quote
@@ -95,14 +96,15 @@ def _open(parts: Sequence[GgufFile], pool: Pool) -> Checkpoint:
     shapes = names.shapes(config)
     if tied := "output.weight" not in tensors:
         del shapes["output"]
-    found = Shard(first.file.name, tensors).select(shapes, names.gguf)
+    shard = Shard(first.file.name, tensors, (), [])
+    found = shard.select(shapes, names.gguf)
     return Checkpoint(
         layout="gguf",
         folder=first.file.path.parent,
         config=config,
         tensors={name: merge(name, shape, [found[name]], "its metadata") for name, shape in shapes.items()},
         tied=tied,
-        warnings=tuple(_warnings(said, config)),
+        warnings=(*_warnings(said, config), *shard.notes),
         pool=pool,
         vocabulary=vocabulary,
     )

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npllama.commands.info import matrix_formats
-from npllama.commands.terminal import Notes, ProgressLine, add_kv_dtype, add_model, model_of, put, say, whole
+from npllama.commands.terminal import (
+    Choices,
+    Notes,
+    ProgressLine,
+    add_kv_dtype,
+    add_model,
+    model_of,
+    number_formats,
+    put,
+    say,
+    whole,
+)
 from npllama.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "a model directory (default: the demo model)")
     add = parser.add_argument
     add("--shape", choices=("15m", "110m", "1b", "7b"), help="instead of a model: this shape with random weights")
-    add("--dtype", choices=("f32", "f16", "bf16", "q8", "q6", "q4"), help="number format for --shape (default f32)")
+    formats = Choices(number_formats)
+    add("--dtype", metavar="FORMAT", choices=formats, help="number format for --shape: %(choices)s (default f32)")
     add(
         "-p", "--n-prompt", metavar="N,...", type=numbers(0), default=[512], help="prompt tokens (default 512; 0: none)"
     )

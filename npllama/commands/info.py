@@ -62,30 +62,38 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
 def model_facts(path: str) -> dict[str, Any]:
     """What a model directory says about itself, without reading its weights."""
     from npllama import cache
-    from npllama.weights import open_model
+    from npllama.weights import MANIFEST, TOKENIZER, check_model, size_bytes, suggested_sampling
 
-    with open_model(path) as model:
-        c, tensors = model.config, model.manifest["tensors"]
-        files = [record["file"] for tensor in tensors.values() for record in tensor["arrays"].values()]
-        return {
-            "model": path,
-            "config": c.to_json(),
-            "number_formats": {kind: tensor["format"] for kind, tensor in tensors.items()},
-            "matrices": " and ".join(matrix_formats(model.manifest)),
-            "tied_output": "output" not in tensors,
-            "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors.values()),
-            "size_bytes": model.size_bytes,
-            "files": len(files) + 2,
-            "full_cache_bytes": cache.size_bytes(c.n_layers, 1, c.n_kv_heads, c.max_seq_len, c.head_dim),
-            "tokenizer": {"file": str(model.tokenizer_path), "pieces": model.manifest["tokenizer"]["size"]},
-        }
+    manifest, c = check_model(path)
+    sampling = suggested_sampling(Path(path) / MANIFEST, manifest)
+    tensors = manifest["tensors"]
+    files = [record["file"] for tensor in tensors.values() for record in tensor["arrays"].values()]
+    return {
+        "model": path,
+        "config": c.to_json(),
+        "number_formats": {kind: tensor["format"] for kind, tensor in tensors.items()},
+        "matrices": " and ".join(matrix_formats(manifest)),
+        "tied_output": "output" not in tensors,
+        "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors.values()),
+        "size_bytes": size_bytes(manifest),
+        "files": len(files) + 2,
+        "full_cache_bytes": cache.size_bytes(c.n_layers, 1, c.n_kv_heads, c.max_seq_len, c.head_dim),
+        "tokenizer": {
+            "file": str(Path(path) / TOKENIZER),
+            "pieces": manifest["tokenizer"]["size"],
+            "add_bos_token": c.add_bos_token,
+            "add_eos_token": c.add_eos_token,
+        },
+        "suggested_sampling": "none" if sampling is None else sampling.to_json(),
+        "format_version": manifest["version"],
+    }
 
 
 def matrix_formats(manifest: dict[str, Any]) -> list[str]:
     """The number formats of a model's matrices."""
-    from npllama.weights import NORMS
+    from npllama.kinds import KINDS
 
-    return sorted({tensor["format"] for kind, tensor in manifest["tensors"].items() if kind not in NORMS})
+    return sorted({tensor["format"] for kind, tensor in manifest["tensors"].items() if not KINDS[kind].is_norm})
 
 
 def machine_facts() -> dict[str, Any]:

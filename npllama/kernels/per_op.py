@@ -1,4 +1,4 @@
-"""Each step of ops.py compiled on its own, for checking and timing step by step."""
+"""Each function of ops.py compiled on its own, for `verify` and for timing op by op."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Any
 from numba import njit
 
 from npllama import ops
-from npllama.kernels import attention, linear, steps  # noqa: F401 (importing registers the overloads)
+from npllama.kernels import attention, elementwise, linear  # noqa: F401 (importing registers the overloads)
 from npllama.kernels.flags import SERIAL
+from npllama.kernels.formats import import_kernels
 
-
-@njit(**SERIAL)
-def layer_alone(w, l):
-    return ops.layer(w, l)
+import_kernels()
 
 
 @njit(**SERIAL)
@@ -57,7 +55,7 @@ def swiglu_alone(gate, up):
     return ops.swiglu(gate, up)
 
 
-STEPS: dict[str, Callable[..., Any]] = {
+OPS: dict[str, Callable[..., Any]] = {
     "embed": embed_alone,
     "rms_norm": rms_norm_alone,
     "linear": linear_alone,

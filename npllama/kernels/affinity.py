@@ -1,4 +1,4 @@
-"""Tie each thread of compiled calls to CPUs."""
+"""The CPU affinity of the threads of compiled calls."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _set_affinity = types.ExternalFunction(
 
 
 @njit(**INNER_PARALLEL)
-def bind_each(masks):
+def pin_each(masks):
     for i in prange(masks.shape[0]):
         _set_affinity(0, masks.shape[1] * 8, masks[i].ctypes)
 
 
 @njit(**SERIAL)
-def bind(masks):
+def pin_threads(masks):
     """Let thread i of a compiled call run on the CPUs of masks[i] only. masks (n_threads, words) uint64."""
-    bind_each(masks)
+    pin_each(masks)

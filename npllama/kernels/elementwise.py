@@ -1,7 +1,7 @@
-"""The short steps compiled: embedding rows, layers, RMSNorm, RoPE, SwiGLU.
+"""The short steps compiled: RMSNorm, RoPE, SwiGLU.
 
-Each overload gives the compiler a body for the function of ops.py that it names. Explicit loops throughout: NumPy's
-idioms cost seconds of compile time each.
+Each overload gives the compiler a body for the function of ops.py that it names. Loops are written out: each NumPy
+idiom would cost seconds of compile time.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, prange
 from numba.extending import overload
 
 from npllama import ops
 from npllama.kernels.flags import INNER, INNER_PARALLEL
-from npllama.kernels.vector import (
-    WIDTH,
+from npllama.kernels.simd import (
     add,
-    bounds,
     div,
     exp,
     fma,
+    horizontal_sum,
     load,
     load_last,
     load_twice,
@@ -33,38 +32,18 @@ from npllama.kernels.vector import (
     store_last,
     sub,
     swap_pairs,
-    total,
+    thread_bounds,
     widened,
 )
-from npllama.quant import BF16, F16, Q4, Q6, Q8
+from npllama.kernels.target import WIDTH
 
-ALONE = 1 << 14
-"""Numbers of a step below which one thread is sooner done than two have met."""
-
-
-def is_format(typ: types.Type, cls: type) -> bool:
-    """Whether a Numba type is the number format cls (a NamedTuple)."""
-    return isinstance(typ, types.BaseNamedTuple) and typ.instance_class is cls  # type: ignore[attr-defined]
-
-
-@overload(ops.layer)
-def _layer(w, l):
-    """ops.layer: a view in the same format."""
-    if isinstance(w, types.Array):
-        return lambda w, l: w[l]
-    if is_format(w, F16):
-        return lambda w, l: F16(w.bits[l])
-    if is_format(w, BF16):
-        return lambda w, l: BF16(w.bits[l])
-    for form in (Q8, Q6, Q4):
-        if is_format(w, form):
-            return lambda w, l: form(w.codes[l], w.scales[l], w.factors[l], w.rows, w.columns)
-    return None
+SERIAL_BELOW = 1 << 14
+"""Below so many numbers, starting threads costs more than it saves."""
 
 
 @njit(**INNER)
 def rms_norm(x, gain, eps):
-    """ops.rms_norm: one pass for the sum, one for the scale; rows are too short to be worth threads."""
+    """ops.rms_norm: one pass for the sum, one for the scale. Rows are too short to be worth threads."""
     T, D = x.shape
     y = np.empty((T, D), np.float32)
     whole, last = D // WIDTH * WIDTH, D - WIDTH
@@ -79,7 +58,7 @@ def rms_norm(x, gain, eps):
             rest = load_last(x, at + last, D - whole)
             low = fma(widened(rest, 0), widened(rest, 0), low)
             high = fma(widened(rest, 1), widened(rest, 1), high)
-        scale = splat(np.float32(1.0 / math.sqrt(total(add(low, high)) / D + eps)))
+        scale = splat(np.float32(1.0 / math.sqrt(horizontal_sum(add(low, high)) / D + eps)))
         for d in range(0, whole, WIDTH):
             store(y, at + d, mul(load(gain, d), mul(load(x, at + d), scale)))
         if whole < D:
@@ -90,7 +69,7 @@ def rms_norm(x, gain, eps):
 
 @njit(**INNER)
 def rope(x, cos, sin):
-    """ops.rope: y = x * (c, c, ...) + (x with each pair swapped) * (-s, s, ...); what fills no vector one by one."""
+    """ops.rope: y = x * (c, c, ...) + (x with each pair swapped) * (-s, s, ...). The rest pair by pair."""
     T, H, E = x.shape
     y = np.empty((T, H, E), np.float32)
     whole = E // WIDTH * WIDTH
@@ -100,8 +79,8 @@ def rope(x, cos, sin):
             at = (t * H + h) * E
             for e in range(0, whole, WIDTH):
                 numbers = load(x, at + e)
-                turned = mul(swap_pairs(numbers), negate_even(load_twice(sin, angle + e // 2)))
-                store(y, at + e, add(mul(numbers, load_twice(cos, angle + e // 2)), turned))
+                swapped = mul(swap_pairs(numbers), negate_even(load_twice(sin, angle + e // 2)))
+                store(y, at + e, add(mul(numbers, load_twice(cos, angle + e // 2)), swapped))
             for i in range(whole // 2, E // 2):
                 even, odd = x[t, h, 2 * i], x[t, h, 2 * i + 1]
                 y[t, h, 2 * i] = even * cos[t, i] - odd * sin[t, i]
@@ -124,7 +103,7 @@ def gated_floats(gate, up):
 
 @njit(**INNER)
 def swiglu_part(gate, up, y, begin, stop):
-    """ops.swiglu for the numbers begin .. stop-1 of all rows; of y there are no fewer than a vector."""
+    """ops.swiglu for the numbers begin .. stop-1 of all rows. y has at least WIDTH numbers before stop."""
     whole = begin + (stop - begin) // WIDTH * WIDTH
     for i in range(begin, whole, WIDTH):
         store(y, i, gated_floats(load(gate, i), load(up, i)))
@@ -136,7 +115,7 @@ def swiglu_part(gate, up, y, begin, stop):
 @njit(**INNER_PARALLEL)
 def swiglu_in_threads(gate, up, y, parts):
     for p in prange(parts):
-        begin, stop = bounds(np.int64(p), parts, gate.shape[0] * gate.shape[1])
+        begin, stop = thread_bounds(np.int64(p), parts, gate.shape[0] * gate.shape[1])
         swiglu_part(gate, up, y, begin, stop)
 
 
@@ -145,7 +124,7 @@ def swiglu(gate, up):
     """ops.swiglu."""
     T, F = gate.shape
     y = np.empty((T, F), np.float32)
-    if T * F < ALONE:
+    if T * F < SERIAL_BELOW:
         swiglu_part(gate, up, y, 0, T * F)
     else:
         swiglu_in_threads(gate, up, y, num_threads())

@@ -13,29 +13,33 @@ import hashlib
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numba
 from numba import njit, types
-from numba.core import caching, compiler, serialize
 from numba.core.errors import NumbaError
 from numba.extending import register_jitable
 
 from npllama import model
 from npllama.errors import ModelError
-from npllama.kernels import attention, largest, linear, matrix_unit, places, steps  # noqa: F401 (importing registers the overloads)
-from npllama.kernels.deferred import POSSIBLE, compiled_as_one
+from npllama.kernels import affinity, amx, attention, elementwise, linear, top_k  # noqa: F401 (importing registers the overloads)
 from npllama.kernels.flags import SERIAL
+from npllama.kernels.formats import import_kernels
+from npllama.kernels.numba_internals import Cache, compile_once, pack, target_machine, unpack
 
 register_jitable(model.attention)
 register_jitable(model.feed_forward)
 
 DIGEST_BYTES = 32
+UNFINISHED = "new-"
+ABANDONED_S = 3600.0  # a file that is still unfinished then was left by a process that was killed
 
 
-class DiskCache(caching._Cache):
+class DiskCache(Cache):
     """What Numba asks of a cache for one compiled function, kept in one file: checksum, then code."""
 
     def __init__(self, file: Path, warn: Callable[[str], None]) -> None:
@@ -48,45 +52,50 @@ class DiskCache(caching._Cache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The compiled function from the file, or None: then Numba compiles."""
-        target_context.refresh()
         try:
             content = self._file.read_bytes()
             digest, code = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
             if hashlib.sha256(code).digest() != digest:
                 raise ValueError("its checksum does not match")
-            stored_sig, payload = serialize.loads(code)
-            if stored_sig != str(sig):
-                return None
-            result = compiler.CompileResult._rebuild(target_context, *payload)
+            result = unpack(code, sig, target_context)
         except FileNotFoundError:
             return None
         except Exception as error:  # noqa: BLE001 (whatever is wrong with the file: compile, and replace it)
             self._warn(f"{self._file}: not usable ({error}); compiling again")
             return None
-        self.loaded = True
+        self.loaded = result is not None
         return result
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Replace the file, and remove what other sources or versions left for the same formats."""
         try:
-            if data.library.has_dynamic_globals:
-                raise ValueError("it holds an address of this process, which crashes in the next")
-            code = serialize.dumps((str(sig), data._reduce()))
-            handle, name = tempfile.mkstemp(dir=self._file.parent, prefix="new-")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(hashlib.sha256(code).digest())
-                    file.write(code)
-                os.replace(name, self._file)
-            except BaseException:
-                os.unlink(name)
-                raise
-            formats, stamp, _ = self._file.name.rsplit("-", 2)
-            for other in self._file.parent.glob(f"{formats}-*-*"):
-                if not other.name.startswith(f"{formats}-{stamp}-"):
-                    other.unlink(missing_ok=True)
+            code = pack(sig, data)
+            self._write(hashlib.sha256(code).digest() + code)
         except Exception as error:  # noqa: BLE001 (a full or read-only disk: run uncached)
             self._warn(f"{self._file}: cannot keep compiled code ({error}); the next start compiles again")
+            return
+        with suppress(OSError):  # of other users' making, or in use: no harm but their size
+            self._remove_old()
+
+    def _write(self, content: bytes) -> None:
+        handle, name = tempfile.mkstemp(dir=self._file.parent, prefix=UNFINISHED)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.replace(name, self._file)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+
+    def _remove_old(self) -> None:
+        formats, stamp, _ = self._file.name.rsplit("-", 2)
+        for other in self._file.parent.glob(f"{formats}-*-*"):
+            if not other.name.startswith(f"{formats}-{stamp}-"):
+                other.unlink(missing_ok=True)
+        for other in self._file.parent.glob(f"{UNFINISHED}*"):
+            if time.time() - other.stat().st_mtime > ABANDONED_S:
+                other.unlink(missing_ok=True)
 
     def enable(self) -> None:
         raise NotImplementedError("this cache is always on")
@@ -99,11 +108,8 @@ class DiskCache(caching._Cache):
 
 
 def target() -> str:
-    """The CPU that code is compiled for: name and features, NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included.
-
-    And whether the system lets this process use its matrix unit.
-    """
-    return "|".join((*numba.core.registry.cpu_target.target_context.codegen().magic_tuple(), str(matrix_unit.USED)))
+    """What code is compiled for: the CPU with its features, and whether the system lets this process use AMX."""
+    return "|".join((*target_machine(), str(amx.USED)))
 
 
 def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callable[[str], None]) -> tuple[Any, bool]:
@@ -111,8 +117,7 @@ def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callabl
 
     file: where compiled code is kept, without the CPU's part of the name; None: nowhere.
     """
-    if file is not None and not POSSIBLE:
-        warn(f"compiled code is not kept: numba {numba.__version__} cannot be told to hide what is inside it")
+    import_kernels()
     function = njit(**SERIAL)(model.forward)
     try:
         return function, _compile(function, tuple(numba.typeof(a) for a in arguments), file, warn)
@@ -124,24 +129,23 @@ def compile_forward(arguments: tuple[Any, ...], file: Path | None, warn: Callabl
         ) from error
 
 
-def compile_bind(file: Path | None, warn: Callable[[str], None]) -> Any:
-    """places.bind, compiled or from the cache file (see compile_forward)."""
-    _compile(places.bind, (types.Array(types.uint64, 2, "C"),), file, warn)
-    return places.bind
+def compile_pin_threads(file: Path | None, warn: Callable[[str], None]) -> Any:
+    """affinity.pin_threads, compiled or from the cache file (see compile_forward)."""
+    _compile(affinity.pin_threads, (types.Array(types.uint64, 2, "C"),), file, warn)
+    return affinity.pin_threads
 
 
-def compile_largest(file: Path | None, warn: Callable[[str], None]) -> Any:
-    """largest.largest, compiled or from the cache file (see compile_forward)."""
+def compile_top_k(file: Path | None, warn: Callable[[str], None]) -> Any:
+    """top_k.top_k, compiled or from the cache file (see compile_forward)."""
     arguments = types.Array(types.float32, 1, "C"), types.Array(types.int64, 1, "C")
-    _compile(largest.largest, arguments, file, warn)
-    return largest.largest
+    _compile(top_k.top_k, arguments, file, warn)
+    return top_k.top_k
 
 
 def _compile(function: Any, arguments: tuple[Any, ...], file: Path | None, warn: Callable[[str], None]) -> bool:
     """Compile a function for arguments of these types; whether it came from the cache file."""
-    if file is not None and POSSIBLE:
+    cache = None
+    if file is not None:
         cpu = hashlib.sha256(target().encode()).hexdigest()[:16]
-        function._cache = DiskCache(file.with_name(f"{file.name}-{cpu}"), warn)
-    with compiled_as_one():
-        function.compile(arguments)
-    return isinstance(function._cache, DiskCache) and function._cache.loaded
+        cache = DiskCache(file.with_name(f"{file.name}-{cpu}"), warn)
+    return compile_once(function, arguments, cache, warn)
