@@ -244,7 +244,13 @@ def test_configs_that_are_impossible_or_not_supported_are_refused(change: dict[s
         {"type": "linear", "factor": 1.0},
         {"type": "dynamic", "factor": 1},
         {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.0, "beta_fast": 32.0, "mscale": 0.7},
-        {"rope_type": "llama3", "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 1.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 1,
+        },
         {"factor": 1.0},
     ],
 )
