@@ -15,8 +15,8 @@ from npllama import rope_keys
 from npllama.errors import UsageError, quote
 from npllama.family import refuse_architecture, refuse_changes
 from npllama.fields import get, need, number, show, whole
-from npllama.format_version import SINCE, unknown_key
 from npllama.rope import RopeScaling
+from npllama.version import SINCE, unknown_key
 
 LARGEST = {
     "dim": 1 << 16,

@@ -16,13 +16,13 @@ import numpy as np
 
 from npllama.cache import KVCache, clear
 from npllama.config import ModelConfig
-from npllama.engine import Engine
 from npllama.errors import ContextError, UsageError, quote, whole_number
+from npllama.execution.engine import Engine
+from npllama.generation.sampling import PENALTY_WINDOW, SEEDS, Allowed, sample
+from npllama.generation.streaming import StopStrings, StreamDecoder, stop_texts
 from npllama.options import SamplingOptions, chosen_sampling
-from npllama.sampling import PENALTY_WINDOW, SEEDS, Allowed, sample
-from npllama.streaming import StopStrings, StreamDecoder, stop_texts
-from npllama.tokenizer import Tokenizer
-from npllama.weights import OpenModel, open_model
+from npllama.store.opening import OpenModel, open_model
+from npllama.text.sentencepiece import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 MOST_CONTEXT_UNASKED = 4096
@@ -347,7 +347,7 @@ class Stream:
             position = self._n_prompt + i
             recent = allowed.places(self._ids[-PENALTY_WINDOW:])
             drawn = request.sampling, request.seed, self._completion, position
-            token = allowed.id(sample(allowed.logits(logits[0]), recent, *drawn, llama.engine.largest))
+            token = allowed.id(sample(allowed.logits(logits[0]), recent, *drawn, llama.engine.top_k))
             if token in ends:
                 self._finish_reason = "stop"
                 break
@@ -445,6 +445,18 @@ def load(
     container's quota, whichever is least; context: positions, None: the checkpoint's own, at most 4096 (n_ctx is
     another name); kv_dtype "f32", "f16" or "q8": how the cache keeps keys and values. Raises ModelError for a directory
     that is not a sound model, UsageError for values out of range.
+
+    What this changes in the process:
+    - NumPy execution: how many threads NumPy's OpenBLAS uses, until the last model is closed. Not where
+      OPENBLAS_NUM_THREADS or OMP_NUM_THREADS is set, unless threads is given.
+    - both: glibc keeps up to 128 MB of freed memory; closing the last model gives it back. malloc's thresholds stay,
+      because glibc does not say what they were. Not where a MALLOC_ variable or GLIBC_TUNABLES is set.
+    - compiled execution: numba is imported and stays; GOMP_SPINCOUNT is set while OpenMP loads. On CPUs with AMX Linux
+      is asked for the permission to use it, which cannot be given back. While other programs compete for the CPUs,
+      OpenMP's threads are tied to one each; they are let go when nobody does, or when the Python thread that
+      computed closes the model. numba.set_num_threads is as before after each call.
+    - a fork waits for calls that are under way. After a compiled call a forked child gets an error; before it, or in
+      NumPy, it computes as its parent does.
     """
     if model is not None and not isinstance(model, (str, os.PathLike)):
         raise UsageError(f"model={quote(model)}: needs the path of a model directory, or None for the demo model.")

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from npllama.cache import KVCache
-from npllama.kinds import Weights
 from npllama.ops import attend, embed, layer, linear, linears, rms_norm, rope, rope_to_sinks, swiglu
+from npllama.weights import Weights
 
 
 class Batch(NamedTuple):

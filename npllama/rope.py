@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -152,6 +152,11 @@ def linear(scaling: RopeScaling, plain: np.ndarray, theta: float, context: int) 
     return plain / scaling.factor, 1.0
 
 
+def _original(scaling: RopeScaling) -> int:
+    """The original context: RopeScaling has checked it for every kind that needs it."""
+    return cast(int, scaling.original_context)
+
+
 def dynamic(scaling: RopeScaling, plain: np.ndarray, theta: float, context: int) -> tuple[np.ndarray, float]:
     """NTK-aware interpolation whose strength follows the length: the base grows.
 
@@ -159,8 +164,8 @@ def dynamic(scaling: RopeScaling, plain: np.ndarray, theta: float, context: int)
 
     Source: Peng et al. 2023, arXiv:2309.00071, sections 3.1 and 3.3, as in transformers, modeling_rope_utils.py.
     """
-    assert scaling.original_context is not None
-    E, stretch = 2 * len(plain), max(context, scaling.original_context) / scaling.original_context
+    E, original = 2 * len(plain), _original(scaling)
+    stretch = max(context, original) / original
     base = theta * (scaling.factor * stretch - (scaling.factor - 1)) ** (E / (E - 2))
     return base ** (-np.arange(0, E, 2) / E), 1.0
 
@@ -175,8 +180,7 @@ def yarn(scaling: RopeScaling, plain: np.ndarray, theta: float, context: int) ->
     Source: Peng et al. 2023, arXiv:2309.00071, section 3.2. low and high are widened to whole numbers (truncate), as
     in its code.
     """
-    assert scaling.original_context is not None
-    E, original = 2 * len(plain), scaling.original_context
+    E, original = 2 * len(plain), _original(scaling)
     low, high = (
         E * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta))
         for turns in (scaling.beta_fast, scaling.beta_slow)
@@ -217,8 +221,7 @@ def llama3(scaling: RopeScaling, plain: np.ndarray, theta: float, context: int) 
 
     Source: Meta's llama-models, models/llama3/model.py, apply_scaling (the models of arXiv:2407.21783).
     """
-    assert scaling.original_context is not None
-    turns = scaling.original_context * plain / (2 * math.pi)
+    turns = _original(scaling) * plain / (2 * math.pi)
     s = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
     return (1 - s) * plain / scaling.factor + s * plain, 1.0
 
@@ -231,11 +234,10 @@ def longrope(scaling: RopeScaling, plain: np.ndarray, theta: float, context: int
 
     Source: Ding et al. 2024, arXiv:2402.13753, section 3; A as in the code of Phi-3 and of transformers.
     """
-    assert scaling.original_context is not None
-    factors = scaling.long_factors if context > scaling.original_context else scaling.short_factors
-    sharpening = 1.0
-    if scaling.factor > 1 and scaling.original_context > 1:
-        sharpening = math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_context))
+    original, sharpening = _original(scaling), 1.0
+    factors = scaling.long_factors if context > original else scaling.short_factors
+    if scaling.factor > 1 and original > 1:
+        sharpening = math.sqrt(1 + math.log(scaling.factor) / math.log(original))
     return plain / np.array(factors), sharpening
 
 

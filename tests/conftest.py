@@ -15,7 +15,7 @@ import tiny_sentencepiece
 from command_line import Done
 from hypothesis import settings
 
-from npllama import cli
+from npllama.commands import cli
 
 # Seeded, and without a time limit: a busy machine is no failure.
 settings.register_profile("npllama", derandomize=True, deadline=None, database=None)
@@ -46,10 +46,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which kernels the run has compiled."""
     if os.environ.get("NPLLAMA_BACKEND") == "numpy" or importlib.util.find_spec("numba") is None:
         return
-    from npllama.engine import import_numba
-
-    import_numba()
-    from npllama.kernels import amx, int8_dot, target
+    from npllama.execution.kernels import amx, int8_dot, target
 
     terminalreporter.write_line(
         f"kernels: vectors of {target.WIDTH}, products of codes {int8_dot.DOT}, AMX {amx.USED}, "

@@ -12,9 +12,9 @@ import numpy as np
 from tiny_sentencepiece import BYTES, NORMAL, USUAL, written
 
 from npllama.config import ModelConfig
-from npllama.export import quantize_model
 from npllama.numbers import FORMATS, named
 from npllama.numbers.bf16 import bf16_bits
+from npllama.store.export import quantize_model
 
 TINY = ModelConfig(
     dim=24,

@@ -12,7 +12,7 @@ from helpers import quantize
 
 def products() -> dict[str, np.ndarray]:
     """Products of all formats, of awkward sizes, with a zero group."""
-    from npllama.kernels.per_op import linear_alone
+    from npllama.execution.kernels.per_op import linear_alone
 
     rng, found = np.random.default_rng(0), {}
     for rows, columns in ((300, 172), (1030, 288)):
@@ -27,8 +27,8 @@ def products() -> dict[str, np.ndarray]:
 
 def report() -> dict[str, Any]:
     """How products are multiplied here, and digests of the products."""
-    from npllama.kernels.amx import USED
-    from npllama.kernels.int8_dot import DOT
+    from npllama.execution.kernels.amx import USED
+    from npllama.execution.kernels.int8_dot import DOT
 
     digests = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in products().items()}
     return {"dot": DOT, "matrix_unit": USED, "digests": digests}

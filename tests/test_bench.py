@@ -14,10 +14,10 @@ from command_line import run, share_compiled
 from helpers import write_model_directory
 
 import npllama
-from npllama import bench
-from npllama.engine import Engine
 from npllama.errors import ContextError
-from npllama.weights import open_model
+from npllama.execution.engine import Engine
+from npllama.measure import bench
+from npllama.store.opening import open_model
 
 needs_numba = pytest.mark.skipif(
     os.environ.get("NPLLAMA_BACKEND") == "numpy", reason="compiled execution: not in the run of NumPy's"

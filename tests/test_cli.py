@@ -16,7 +16,7 @@ from command_line import COMMAND, environment, run
 from helpers import TINY, write_model_directory, write_safetensors_checkpoint
 
 import npllama
-from npllama import cli
+from npllama.commands import cli
 from npllama.commands.terminal import Notes, ProgressLine
 
 GREEDY = ("--temp", "0", "-n", "12")

@@ -179,7 +179,7 @@ def suggesting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = {"do_sample": True, "temperature": 1.6, "top_k": 7, "top_p": 0.9, "repetition_penalty": 1.2}
     (folder / "checkpoint" / "generation_config.json").write_text(json.dumps(said))
     npllama_export = ["export", str(folder / "checkpoint"), str(folder / "out")]
-    assert npllama.cli.main(npllama_export) == 0
+    assert npllama.commands.cli.main(npllama_export) == 0
     return folder / "out"
 
 

@@ -9,10 +9,10 @@ import math
 import pytest
 from helpers import TINY, hugging_face_config
 
-from npllama import strict_json
 from npllama.config import META_CONTEXT, ModelConfig, feed_forward_width, from_hugging_face, from_llama2c, from_meta
 from npllama.errors import UsageError
 from npllama.rope import RopeScaling
+from npllama.system import strict_json
 
 SEVEN = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
 SEVENTY = {**SEVEN, "dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_layers": 80}

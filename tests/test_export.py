@@ -16,14 +16,14 @@ import pytest
 from conftest import ROOT
 from helpers import TINY, as_dtype, random_weights, stacked, write_safetensors_checkpoint, write_tokenizer
 
-from npllama import export as module
 from npllama.errors import CheckpointError, NpllamaError, UsageError
-from npllama.export import encode, export
-from npllama.kinds import Weights
 from npllama.numbers import FORMATS, widen
 from npllama.numbers.bf16 import BF16
 from npllama.numbers.f16 import F16
-from npllama.weights import check_hashes, open_model
+from npllama.store import export as module
+from npllama.store.export import encode, export
+from npllama.store.opening import check_hashes, open_model
+from npllama.weights import Weights
 
 PLAIN_FORMATS = ("f32", "f16", "bf16")
 

@@ -18,8 +18,8 @@ from tiny_sentencepiece import NORMAL, USUAL, written
 import npllama
 from npllama import cache as kv
 from npllama.checkpoints import open_checkpoint
-from npllama.export import export
 from npllama.rope import frequencies
+from npllama.store.export import export
 
 TOLERANCE = 2e-4  # float32 differs by the order of summation
 MODELS = [

@@ -16,12 +16,13 @@ import pytest
 from helpers import write_model_directory, write_safetensors_checkpoint
 
 import npllama
-from npllama import export as export_module
-from npllama import machine, npy, staging
-from npllama.cli import main
+from npllama.commands.cli import main
 from npllama.errors import ModelError
-from npllama.export import export, quantize_model
-from npllama.weights import check_hashes, check_model, is_model_file, open_model
+from npllama.store import export as export_module
+from npllama.store import npy, staging
+from npllama.store.export import export, quantize_model
+from npllama.store.opening import check_hashes, check_model, is_model_file, open_model
+from npllama.system import machine
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the calls of POSIX systems fail here")
 

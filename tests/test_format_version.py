@@ -14,10 +14,10 @@ from helpers import TINY, write_model_directory, write_safetensors_checkpoint, w
 import npllama
 from npllama.config import ModelConfig
 from npllama.errors import ModelError, UsageError
-from npllama.export import export, quantize_model
-from npllama.format_version import FIRST_READER, SINCE, VERSION
 from npllama.options import SamplingOptions
-from npllama.weights import open_model
+from npllama.store.export import export, quantize_model
+from npllama.store.opening import open_model
+from npllama.version import FIRST_READER, SINCE, VERSION
 
 VERSION_1 = {
     "bos_token_id": 1,

@@ -32,10 +32,10 @@ from npllama.checkpoints import open_checkpoint
 from npllama.checkpoints.gguf import BlockView, Numbers
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError
-from npllama.export import export
 from npllama.numbers import widen
 from npllama.numbers.bf16 import BF16
 from npllama.rope import RopeScaling
+from npllama.store.export import export
 
 
 def refused(path: Path, reason: str) -> None:

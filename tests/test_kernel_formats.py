@@ -6,19 +6,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from helpers import quantize
 
 numba = pytest.importorskip("numba", reason="compiled kernels: numba is not installed")
 
 # E402: these import numba, which may not be there.
-from helpers import quantize  # noqa: E402
 
 from npllama import ops  # noqa: E402
-from npllama.kernels import amx  # noqa: E402
-from npllama.kernels.flags import INNER  # noqa: E402
-from npllama.kernels.formats import KERNELS  # noqa: E402
-from npllama.kernels.int8_dot import dot8, load_codes, make_lookup, store_levels  # noqa: E402
-from npllama.kernels.int8_linear import INLINE, register_grouped  # noqa: E402
-from npllama.kernels.per_op import embed_alone, linear_alone  # noqa: E402
+from npllama.execution.kernels import amx  # noqa: E402
+from npllama.execution.kernels.flags import INLINE, INNER  # noqa: E402
+from npllama.execution.kernels.formats import KERNELS  # noqa: E402
+from npllama.execution.kernels.int8_dot import dot8, load_codes, make_lookup, store_levels  # noqa: E402
+from npllama.execution.kernels.int8_linear import register_grouped  # noqa: E402
+from npllama.execution.kernels.per_op import embed_alone, linear_alone  # noqa: E402
 from npllama.numbers import format_of  # noqa: E402
 from npllama.numbers.groups import Grouped  # noqa: E402
 from npllama.numbers.q4 import Q4_CODEBOOK  # noqa: E402

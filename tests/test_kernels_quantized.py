@@ -19,11 +19,11 @@ numba = pytest.importorskip("numba", reason="compiled kernels: numba is not inst
 
 # E402: these import numba, which may not be there.
 from npllama import ops  # noqa: E402
-from npllama.kernels import amx, int8_input, int8_linear  # noqa: E402
-from npllama.kernels.flags import SERIAL  # noqa: E402
-from npllama.kernels.int8_dot import DOT  # noqa: E402
-from npllama.kernels.per_op import linear_alone  # noqa: E402
-from npllama.kernels.target import FEATURES, TRIPLE  # noqa: E402
+from npllama.execution.kernels import amx, int8_input, int8_linear  # noqa: E402
+from npllama.execution.kernels.flags import SERIAL  # noqa: E402
+from npllama.execution.kernels.int8_dot import DOT  # noqa: E402
+from npllama.execution.kernels.per_op import linear_alone  # noqa: E402
+from npllama.execution.kernels.target import FEATURES, TRIPLE  # noqa: E402
 from npllama.numbers.activations import quantize_rows  # noqa: E402
 from npllama.numbers.q4 import Q4  # noqa: E402
 from npllama.numbers.q6 import Q6  # noqa: E402

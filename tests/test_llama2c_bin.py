@@ -15,7 +15,7 @@ import npllama
 from npllama.checkpoints import Checkpoint, open_checkpoint
 from npllama.checkpoints.llama2c_bin import read_tokenizer_bin
 from npllama.errors import CheckpointError
-from npllama.export import export
+from npllama.store.export import export
 
 
 def write(folder: Path, data: bytes) -> Path:

@@ -14,8 +14,8 @@ import llvmlite.binding
 from llvmlite import ir
 from numba import types
 
-from npllama.kernels import llvm
-from npllama.kernels.llvm import f32, i8, i32, i64
+from npllama.execution.kernels import llvm
+from npllama.execution.kernels.llvm import f32, i8, i32, i64
 
 TYPED = f32.as_pointer()
 OPAQUE = ir.PointerType()

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 # E402: these import numba, which may not be there.
-from npllama.kernels import numba_internals  # noqa: E402
-from npllama.kernels.compile import DiskCache  # noqa: E402
-from npllama.kernels.flags import INNER, SERIAL  # noqa: E402
-from npllama.kernels.numba_internals import LIBRARY_PARTS, PARTS, LinkOnceLibrary, compile_once  # noqa: E402
+from npllama.execution.disk_cache import DiskCache  # noqa: E402
+from npllama.execution.kernels import numba_internals  # noqa: E402
+from npllama.execution.kernels.flags import INNER, SERIAL  # noqa: E402
+from npllama.execution.kernels.numba_internals import LIBRARY_PARTS, PARTS, LinkOnceLibrary, compile_once  # noqa: E402
 
 
 def compiled(folder: Path) -> tuple[int, bool, list[str]]:
@@ -33,7 +33,7 @@ def compiled(folder: Path) -> tuple[int, bool, list[str]]:
 
     said: list[str] = []
     cache = DiskCache(folder / "forward-f32-0-0", said.append)
-    loaded = compile_once(outer, (numba.int64,), cache, said.append)
+    loaded = compile_once(outer, (numba.int64,), cache)
     return outer(5), loaded, said
 
 
@@ -91,7 +91,7 @@ def test_a_kernel_that_cannot_be_typed_is_an_error_as_ever(tmp_path: Path) -> No
 
     said: list[str] = []
     with pytest.raises(numba.core.errors.TypingError):
-        compile_once(wrong, (numba.int64,), DiskCache(tmp_path / "forward-f32-0-0", said.append), said.append)
+        compile_once(wrong, (numba.int64,), DiskCache(tmp_path / "forward-f32-0-0", said.append))
 
 
 def test_the_target_is_found_without_numbas_code_generator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from helpers import write_model_directory, write_tokenizer
 from torch_files import SMALL
 
 import npllama
-from npllama.export import export
+from npllama.store.export import export
 
 IDS = [1, 299, 0, 7, 123, 7]
 BACKENDS = ["numpy"] if os.environ.get("NPLLAMA_BACKEND") == "numpy" else ["numpy", "numba"]

@@ -26,7 +26,7 @@ def steps() -> list[Any]:
     """The NumPy steps always, the kernels in the run of the compiled execution."""
     found = [pytest.param(ops, id="numpy")]
     if os.environ.get("NPLLAMA_BACKEND") != "numpy":
-        single = pytest.importorskip("npllama.kernels.per_op")
+        single = pytest.importorskip("npllama.execution.kernels.per_op")
         found.append(pytest.param(type("kernels", (), {k: staticmethod(f) for k, f in single.OPS.items()}), id="numba"))
     return found
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import npllama
-from npllama import quality as module
-from npllama.cli import main
+from npllama.commands.cli import main
 from npllama.errors import UsageError
-from npllama.quality import log_softmax, quality, windows
+from npllama.measure import quality as module
+from npllama.measure.quality import log_softmax, quality, windows
 
 TEXT = "the cat sat on the mat and then it ran. " * 12
 

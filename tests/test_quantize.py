@@ -8,15 +8,15 @@ import helpers
 import numpy as np
 import pytest
 
-from npllama.cli import main
+from npllama.commands.cli import main
 from npllama.errors import CheckpointError, ModelError, UsageError
-from npllama.export import export, quantize_model
-from npllama.kinds import KINDS
 from npllama.numbers import widen
 from npllama.numbers.q4 import Q4
 from npllama.numbers.q6 import Q6
 from npllama.numbers.q8 import Q8
-from npllama.weights import check_hashes, open_model
+from npllama.store.export import export, quantize_model
+from npllama.store.opening import check_hashes, open_model
+from npllama.weights import KINDS
 
 
 @pytest.fixture

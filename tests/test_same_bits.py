@@ -25,8 +25,8 @@ FORMATS = ("f32", "f16", "bf16", "q8", "q6", "q4")
 PROGRAM = """
 import hashlib, sys
 import numpy as np
-from npllama.engine import Engine
-from npllama.weights import open_model
+from npllama.execution.engine import Engine
+from npllama.store.opening import open_model
 
 engines = [Engine(open_model(path), "numba", threads=1) for path in sys.argv[1:]]
 ids = np.random.default_rng(0).integers(0, engines[0].config.vocab_size, 150)

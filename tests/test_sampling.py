@@ -10,10 +10,10 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from npllama import sampling
 from npllama.errors import ModelError, UsageError
+from npllama.generation import sampling
+from npllama.generation.sampling import Allowed, probabilities, sample, uniform
 from npllama.options import SamplingOptions
-from npllama.sampling import Allowed, probabilities, sample, uniform
 
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 ROUNDING = 1e-6  # of a probability: all V exponentials are float32 when top-k is off

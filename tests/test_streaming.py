@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from npllama.errors import UsageError
-from npllama.streaming import StopStrings, StreamDecoder
-from npllama.tokenizer import Tokenizer
+from npllama.generation.streaming import StopStrings, StreamDecoder
+from npllama.text.sentencepiece import Tokenizer
 
 N_PIECES = 400
 BYTE = 3

@@ -12,10 +12,10 @@ from helpers import write_safetensors_checkpoint
 
 import npllama
 from npllama.errors import CheckpointError
-from npllama.export import export
 from npllama.options import OFF, SamplingOptions
-from npllama.text_rules import suggested_sampling
-from npllama.weights import open_model
+from npllama.store.export import export
+from npllama.store.opening import open_model
+from npllama.store.text_rules import suggested_sampling
 
 LLAMA_2 = {
     "add_bos_token": True,

@@ -15,9 +15,9 @@ import tiny_sentencepiece as tiny
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from npllama import tokenizer
 from npllama.errors import ModelError, NpllamaError, UsageError
-from npllama.tokenizer import Tokenizer
+from npllama.text import sentencepiece as tokenizer
+from npllama.text.sentencepiece import Tokenizer
 
 LETTERS = [(letter, tiny.NORMAL) for letter in "\u2581ab<s>/"]
 ODD_FILES = {

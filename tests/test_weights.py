@@ -13,16 +13,16 @@ import pytest
 from helpers import TINY, as_dtype, stacked, write_model_directory
 
 from npllama.errors import ModelError, NpllamaError, UsageError
-from npllama.kinds import Weights, kind_shapes
-from npllama.npy import npy_header
 from npllama.numbers import ArraySpec
 from npllama.numbers.bf16 import BF16
 from npllama.numbers.f16 import F16
-from npllama.weights import (
+from npllama.store.npy import npy_header
+from npllama.store.opening import (
     check_hashes,
     open_model,
     vocabulary_fits,
 )
+from npllama.weights import Weights, kind_shapes
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_opening_reads_no_weights(folder: Path):
             file.truncate(len(npy_header(spec)) + spec.size_bytes)
     (folder / "npllama.json").write_text(json.dumps(manifest))
     script = (
-        "import resource, sys; from npllama.weights import open_model;"
+        "import resource, sys; from npllama.store.opening import open_model;"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024);"
         "before = peak(); model = open_model(sys.argv[1]);"  # before: a new process inherits its parent's peak
         "print(model.size_bytes, peak() - before)"

@@ -35,12 +35,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from bench_peers import quantize_gguf, silence_llama_cpp, version, write_gguf  # noqa: E402
 
 import npllama  # noqa: E402
-from npllama.export import quantize_model  # noqa: E402
 from npllama.inference import Llama  # noqa: E402
-from npllama.kinds import KINDS, tensor_names  # noqa: E402
+from npllama.measure.quality import log_softmax, windows  # noqa: E402
 from npllama.numbers import ArraySpec, widen  # noqa: E402
-from npllama.quality import log_softmax, windows  # noqa: E402
-from npllama.weights import OpenModel, open_model  # noqa: E402
+from npllama.store.export import quantize_model  # noqa: E402
+from npllama.store.opening import OpenModel, open_model  # noqa: E402
+from npllama.weights import KINDS, tensor_names  # noqa: E402
 
 NPLLAMA = ("q8", "q4")
 LLAMA_CPP = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # llama.cpp's numbers of the formats

@@ -47,8 +47,8 @@ from torch_files import (  # noqa: E402
 from npllama.checkpoints import open_checkpoint  # noqa: E402
 from npllama.errors import NpllamaError  # noqa: E402
 from npllama.rope import RopeScaling  # noqa: E402
-from npllama.tokenizer import Tokenizer  # noqa: E402
-from npllama.weights import open_model  # noqa: E402
+from npllama.store.opening import open_model  # noqa: E402
+from npllama.text.sentencepiece import Tokenizer  # noqa: E402
 
 LONGEST_S = 2.0
 MEDIAN_S = 0.05

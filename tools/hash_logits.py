@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from npllama.engine import Engine
-from npllama.export import quantize_model
+from npllama.execution.engine import Engine
 from npllama.inference import DEMO
-from npllama.weights import open_model
+from npllama.store.export import quantize_model
+from npllama.store.opening import open_model
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "logits_sha256.json"
 WEIGHTS = ("q8", "q6", "q4")

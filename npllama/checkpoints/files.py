@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from npllama import signatures
 from npllama.errors import CheckpointError, quote
+from npllama.system import signatures
 
 MOST_OPEN = 8
 

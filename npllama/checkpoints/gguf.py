@@ -19,7 +19,7 @@ import numpy as np
 
 from npllama.checkpoints.files import InputFile
 from npllama.checkpoints.gguf_blocks import BLOCK_TYPES, BlockType
-from npllama.checkpoints.tensors import Storage, View
+from npllama.checkpoints.tensors import Storage, View, as_one_axis
 from npllama.errors import CheckpointError, quote
 
 LARGEST_HEADER = 64 << 20  # bytes; a vocabulary of 128,256 with its merges needs 8 MB
@@ -77,8 +77,7 @@ class BlockView(View):
 
     def fill(self, out: np.ndarray, start: int) -> None:
         """Decode rows `start` to `start + len(out)` into `out`, C-contiguous; memory beside it is a few MB."""
-        flat = out.reshape(-1)
-        assert np.shares_memory(flat, out) or not out.size
+        flat = as_one_axis(out)
         first = start * math.prod(self.shape[1:])
         step = max(1, PIECE_BYTES // self.kind.size) * self.kind.elements
         for at in range(0, flat.size, step):

@@ -232,8 +232,7 @@ def _rows(file: GgufFile, tensors: Mapping[str, object]) -> int:
 
 
 def _table(name: str, view: object) -> tuple[float, ...]:
-    assert isinstance(view, View)
-    if len(view.shape) != 1 or view.dtype != "f32":
+    if not isinstance(view, View) or len(view.shape) != 1 or view.dtype != "f32":
         raise UsageError(f"{name} is no vector of float32 numbers; the file is damaged: download it again")
     return tuple(Tensor(name, view.shape, (view,)).rows(0, view.shape[0]).tolist())
 

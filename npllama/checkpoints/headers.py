@@ -10,8 +10,8 @@ import codecs
 import re
 from collections.abc import Callable
 
-from npllama import strict_json
 from npllama.errors import UsageError, quote
+from npllama.system import strict_json
 
 LONGEST_ENTRY = 1 << 10  # bytes; eight dimensions of 18 digits are below 300
 LONGEST_NAME = 1 << 10  # bytes, quotes and escapes included
@@ -128,9 +128,7 @@ class Header:
         return start, self._at
 
     def _decoded(self, start: int, end: int) -> str:
-        text = strict_json.parse(bytes(self._data[start:end]))
-        assert isinstance(text, str)
-        return text
+        return str(strict_json.parse(bytes(self._data[start:end])))  # a text: _text has found its quotes
 
     def _next(self) -> bytes:
         return bytes(self._data[self._at : self._at + 1])

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from npllama import config as configs
-from npllama import strict_json
 from npllama.checkpoints import names
 from npllama.checkpoints.checkpoint import Checkpoint, merge
 from npllama.checkpoints.files import InputFile, Pool, read_whole, sniff
@@ -18,6 +17,7 @@ from npllama.checkpoints.shard import Rename, Shard, equal, state_dict
 from npllama.checkpoints.tensors import Tensor, View
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, UsageError, quote
+from npllama.system import strict_json
 
 META_SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 META_WHOLE = "consolidated.safetensors"
@@ -125,8 +125,8 @@ def is_llama2c(tree: object) -> bool:
 
 def open_llama2c(tree: object, file: InputFile, pool: Pool) -> Checkpoint:
     """A training checkpoint of llama2.c (see is_llama2c); what its optimizer keeps is not looked at."""
-    assert isinstance(tree, dict)
-    if not isinstance(tree["model_args"], dict) or not isinstance(tree["model"], dict):
+    parts = [tree.get(key) for key in ("model_args", "model")] if isinstance(tree, dict) else []
+    if not isinstance(tree, dict) or not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"{file.name}: 'model' and 'model_args' must be dicts; it is damaged: download it again")
     try:
         config = configs.from_llama2c(tree["model_args"])

@@ -25,7 +25,7 @@ import numpy as np
 from npllama.checkpoints import names
 from npllama.checkpoints.checkpoint import Checkpoint
 from npllama.checkpoints.files import InputFile, Pool, read_whole
-from npllama.checkpoints.tensors import Storage, Tensor, View
+from npllama.checkpoints.tensors import Storage, Tensor, View, as_one_axis
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, UsageError, quote
 from npllama.fields import whole
@@ -52,8 +52,7 @@ class GroupView(View):
 
     def fill(self, out: np.ndarray, start: int) -> None:
         """Decode rows `start` to `start + len(out)` into `out`, C-contiguous; memory beside it is a few MB."""
-        flat = out.reshape(-1)
-        assert np.shares_memory(flat, out) or not out.size
+        flat = as_one_axis(out)
         first = start * self.shape[1]
         for at in range(0, flat.size, PIECE):
             low, high = first + at, first + min(at + PIECE, flat.size)

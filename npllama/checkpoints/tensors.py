@@ -105,6 +105,13 @@ class View:
         return self.storage.start + element * self.storage.itemsize
 
 
+def as_one_axis(out: np.ndarray) -> np.ndarray:
+    """The elements of `out` in order, a view of the same memory; ValueError where there is none."""
+    if not out.flags.c_contiguous:
+        raise ValueError(f"an array of strides {out.strides} was to be filled in order; needs a C-contiguous one")
+    return out.reshape(-1)
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One weight of the model, under Meta's name and in Meta's row order.
@@ -130,7 +137,10 @@ class Tensor:
             meta[h*E + r] = hf[h*E + (r % 2) * E/2 + r // 2]
         Raises CheckpointError when the file cannot be read. Source: transformers, convert_llama_weights_to_hf.py.
         """
-        assert 0 <= start <= stop <= self.shape[0]
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(
+                f"rows {start} to {stop} were asked of {self.shape[0]}; needs 0 <= start <= stop <= {self.shape[0]}"
+            )
         if not self.halves:
             return self._merged(start, stop)
         E = self.halves

@@ -25,8 +25,8 @@ from npllama.commands.terminal import (
 from npllama.errors import UsageError
 
 if TYPE_CHECKING:
-    from npllama.bench import Measurement
     from npllama.inference import Llama
+    from npllama.measure.bench import Measurement
 
 NAME = "bench"
 SUMMARY = "measure prompt and generation speed"
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
 
 def _make(out: Path, shape: str, dtype: str) -> None:
     from npllama.inference import DEMO
-    from npllama.random_model import shape_config, write_random_model
+    from npllama.measure.random_model import shape_config, write_random_model
 
     say(f"writing random weights of the {shape} shape as {dtype} ...")
     with ProgressLine("writing") as progress:
@@ -104,8 +104,8 @@ def _measure_with(
 ) -> list[Measurement]:
     started = time.perf_counter()
     import npllama
-    from npllama.bench import Start, measure
-    from npllama.machine import peak_rss_mb
+    from npllama.measure.bench import Start, measure
+    from npllama.system.machine import peak_rss_mb
 
     import_s = time.perf_counter() - started
     tests = [(p, 0, d) for d in args.n_depth for p in args.n_prompt if p]
@@ -167,7 +167,7 @@ def _footer(one: Measurement) -> str:
 
 
 def _profile(llama: Llama) -> str:
-    from npllama.bench import profile
+    from npllama.measure.bench import profile
 
     text = ""
     for n_tokens in (1, 64):

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Export, with a progress line; warnings, the tokenizer and the result are said on stderr."""
-    from npllama.export import export
+    from npllama.store.export import export
 
     with ProgressLine("exporting") as progress:
         manifest = export(args.checkpoint, args.out, args.dtype, args.tokenizer, args.force, progress, notes.add)
@@ -43,6 +43,6 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
 
 def say_made(out: str, manifest: dict[str, Any]) -> None:
     """Say what a new model directory holds."""
-    from npllama.weights import size_bytes
+    from npllama.store.opening import size_bytes
 
     say(f"{out}: {size_bytes(manifest) / 1e6:,.1f} MB, matrices in {' and '.join(matrix_formats(manifest))}")

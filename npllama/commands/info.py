@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
         raise UsageError("--check needs a model: npllama info MODEL --check.")
     facts = machine_facts() if model is None else model_facts(model)
     if args.check:
-        from npllama.weights import check_hashes
+        from npllama.store.opening import check_hashes
 
         with ProgressLine("checking") as progress:
             check_hashes(str(model), progress)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
 def model_facts(path: str) -> dict[str, Any]:
     """What a model directory says about itself, without reading its weights."""
     from npllama import cache
-    from npllama.weights import MANIFEST, TOKENIZER, check_model, size_bytes, suggested_sampling
+    from npllama.store.opening import MANIFEST, TOKENIZER, check_model, size_bytes, suggested_sampling
 
     manifest, c = check_model(path)
     sampling = suggested_sampling(Path(path) / MANIFEST, manifest)
@@ -91,16 +91,16 @@ def model_facts(path: str) -> dict[str, Any]:
 
 def matrix_formats(manifest: dict[str, Any]) -> list[str]:
     """The number formats of a model's matrices."""
-    from npllama.kinds import KINDS
+    from npllama.weights import KINDS
 
     return sorted({tensor["format"] for kind, tensor in manifest["tensors"].items() if not KINDS[kind].is_norm})
 
 
 def machine_facts() -> dict[str, Any]:
     """Versions, CPU, threads and why, threading layer, memory, and where compiled code is kept."""
-    from npllama import machine
-    from npllama.engine import compiled_execution
+    from npllama.execution.compiled import compiled_execution
     from npllama.inference import DEMO
+    from npllama.system import machine
 
     n_threads, why = machine.default_threads()
     cpu, features = _cpu()

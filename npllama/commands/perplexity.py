@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Open one or two models, measure, print the figures with the protocol."""
     import npllama
-    from npllama.quality import quality
+    from npllama.measure.quality import quality
 
     text = _read(args.file)
     options = {"backend": args.backend, "threads": args.threads, "context": args.ctx_size}

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Quantize, with a progress line; the result is said on stderr."""
-    from npllama.export import quantize_model
+    from npllama.store.export import quantize_model
 
     with ProgressLine("quantizing") as progress:
         manifest = quantize_model(args.model, args.out, args.dtype, args.force, progress)

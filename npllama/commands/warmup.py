@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Compile, and make sure that the result was kept."""
     import npllama
-    from npllama import machine
-    from npllama.engine import compiled_exists
-    from npllama.weights import open_model
+    from npllama.execution.compiled_code import compiled_exists
+    from npllama.store.opening import open_model
+    from npllama.system import machine
 
     model = model_of(args)
     folder, why = machine.cache_directory()

@@ -36,7 +36,7 @@ class BF16Format(NumberFormat):
 
     name, title, largest = "bf16", "bfloat16", "3.4e38"
     weight = BF16
-    kernel = "npllama.kernels.float_linear"
+    kernel = "npllama.execution.kernels.float_linear"
 
     def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
         return {"bits": ArraySpec("<u2", shape)}

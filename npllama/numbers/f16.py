@@ -34,7 +34,7 @@ class F16Format(NumberFormat):
 
     name, title, largest = "f16", "float16", "65,504"
     weight = F16
-    kernel = "npllama.kernels.float_linear"
+    kernel = "npllama.execution.kernels.float_linear"
 
     def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
         return {"bits": ArraySpec("<f2", shape)}

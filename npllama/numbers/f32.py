@@ -16,7 +16,7 @@ class F32Format(NumberFormat):
 
     name, title, largest = "f32", "float32", "3.4e38"
     weight = np.ndarray
-    kernel = "npllama.kernels.float_linear"
+    kernel = "npllama.execution.kernels.float_linear"
 
     def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
         return {"values": ArraySpec("<f4", shape)}

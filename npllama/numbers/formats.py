@@ -116,8 +116,11 @@ def named(name: object, quantized_only: bool = False) -> NumberFormat:
 
 
 def format_of(w: Weight) -> NumberFormat:
-    """The format of a weight, by its type."""
-    return _BY_WEIGHT[type(w)] if type(w) in _BY_WEIGHT else _BY_WEIGHT[np.ndarray]
+    """The format of a weight, by its type. Raises TypeError for what is none, groups.Grouped among it."""
+    found = _BY_WEIGHT.get(np.ndarray if isinstance(w, np.ndarray) else type(w))
+    if found is None:
+        raise TypeError(f"a {type(w).__name__} is no weight of a registered number format")
+    return found
 
 
 def widen(w: Weight) -> np.ndarray:

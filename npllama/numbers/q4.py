@@ -40,7 +40,7 @@ class Q4Format(GroupedFormat):
 
     name = title = "q4"
     weight = Q4
-    kernel = "npllama.kernels.q4"
+    kernel = "npllama.execution.kernels.q4"
     output = "q6"
     code_bits = 4
     targets = (-37, -35.2, -33.4, -31.6, -29.8, -28, 23, 24.6, 26.2, 27.8, 29.4, 31)

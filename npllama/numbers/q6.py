@@ -37,7 +37,7 @@ class Q6Format(GroupedFormat):
 
     name = title = "q6"
     weight = Q6
-    kernel = "npllama.kernels.q6"
+    kernel = "npllama.execution.kernels.q6"
     code_bits = 6
     targets = (-32.4, -31.6, 31)
 

@@ -29,7 +29,7 @@ class Q8Format(GroupedFormat):
 
     name = title = "q8"
     weight = Q8
-    kernel = "npllama.kernels.q8"
+    kernel = "npllama.execution.kernels.q8"
     code_bits, code_dtype = 8, "|i1"
     targets = (127.0,)
 
