@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from npllama import rope_keys
-from npllama.checkpoints import names
 from npllama.checkpoints.checkpoint import Checkpoint, merge
 from npllama.checkpoints.files import InputFile, Pool
 from npllama.checkpoints.gguf import BlockView, GgufFile, Numbers, read_gguf
@@ -19,6 +18,7 @@ from npllama.config import LLAMA_3_CONTEXTS, LLAMA_3_VOCABULARY, ModelConfig
 from npllama.errors import CheckpointError, UsageError, quote
 from npllama.family import refuse_architecture
 from npllama.fields import get, need, show
+from npllama.weights import gguf_name, tensor_shapes
 
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 MOST_PARTS = 1024
@@ -93,11 +93,11 @@ def _open(parts: Sequence[GgufFile], pool: Pool) -> Checkpoint:
     said = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
     vocabulary = vocabulary_of(metadata)
     config = _config(said, _rows(first, tensors), tables, vocabulary or {})
-    shapes = names.shapes(config)
+    shapes = tensor_shapes(config)
     if tied := "output.weight" not in tensors:
         del shapes["output"]
     shard = Shard(first.file.name, tensors, (), [])
-    found = shard.select(shapes, names.gguf)
+    found = shard.select(shapes, gguf_name)
     return Checkpoint(
         layout="gguf",
         folder=first.file.path.parent,

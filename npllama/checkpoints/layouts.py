@@ -18,6 +18,7 @@ from npllama.checkpoints.tensors import Tensor, View
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, UsageError, quote
 from npllama.system import strict_json
+from npllama.weights import KINDS, hugging_face_name, kind_of, tensor_shapes
 
 META_SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 META_WHOLE = "consolidated.safetensors"
@@ -77,10 +78,10 @@ def open_meta(paths: Sequence[Path], pool: Pool) -> Checkpoint:
         shards.append(_single(path, pool, names.meta_names))
     old = LLAMA_1 in shards[0].tensors
     config = _meta_config(params, shards, LLAMA_1_CONTEXT if old else configs.META_CONTEXT)
-    found = [shard.select(names.shapes(config), lambda name: name) for shard in shards]
+    found = [shard.select(tensor_shapes(config), lambda name: name) for shard in shards]
     tensors = {
         name: merge(name, shape, [views[name] for views in found], "params.json")
-        for name, shape in names.shapes(config).items()
+        for name, shape in tensor_shapes(config).items()
     }
     warnings = [note for shard in shards for note in shard.notes]
     warnings += [
@@ -133,8 +134,8 @@ def open_llama2c(tree: object, file: InputFile, pool: Pool) -> Checkpoint:
     except UsageError as error:
         raise CheckpointError(f"{file.name}: model_args: {error}") from error
     shard = Shard.of(file.name, [state_dict(tree, file)], names.meta_names)
-    found = shard.select(names.shapes(config), lambda name: name)
-    tensors = {name: merge(name, shape, [found[name]], "model_args") for name, shape in names.shapes(config).items()}
+    found = shard.select(tensor_shapes(config), lambda name: name)
+    tensors = {name: merge(name, shape, [found[name]], "model_args") for name, shape in tensor_shapes(config).items()}
     return _checkpoint("llama2.c", file.path.parent, config, tensors, pool, shard.notes)
 
 
@@ -160,13 +161,13 @@ def open_hugging_face(weights: Path, pool: Pool) -> Checkpoint:
     zero = [key for key in biased if shard.has_bias(BIASES[key])]  # or refused by name, with the tensors
     if zero != biased:
         _hugging_face_config({key: said[key] for key in said if key not in zero}, weights.parent)  # refuses the others
-    wanted = names.shapes(config)
+    wanted = tensor_shapes(config)
     if tie:
         _tie(shard.tensors, wanted)
-    found = shard.select(wanted, names.hugging_face)
+    found = shard.select(wanted, hugging_face_name)
     tensors = {name: merge(name, shape, [found[name]], "config.json") for name, shape in wanted.items()}
     for name, tensor in tensors.items():
-        if names.kind(name) in ("attention.wq", "attention.wk"):
+        if kind_of(name) in (KINDS["wq"], KINDS["wk"]):
             tensors[name] = Tensor(name, tensor.shape, tensor.parts, halves=config.head_dim)
     if tie and "output" in tensors and not equal(tensors["output"], tensors["tok_embeddings"]):
         raise CheckpointError(

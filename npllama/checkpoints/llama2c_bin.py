@@ -16,13 +16,11 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from npllama.checkpoints import names
 from npllama.checkpoints.checkpoint import Checkpoint
 from npllama.checkpoints.files import InputFile, Pool, read_whole
 from npllama.checkpoints.tensors import Storage, Tensor, View, as_one_axis
@@ -30,6 +28,7 @@ from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, UsageError, quote
 from npllama.fields import whole
 from npllama.rope_keys import DEFAULT_THETA
+from npllama.weights import tensor_names, tensor_shapes
 
 MAGIC = b"24ka"
 HEADER = 256  # bytes, of versions 1 and 2
@@ -38,10 +37,10 @@ NORM_EPS = 1e-5
 PIECE = 1 << 17  # codes are read and decoded in pieces of this many, whose numbers stay in the second-level cache
 LARGEST_GROUP = 1 << 16
 
-NORMS = ("attention_norm", "ffn_norm")
-MATRICES = tuple(f"attention.{w}" for w in ("wq", "wk", "wv", "wo")) + tuple(f"feed_forward.w{i}" for i in (1, 2, 3))
-ORDER_0 = ("tok_embeddings", "attention_norm", *MATRICES[:4], "ffn_norm", *MATRICES[4:], "norm")
-ORDER_1 = (*NORMS, "norm", "tok_embeddings", *MATRICES)
+ATTENTION, FEED_FORWARD = ("wq", "wk", "wv", "wo"), ("w1", "w2", "w3")
+ORDER_0 = ("tok_embeddings", "attention_norm", *ATTENTION, "ffn_norm", *FEED_FORWARD, "norm")
+ORDER_1 = ("attention_norm", "ffn_norm", "norm", "tok_embeddings", *ATTENTION, *FEED_FORWARD)
+"""Kinds as they follow each other in version 0, and in the later ones."""
 
 
 @dataclass(frozen=True)
@@ -126,24 +125,17 @@ def _head_dim(sizes: dict[str, int]) -> int:
 
 def _views(file: InputFile, version: int, config: ModelConfig, tied: bool, group: int) -> tuple[dict[str, View], int]:
     """Where each tensor lies, and where the file ends: kind after kind, and of each kind layer after layer."""
-    shapes = names.shapes(config)
+    shapes = tensor_shapes(config)
     at = HEADER if version else 4 * len(SIZES)
     views: dict[str, View] = {}
-    for name in _order(version, config.n_layers):
-        views[name], at = _view(file, name, shapes[name], at, group)
+    for kind in ORDER_1 if version else ORDER_0:
+        for name in tensor_names(kind, config.n_layers):
+            views[name], at = _view(file, name, shapes[name], at, group)
     if version == 0:
         at += config.max_seq_len * config.head_dim * 4  # cosines and sines, which follow from the config
     if not tied:
         views["output"], at = _view(file, "output", shapes["output"], at, group)
     return views, at
-
-
-def _order(version: int, n_layers: int) -> Iterator[str]:
-    for kind in ORDER_1 if version else ORDER_0:
-        if kind in ("tok_embeddings", "norm"):
-            yield kind
-        else:
-            yield from (f"layers.{l}.{kind}" for l in range(n_layers))
 
 
 def _view(file: InputFile, name: str, shape: tuple[int, ...], at: int, group: int) -> tuple[View, int]:
