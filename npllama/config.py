@@ -1,4 +1,4 @@
-"""Which numbers describe a LLaMA 2 model, and how each kind of checkpoint says them.
+"""Which numbers describe a LLaMA 2 model, and how a model directory says them.
 
 Letters of the axes: D = dim, L = n_layers, H = n_heads, G = n_kv_heads, E = head_dim, F = hidden_dim, V = vocab_size.
 Every function here raises UsageError; a caller who knows the file adds its name.
@@ -7,15 +7,13 @@ Every function here raises UsageError; a caller who knows the file adds its name
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from npllama import rope_keys
 from npllama.errors import UsageError, quote
-from npllama.family import refuse_architecture, refuse_changes
-from npllama.fields import get, need, number, show, whole
 from npllama.rope import RopeScaling
+from npllama.system.values import number, show, whole
 from npllama.version import SINCE, unknown_key
 
 LARGEST = {
@@ -29,9 +27,6 @@ LARGEST = {
     "max_seq_len": 1 << 24,
 }
 """Several times the largest model published; a number beyond these is damage, and would ask for memory without end."""
-
-META_CONTEXT = 4096
-"""Meta's params.json does not say the context; LLaMA 2 was trained on 4096 tokens (Touvron et al. 2023)."""
 
 MOST_EOS_TOKENS = 256
 
@@ -123,215 +118,3 @@ class ModelConfig:
 
 LATER = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name in SINCE}
 """Fields that came after format version 1, and what their absence means."""
-
-
-def feed_forward_width(dim: int, multiple_of: object = 256, multiplier: object = None) -> int:
-    """The hidden width that Meta's code derives instead of storing it.
-
-        F = multiple_of * ceil(int(multiplier * int(2 * 4 * D / 3)) / multiple_of)
-
-    Elements. Raises UsageError. Source: FeedForward in Meta's model.py; `multiplier` is ffn_dim_multiplier.
-    """
-    dim = whole("dim", dim, 1, LARGEST["dim"])
-    step = whole("multiple_of", multiple_of, 1, LARGEST["hidden_dim"])
-    width = int(2 * (4 * dim) / 3)
-    if multiplier is not None:
-        width = int(number("ffn_dim_multiplier", multiplier, above=0.0, largest=64.0) * width)
-    return step * ((width + step - 1) // step)
-
-
-def from_meta(params: Mapping[str, object], *, vocab_size: int, max_seq_len: int = META_CONTEXT) -> ModelConfig:
-    """The config of a Meta release from its params.json.
-
-    `vocab_size` is the number of rows of tok_embeddings; params.json may say -1 or the same. `max_seq_len` holds where
-    params.json is silent. Raises UsageError. Source: Meta's ModelArgs, whose defaults are used.
-    """
-    _refuse_set(params, META_REFUSED)
-    said = get(params, "vocab_size", -1)
-    if (type(said) is not int or said != -1) and whole("vocab_size", said, 1, LARGEST["vocab_size"]) != vocab_size:
-        raise UsageError(
-            f"vocab_size is {said}, but tok_embeddings has {vocab_size} rows; weights and config do not belong together"
-        )
-    if vocab_size != LLAMA_3_VOCABULARY:
-        return _from_model_args({**params, "vocab_size": vocab_size}, max_seq_len)
-    context = LLAMA_3_CONTEXTS[get(params, "use_scaled_rope", False) is True]
-    theta = get(params, "rope_theta", LLAMA_3_THETA)
-    config = _from_model_args({**params, "vocab_size": vocab_size, "rope_theta": theta}, context)
-    return dataclasses.replace(config, bos_token_id=LLAMA_3_BOS, eos_token_ids=LLAMA_3_EOS)
-
-
-LLAMA_3_VOCABULARY = 128256
-LLAMA_3_CONTEXTS = {False: 8192, True: 131072}
-LLAMA_3_THETA = 500000.0
-LLAMA_3_BOS = 128000
-LLAMA_3_EOS = (128001, 128008, 128009)
-"""End of text, of a message and of a turn. params.json says none of these. Source: Meta's llama-models, sku_list.py and
-models/llama3/tokenizer.py."""
-
-
-def from_llama2c(model_args: Mapping[str, object]) -> ModelConfig:
-    """The config of a llama2.c training checkpoint from its model_args; UsageError. Source: llama2.c's ModelArgs."""
-    _refuse_set(model_args, META_REFUSED)
-    return _from_model_args(model_args, 2048)
-
-
-META_REFUSED = {
-    "rope_scaling": "scaled rotary positions",
-    "sliding_window": "a sliding attention window",
-    "moe": "a mixture of experts",
-    "quantization_args": "quantized weights",
-    "lora_args": "a LoRA adapter",
-    "vision_chunk_size": "attention to pictures",
-}
-META_KNOWN = {
-    *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of"),
-    *("ffn_dim_multiplier", "norm_eps", "rope_theta", "max_seq_len", "max_batch_size", "dropout"),
-    *("model_parallel_size", "use_biases", "use_scaled_rope"),
-    *META_REFUSED,
-}
-
-
-def _from_model_args(args: Mapping[str, object], max_seq_len: int) -> ModelConfig:
-    """Meta's and llama2.c's names, with Meta's defaults; None stands for the default."""
-    dim = whole("dim", need(args, "dim"), 1, LARGEST["dim"])
-    n_heads = whole("n_heads", need(args, "n_heads"), 1, LARGEST["n_heads"])
-    width = get(args, "hidden_dim", None)
-    if width is None:
-        width = feed_forward_width(dim, get(args, "multiple_of", 256), get(args, "ffn_dim_multiplier", None))
-    return ModelConfig(
-        dim=dim,
-        n_layers=need(args, "n_layers"),
-        n_heads=n_heads,
-        n_kv_heads=get(args, "n_kv_heads", n_heads),
-        head_dim=_head_dim(args, dim, n_heads),
-        hidden_dim=width,
-        vocab_size=need(args, "vocab_size"),
-        norm_eps=get(args, "norm_eps", 1e-5),
-        rope_theta=get(args, "rope_theta", rope_keys.DEFAULT_THETA),
-        max_seq_len=get(args, "max_seq_len", max_seq_len),
-        rope_scaling=rope_keys.from_meta(args),
-    )
-
-
-def from_hugging_face(config: Mapping[str, object], generation: Mapping[str, object] | None = None) -> ModelConfig:
-    """The config of a Hugging Face checkpoint from config.json and generation_config.json.
-
-    What would change the mathematics and is not built here is refused by name (UsageError). Token ids of the generation
-    config come first, as in transformers. Source: its LlamaConfig and MistralConfig, whose defaults are used.
-    """
-    kind = _check_architecture(config)
-    dim = whole("hidden_size", need(config, "hidden_size"), 1, LARGEST["dim"])
-    n_heads = whole("num_attention_heads", need(config, "num_attention_heads"), 1, LARGEST["n_heads"])
-    context = get(config, "max_position_embeddings", 2048 if kind == "llama" else 131072)
-    context = whole("max_position_embeddings", context, 1, LARGEST["max_seq_len"])
-    theta, scaling = rope_keys.from_hugging_face(config, context)
-    if scaling is not None and scaling.kind == "dynamic":
-        context = min(int(context * scaling.factor), LARGEST["max_seq_len"])
-    tokens: dict[str, object] = {"bos_token_id": 1, "eos_token_id": 2}
-    for source in (config, generation or {}):
-        tokens.update({key: source[key] for key in tokens if source.get(key) is not None})
-    eos = tokens["eos_token_id"]
-    return ModelConfig(
-        dim=dim,
-        n_layers=need(config, "num_hidden_layers"),
-        n_heads=n_heads,
-        n_kv_heads=get(config, "num_key_value_heads", n_heads if kind == "llama" else 8),
-        head_dim=_head_dim(config, dim, n_heads),
-        hidden_dim=need(config, "intermediate_size"),
-        vocab_size=need(config, "vocab_size"),
-        norm_eps=get(config, "rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        max_seq_len=context,
-        rope_scaling=scaling,
-        sliding_window=_window(config, kind, context),
-        bos_token_id=tokens["bos_token_id"],  # type: ignore[arg-type]  # checked by __post_init__
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),  # type: ignore[arg-type]
-    )
-
-
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-
-
-def usable_ids(
-    source: Mapping[str, object], file: str, vocab_size: object, warn: Callable[[str], None]
-) -> dict[str, object]:
-    """BOS and EOS ids of config.json or generation_config.json that can be used; `warn` gets a line for others.
-
-    An EOS id of -1 means none. In generation_config.json, whose ids no weight depends on, whatever is no id of the
-    vocabulary is left out too; in config.json it is refused by `from_hugging_face`. Raises UsageError for too many.
-    """
-    found: dict[str, object] = {}
-    for key in ("bos_token_id", "eos_token_id"):
-        value = source.get(key)
-        several = isinstance(value, list) and key == "eos_token_id"
-        ids: Any = value if several else [] if value is None else [value]
-        kept = [token for token in ids if _usable_id(token, key, file, vocab_size)]
-        if len(kept) > MOST_EOS_TOKENS:
-            raise UsageError(f"{file}: {key} lists {len(kept):,} ids, but at most {MOST_EOS_TOKENS} are supported")
-        if len(kept) < len(ids):
-            lost = [show(token) for token in ids if not _usable_id(token, key, file, vocab_size)]
-            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-            warn(f"{file}: {key} {', '.join(lost[:3])}{more} dropped: no id of the vocabulary of {vocab_size}")
-        if kept:
-            found[key] = kept if several else kept[0]
-    return found
-
-
-def _usable_id(token: object, key: str, file: str, vocab_size: object) -> bool:
-    if file == CONFIG or type(vocab_size) is not int:
-        return key != "eos_token_id" or type(token) is not int or token != -1
-    return type(token) is int and 0 <= token < vocab_size
-
-
-HUGGING_FACE_REFUSED = {
-    "attention_bias": "biases in attention",
-    "mlp_bias": "biases in the feed-forward network",
-    "auto_map": "code that comes with the checkpoint",
-}
-
-
-def _check_architecture(config: Mapping[str, object]) -> str:
-    kind = refuse_architecture("model_type", config.get("model_type"), ("llama", "mistral"))
-    names = get(config, "architectures", [])
-    for name in names if isinstance(names, list) else [names]:
-        if not isinstance(name, str) or name.lower() not in ("llamaforcausallm", "mistralforcausallm"):
-            raise UsageError(f"architectures names {show(name)}, but LlamaForCausalLM is needed; use a language model")
-    _refuse_set(config, HUGGING_FACE_REFUSED)
-    refuse_changes(config)
-    activation = get(config, "hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UsageError(f"hidden_act is {show(activation)}, but LLaMA 2 uses 'silu'; use a LLaMA 2 checkpoint")
-    return kind
-
-
-def _window(config: Mapping[str, object], kind: str, context: int) -> int | None:
-    """Mistral's window is 4096 where config.json is silent, and absent where it says null."""
-    layers = get(config, "layer_types", [])
-    if isinstance(layers, list) and any(layer != "full_attention" for layer in layers):
-        raise UsageError("layer_types names a layer that is not 'full_attention'; use a LLaMA 2 checkpoint")
-    said = config.get("sliding_window", 4096 if kind == "mistral" else None)
-    if said is None or (kind == "llama" and config.get("use_sliding_window") is False):
-        return None
-    window = whole("sliding_window", said, 1, LARGEST["max_seq_len"])
-    if kind == "mistral":
-        return window
-    if window < context:
-        raise UsageError(
-            f"sliding_window is {window}, smaller than max_position_embeddings {context}, but models of type 'llama' "
-            "have none; correct the one that is wrong"
-        )
-    return None
-
-
-def _head_dim(config: Mapping[str, object], dim: int, n_heads: int) -> Any:
-    if config.get("head_dim") is not None:
-        return config["head_dim"]
-    if dim % n_heads:
-        raise UsageError(f"the width {dim} is no multiple of the {n_heads} heads; the config is damaged")
-    return dim // n_heads
-
-
-def _refuse_set(config: Mapping[str, object], refused: Mapping[str, str]) -> None:
-    for key, what in refused.items():
-        if config.get(key) is not None and config[key] is not False:
-            raise UsageError(f"{key} is {show(config[key])}: {what}, which is not supported; use a LLaMA 2 checkpoint")

@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 
 from npllama.errors import UsageError, quote
-from npllama.fields import number, show, whole
+from npllama.system.values import number, show, whole
 
 LARGEST_FACTOR = 1e6
 MOST_FACTORS = 512

@@ -13,8 +13,8 @@ import numpy as np
 from helpers import TINY, random_weights
 
 from npllama.checkpoints.files import InputFile, Pool
-from npllama.checkpoints.gguf import GgufFile, read_gguf
-from npllama.checkpoints.gguf_blocks import BLOCK_TYPES
+from npllama.checkpoints.gguf.blocks import BLOCK_TYPES
+from npllama.checkpoints.gguf.reader import GgufFile, read_gguf
 from npllama.config import ModelConfig
 from npllama.numbers.bf16 import bf16_bits
 

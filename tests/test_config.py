@@ -9,7 +9,9 @@ import math
 import pytest
 from helpers import TINY, hugging_face_config
 
-from npllama.config import META_CONTEXT, ModelConfig, feed_forward_width, from_hugging_face, from_llama2c, from_meta
+from npllama.checkpoints.configs.hugging_face import from_hugging_face
+from npllama.checkpoints.configs.meta import CONTEXT, feed_forward_width, from_llama2c, from_meta
+from npllama.config import ModelConfig
 from npllama.errors import UsageError
 from npllama.rope import RopeScaling
 from npllama.system import strict_json
@@ -112,7 +114,7 @@ def test_the_feed_forward_width_is_that_of_the_released_models(
 
 def test_params_json_of_the_releases_gives_their_configs() -> None:
     seven = from_meta(SEVEN, vocab_size=32000)
-    assert (seven.n_kv_heads, seven.head_dim, seven.hidden_dim, seven.max_seq_len) == (32, 128, 11008, META_CONTEXT)
+    assert (seven.n_kv_heads, seven.head_dim, seven.hidden_dim, seven.max_seq_len) == (32, 128, 11008, CONTEXT)
     assert (seven.bos_token_id, seven.eos_token_ids, seven.rope_theta) == (1, (2,), 10000.0)
     seventy = from_meta(SEVENTY, vocab_size=32000)
     assert (seventy.n_kv_heads, seventy.head_dim, seventy.hidden_dim) == (8, 128, 28672)

@@ -25,9 +25,8 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding
 LAYERS = (
     {"errors"},
     {"version"},
-    {"system", "options", "fields"},
-    {"rope", "family"},
-    {"rope_keys"},
+    {"system", "options"},
+    {"rope"},
     {"config"},
     {"numbers"},
     {"weights", "text"},
@@ -167,7 +166,7 @@ def test_no_guard_is_an_assert(file: str) -> None:
 
 
 READERS = each(
-    *("checkpoints/", "system/", "text/", "config.py", "family.py", "fields.py", "rope"),
+    *("checkpoints/", "system/", "text/", "config.py", "rope.py"),
     *("store/opening.py", "store/export.py", "store/text_rules.py"),
 )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from helpers import TINY, hugging_face_config
 
-from npllama.config import from_hugging_face
+from npllama.checkpoints.configs.family import CHANGES, NOT_LLAMA, refuse_architecture
+from npllama.checkpoints.configs.hugging_face import from_hugging_face
 from npllama.errors import UsageError
-from npllama.family import CHANGES, NOT_LLAMA, refuse_architecture
 
 SIZES = hugging_face_config(TINY, tied=False)
 

@@ -29,7 +29,7 @@ from tiny_sentencepiece import BYTES, NORMAL, USUAL, written
 
 import npllama
 from npllama.checkpoints import open_checkpoint
-from npllama.checkpoints.gguf import BlockView, Numbers
+from npllama.checkpoints.gguf.reader import BlockView, Numbers
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError
 from npllama.numbers import widen
@@ -102,7 +102,7 @@ def test_the_package_gguf_reads_the_same_numbers(tmp_path: Path) -> None:
 
 def test_blocks_are_decoded_in_pieces_that_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, needed = quantized()
-    monkeypatch.setattr("npllama.checkpoints.gguf.PIECE_BYTES", 500)
+    monkeypatch.setattr("npllama.checkpoints.gguf.reader.PIECE_BYTES", 500)
     with open_checkpoint(put(tmp_path, file)) as opened:
         np.testing.assert_array_equal(opened.tensors["output"].rows(2, 9), needed["output.weight"][2:9])
 

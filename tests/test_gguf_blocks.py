@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from npllama.checkpoints.gguf_blocks import BLOCK_TYPES, BlockType
+from npllama.checkpoints.gguf.blocks import BLOCK_TYPES, BlockType
 
 TYPES = list(BLOCK_TYPES.values())
 HALVES = {

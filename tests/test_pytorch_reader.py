@@ -13,7 +13,7 @@ from torch_files import Stored, stored, torch_legacy, torch_zip, zip_bytes
 
 from npllama.checkpoints.files import InputFile, Pool
 from npllama.checkpoints.layouts import read_tree
-from npllama.checkpoints.opcodes import Opaque
+from npllama.checkpoints.pytorch.opcodes import Opaque
 from npllama.checkpoints.tensors import LARGEST_READ, Tensor, View
 from npllama.errors import CheckpointError
 from npllama.numbers import widen

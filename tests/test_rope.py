@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npllama import rope_keys
+from npllama.checkpoints.configs import rope_keys
 from npllama.errors import UsageError
 from npllama.rope import RopeScaling, frequencies
 

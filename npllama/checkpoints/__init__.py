@@ -1,4 +1,18 @@
-"""Foreign checkpoints as names and arrays: which layout a path holds is found out, not asked."""
+"""Foreign checkpoints as names and arrays: which layout a path holds is found out here, not asked.
+
+files.py        weight files: opened within bounds, read in pieces; which format the first bytes show
+tensors.py      where the numbers of a tensor lie, and rows of one weight
+pytorch/        files of torch.save
+headers.py      the header of a safetensors file, member by member
+safetensors.py  safetensors files
+names.py        what stands around the names of tensors in people's files
+shard.py        tensors of one or more files under the names of a layout, none missing and none left
+checkpoint.py   what every layout becomes; one weight merged from its shards
+configs/        the numbers of a model in the words of others
+layouts.py      Meta's releases, Hugging Face folders, training checkpoints of llama2.c
+gguf/           GGUF files of llama.cpp
+llama2c_bin.py  files that llama2.c's run.c reads
+"""
 
 from __future__ import annotations
 
@@ -11,7 +25,7 @@ from pathlib import Path
 
 from npllama.checkpoints.checkpoint import Checkpoint
 from npllama.checkpoints.files import InputFile, Pool, sniff
-from npllama.checkpoints.gguf_model import GGUF_PART, open_gguf
+from npllama.checkpoints.gguf.model import GGUF_PART, open_gguf
 from npllama.checkpoints.layouts import (
     HF_SHARD,
     HF_WEIGHTS,

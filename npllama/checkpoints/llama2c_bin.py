@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from npllama.checkpoints.checkpoint import Checkpoint
+from npllama.checkpoints.configs.rope_keys import DEFAULT_THETA
 from npllama.checkpoints.files import InputFile, Pool, read_whole
 from npllama.checkpoints.tensors import Storage, Tensor, View, as_one_axis
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, UsageError, quote
-from npllama.fields import whole
-from npllama.rope_keys import DEFAULT_THETA
+from npllama.system.values import whole
 from npllama.weights import tensor_names, tensor_shapes
 
 MAGIC = b"24ka"

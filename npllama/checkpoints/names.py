@@ -73,20 +73,3 @@ def resembling(missing: str, names: Iterable[str]) -> str | None:
     for name in names:
         best.setdefault(0 if name.endswith(end) else 1 if name.startswith(module) else 2, name)
     return best[min(best)] if best else None
-
-
-KEYS = {
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "hidden_dim": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "max_seq_len": "max_position_embeddings",
-    "dim": "hidden_size",
-}
-_KEY = re.compile(r"\b(" + "|".join(KEYS) + r")\b")
-
-
-def in_hugging_face_words(message: str) -> str:
-    """A message about a ModelConfig in the words of config.json."""
-    return _KEY.sub(lambda found: KEYS[found[0]], message)

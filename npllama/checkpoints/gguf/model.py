@@ -8,22 +8,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from npllama import rope_keys
 from npllama.checkpoints.checkpoint import Checkpoint, merge
+from npllama.checkpoints.configs import rope_keys
+from npllama.checkpoints.configs.family import refuse_architecture
+from npllama.checkpoints.configs.meta import LLAMA_3_CONTEXTS, LLAMA_3_VOCABULARY
 from npllama.checkpoints.files import InputFile, Pool
-from npllama.checkpoints.gguf import BlockView, GgufFile, Numbers, read_gguf
+from npllama.checkpoints.gguf.reader import BlockView, GgufFile, Numbers, read_gguf
 from npllama.checkpoints.shard import Shard
 from npllama.checkpoints.tensors import Tensor, View
-from npllama.config import LLAMA_3_CONTEXTS, LLAMA_3_VOCABULARY, ModelConfig
+from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, UsageError, quote
-from npllama.family import refuse_architecture
-from npllama.fields import get, need, show
+from npllama.system.values import get, need, show
 from npllama.weights import gguf_name, tensor_shapes
 
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 MOST_PARTS = 1024
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
-BLOCK_LAYOUT = 2  # general.quantization_version of the layouts that gguf_blocks.py reads
+BLOCK_LAYOUT = 2  # general.quantization_version of the layouts that blocks.py reads
 
 READ = {
     *("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count"),

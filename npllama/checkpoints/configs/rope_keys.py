@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from npllama.errors import UsageError, quote
-from npllama.fields import get, need, number, show, whole
 from npllama.rope import LARGEST_FACTOR, LONGEST_CONTEXT, RopeScaling, yarn_sharpening
+from npllama.system.values import get, need, number, show, whole
 
 DEFAULT_THETA = 10000.0
 

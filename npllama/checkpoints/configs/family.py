@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 from npllama.errors import UsageError, quote
-from npllama.fields import get, show
+from npllama.system.values import get, show
 
 EXPERTS = "it is a mixture of experts"
 PICTURES = "it reads pictures or sound beside text"
@@ -144,6 +144,13 @@ def refuse_architecture(key: str, name: object, known: tuple[str, ...]) -> str:
         f"{key} is {show(name)}{reason}, but only {' and '.join(repr(other) for other in known)} "
         f"{'is' if len(known) == 1 else 'are'} supported; use a checkpoint of a LLaMA"
     )
+
+
+def refuse_set(config: Mapping[str, object], refused: Mapping[str, str]) -> None:
+    """UsageError for a key that is set; `refused` says what each asks for."""
+    for key, what in refused.items():
+        if config.get(key) is not None and config[key] is not False:
+            raise UsageError(f"{key} is {show(config[key])}: {what}, which is not supported; use a LLaMA 2 checkpoint")
 
 
 NEUTRAL_SCALE = (None, 1, 1.0)

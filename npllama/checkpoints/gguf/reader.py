@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from npllama.checkpoints.files import InputFile
-from npllama.checkpoints.gguf_blocks import BLOCK_TYPES, BlockType
+from npllama.checkpoints.gguf.blocks import BLOCK_TYPES, BlockType
 from npllama.checkpoints.tensors import Storage, View, as_one_axis
 from npllama.errors import CheckpointError, quote
 
