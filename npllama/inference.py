@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npllama.cache import KVCache, clear
+from npllama.cache import KVCache, clear, slots_and_window
 from npllama.config import ModelConfig
 from npllama.errors import ContextError, UsageError, quote, whole_number
 from npllama.execution.engine import Engine
@@ -214,11 +214,7 @@ class Llama:
         try:
             return self._spare.pop()
         except IndexError:
-            window = self.config.sliding_window
-            if window is None or window >= self.context:
-                return self.engine.new_cache(1, self.context)
-            slots = min(self.context, window + self._chunk - 1)  # a whole chunk overwrites nothing its first row sees
-            return self.engine.new_cache(1, slots, window)
+            return self.engine.new_cache(1, *slots_and_window(self.context, self.config.sliding_window, self._chunk))
 
     def return_cache(self, cache: KVCache) -> None:
         """Hand a cache back for the next call: its memory is kept."""
@@ -478,9 +474,8 @@ def load(
                 f"the tokenizer begins a text with id {tokenizer.bos_id}, the model's config says "
                 f"{opened.config.bos_token_id}; using the tokenizer's"
             )
-        n_context = _context(opened.config.max_seq_len, n_positions)
-        engine = Engine(opened, backend, threads, log.warning, kv_dtype, n_context)
-        return Llama(opened, engine, tokenizer, n_context)
+        context = _context(opened.config.max_seq_len, n_positions)
+        return Llama(opened, Engine(opened, backend, threads, log.warning, kv_dtype, context), tokenizer, context)
     except BaseException:
         opened.close()
         raise
