@@ -99,7 +99,7 @@ class Llama:
         self._opened = opened
         self._spare: list[KVCache] = []
         self._closed = False
-        self._chunk = chunk_tokens(opened.config)
+        self.chunk = chunk_tokens(opened.config)  # tokens of a prompt that are read in one call
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -192,22 +192,17 @@ class Llama:
             raise ContextError(self._too_long(len(checked), 0))
         cache = self.borrow_cache()
         try:
-            chunks = [self.read(cache, checked, start, every=True) for start in range(0, len(checked), self._chunk)]
+            chunks = [self.read(cache, checked, start, every=True) for start in range(0, len(checked), self.chunk)]
         finally:
             self.return_cache(cache)
         return np.concatenate(chunks) if chunks else np.zeros((0, self.config.vocab_size), np.float32)
 
     def read(self, cache: KVCache, ids: list[int], start: int, every: bool = False) -> np.ndarray:
         """Feed the chunk of a prompt that begins at `start`; logits of its last row, or of every row."""
-        stop = min(len(ids), start + self._chunk)
+        stop = min(len(ids), start + self.chunk)
         n = stop - start
         out = range(n) if every else range(n - 1, n)
         return self.engine.forward(cache, ids[start:stop], range(start, stop), [0] * n, list(out))
-
-    @property
-    def chunk(self) -> int:
-        """Tokens of a prompt that are read in one call."""
-        return self._chunk
 
     def borrow_cache(self) -> KVCache:
         """An empty KV cache of the context's length, used before or new."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from npllama.errors import ModelError, UsageError
 from npllama.generation import sampling
-from npllama.generation.sampling import Allowed, probabilities, sample, uniform
+from npllama.generation.sampling import Allowed, candidates, sample, uniform
 from npllama.options import SamplingOptions
 
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -31,6 +31,13 @@ def some_logits(n: int, seed: int, spread: float, rounded: bool) -> np.ndarray:
     """(n,) float32; rounded ones hold many ties."""
     logits = np.random.default_rng(seed).standard_normal(n) * spread
     return (logits.round() if rounded else logits).astype(np.float32)
+
+
+def probabilities(logits: np.ndarray, recent: list[int], options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
+    """The candidates for the next id, and their probabilities."""
+    ids, weights = candidates(logits, recent, options)
+    assert weights.max() == 1
+    return ids, weights / weights.sum()
 
 
 def by_definition(logits: np.ndarray, recent: list[int], options: SamplingOptions) -> dict[int, float]:

@@ -37,9 +37,6 @@ class Opaque:
         self.what = what
 
 
-_MARK = object()
-
-
 class Machine:
     """Runs the pickles in `data` one after the other.
 

@@ -124,7 +124,7 @@ class Engine:
             return
         self.threads, self.top_k = self.compiled.n_threads, self.compiled.top_k
         self.import_s, self.compile_s = self.compiled.import_s, self.compiled.compile_s
-        if opened_bytes_fit(self._opened):
+        if self._opened.size_bytes < machine.free_memory() // 2:  # else reading ahead evicts what was read
             self._opened.prefetch()
 
     @property
@@ -254,11 +254,6 @@ def _forward_in_numpy(*arguments: Any) -> np.ndarray:
     """model.forward without NumPy's warnings: numbers that are not finite are refused where an id is sampled."""
     with np.errstate(all="ignore"):
         return model.forward(*arguments)
-
-
-def opened_bytes_fit(opened: OpenModel) -> bool:
-    """Whether a model's files fit into half of the free memory, so that reading them ahead evicts nothing."""
-    return opened.size_bytes < machine.free_memory() // 2
 
 
 def stepwise(steps: dict[str, Callable[..., np.ndarray]]) -> Callable[..., np.ndarray]:

@@ -38,10 +38,10 @@ _LEAST_TEMPERATURE = 1e-200
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def probabilities(
+def candidates(
     logits: np.ndarray, recent: Sequence[int], options: SamplingOptions, search: Search = top_k
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The candidates for the next id, and their probabilities.
+    """The candidates for the next id and their weights: their probabilities p, times a common factor.
 
         l[v] <- l[v] / penalty if l[v] > 0 else l[v] * penalty      for v among the last 64 of recent
         top-k: the k largest l; among equals the lower id
@@ -50,13 +50,25 @@ def probabilities(
         p = softmax(l / temperature) over what is left; temperature 0: 1 for the largest l, among equals the lowest id
 
     logits (V,) float32; recent ids, the latest last; search: what finds the largest. Returns ids (C,) int64 and
-    p (C,) float64, C >= 1, the most probable first (by id when top-k, top-p and min-p are all off). Raises ModelError
-    for logits that are not finite.
+    weights (C,) float64 of which the largest is 1, C >= 1, the most probable first (by id when top-k, top-p and min-p
+    are all off). Raises ModelError for logits that are not finite.
     Source: the order of llama.cpp's sampler chain; arXiv:1904.09751 section 3.1 (top-p), arXiv:2407.01082 (min-p),
     arXiv:1909.05858 section 4.1 (penalty). Differs: a logit below 0 is multiplied, so that a penalty lowers it too.
     """
-    ids, p = _weighed(logits, recent, options, search)
-    return ids, p / p.sum()
+    if options.repeat_penalty != 1 and len(recent):
+        check_finite(logits)  # the penalty would hide an infinity
+        logits = _penalised(logits, recent, options.repeat_penalty)
+    if options.temperature > 0 and _truncates(options, len(logits)):  # the search checks them
+        ids, relative = _truncated(logits, options, search)
+        return ids, np.exp(relative / max(options.temperature, _LEAST_TEMPERATURE))
+    check_finite(logits)
+    if options.temperature == 0:
+        return np.array([logits.argmax()]), np.ones(1)
+    # All V ids stay float32, where exp takes a fifteenth of the time, unless the temperature vanishes there.
+    wide = logits if options.temperature > 1e-30 else logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # what lies beyond the range below the largest goes to -inf: probability 0
+        weights = np.exp((wide - wide.max()) / options.temperature)
+    return np.arange(len(logits)), weights.astype(np.float64, copy=False)
 
 
 class Allowed:
@@ -95,14 +107,14 @@ def sample(
     position: int,
     search: Search = top_k,
 ) -> int:
-    """The next id: drawn from `probabilities` with a number that (seed, completion, position) alone decide.
+    """The next id: drawn from its `candidates` with a number that (seed, completion, position) alone decide.
 
     logits (V,) float32; 0 <= seed, completion, position < 2^64. Raises ModelError for logits that are not finite,
     UsageError for a seed out of range.
     """
     if not 0 <= seed < SEEDS:
         raise UsageError(f"seed={quote(seed)}: needs a whole number from 0 to 2^64 - 1.")
-    ids, weights = _weighed(logits, recent, options, search)
+    ids, weights = candidates(logits, recent, options, search)
     if len(ids) == 1:
         return int(ids[0])
     below = weights.cumsum()
@@ -121,26 +133,6 @@ def uniform(seed: int, completion: int, position: int) -> float:
         _PHILOX.state = _STATE
         raw = _PHILOX.random_raw()
     return float(raw >> 11) * 2.0**-53
-
-
-def _weighed(
-    logits: np.ndarray, recent: Sequence[int], options: SamplingOptions, search: Search
-) -> tuple[np.ndarray, np.ndarray]:
-    """What `probabilities` gives, the most probable id's weight 1 instead of the sum."""
-    if options.repeat_penalty != 1 and len(recent):
-        check_finite(logits)  # the penalty would hide an infinity
-        logits = _penalised(logits, recent, options.repeat_penalty)
-    if options.temperature > 0 and _truncates(options, len(logits)):  # the search checks them
-        ids, relative = _truncated(logits, options, search)
-        return ids, np.exp(relative / max(options.temperature, _LEAST_TEMPERATURE))
-    check_finite(logits)
-    if options.temperature == 0:
-        return np.array([logits.argmax()]), np.ones(1)
-    # All V ids stay float32, where exp takes a fifteenth of the time, unless the temperature vanishes there.
-    wide = logits if options.temperature > 1e-30 else logits.astype(np.float64)
-    with np.errstate(over="ignore"):  # what lies beyond the range below the largest goes to -inf: probability 0
-        weights = np.exp((wide - wide.max()) / options.temperature)
-    return np.arange(len(logits)), weights.astype(np.float64, copy=False)
 
 
 def _penalised(logits: np.ndarray, recent: Sequence[int], penalty: float) -> np.ndarray:

@@ -136,7 +136,6 @@ def quantize_model(
     with open_model(model) as opened:
         source = OpenedSource(opened)
         return write_model(source, target, number_format, opened.tokenizer_path, force, progress, opened.sampling)
-        return write_model(source, target, dtype, opened.tokenizer_path, force, progress, opened.sampling)
 
 
 class _Rows(NamedTuple):
@@ -257,7 +256,7 @@ def write_model(
 def build_manifest(
     config: ModelConfig, tokenizer: dict[str, Any], tensors: dict[str, Any], sampling: SamplingOptions | None
 ) -> dict[str, Any]:
-    """The manifest, of the lowest format version that has what it says (see format_version.py)."""
+    """The manifest, of the lowest format version that has what it says (see version.py)."""
     manifest = {"format": FORMAT, "config": config.to_json(), "tokenizer": tokenizer, "tensors": tensors}
     if sampling is not None:
         manifest["sampling"] = sampling.to_json()
