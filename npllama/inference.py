@@ -25,11 +25,11 @@ from npllama.store.opening import OpenModel, open_model
 from npllama.text.sentencepiece import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
-MOST_CONTEXT_UNASKED = 4096
+MAX_DEFAULT_CONTEXT = 4096
 # A prompt is read in chunks of a second or two, so that an interrupt is served. The length follows from the model's
 # size alone and not from a clock, so that the same prompt is always cut the same way.
 CHUNK_OPERATIONS = 1.2e12
-MOST_CHUNK = 512
+MAX_CHUNK = 512
 
 log = logging.getLogger("npllama")
 
@@ -478,11 +478,11 @@ def load(
 
 def _context(own: int, asked: int | None) -> int:
     if asked is None:
-        if own > MOST_CONTEXT_UNASKED:
+        if own > MAX_DEFAULT_CONTEXT:
             log.warning(
-                f"the model claims a context of {own} positions; using {MOST_CONTEXT_UNASKED}, context= asks for more"
+                f"the model claims a context of {own} positions; using {MAX_DEFAULT_CONTEXT}, context= asks for more"
             )
-        return min(own, MOST_CONTEXT_UNASKED)
+        return min(own, MAX_DEFAULT_CONTEXT)
     if asked > own:
         log.warning(f"a context of {asked} positions is more than the {own} that the model was trained on")
     return asked
@@ -492,4 +492,4 @@ def chunk_tokens(c: ModelConfig) -> int:
     """Tokens of a prompt to read in one call: a power of two from 8 to 512, fewer the larger the model."""
     block = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim
     affordable = int(CHUNK_OPERATIONS / (2 * c.n_layers * block))
-    return max(8, min(MOST_CHUNK, 1 << (affordable.bit_length() - 1 if affordable else 0)))
+    return max(8, min(MAX_CHUNK, 1 << (affordable.bit_length() - 1 if affordable else 0)))

@@ -19,9 +19,9 @@ from npllama.numbers.activations import quantize_rows
 from npllama.numbers.groups import Grouped
 
 # Scores of one attention step: at most this many, so that memory does not grow with T x S.
-MOST_SCORES = 1 << 21
+MAX_SCORES = 1 << 21
 # Sums of groups that one step of a product holds: they stay in the second-level cache.
-MOST_COUNTS = 1 << 17
+MAX_COUNTS = 1 << 17
 
 W = TypeVar("W", bound=Weight)
 
@@ -81,7 +81,7 @@ def _grouped_linear(x: np.ndarray, w: Grouped) -> np.ndarray:
     codes, x_scales = (np.moveaxis(a, 1, 0) for a in quantize_rows(x))  # (T, Q, GROUP) -> (Q, T, GROUP), (Q, T)
     (Q, T), N = x_scales.shape, len(w.factors)
     y = np.zeros((T, N), np.float32)
-    step = max(1, MOST_COUNTS // max(1, T * N))
+    step = max(1, MAX_COUNTS // max(1, T * N))
     for q in range(0, Q, step):
         some = slice(q, q + step)
         counts = codes[some].astype(np.float32) @ w.levels[some]  # (q, T, GROUP) @ (q, GROUP, N) -> (q, T, N)
@@ -166,7 +166,7 @@ def attend(
     """
     T, H, E = q.shape
     y = np.empty((T, H * E), np.float32)
-    most = max(1, MOST_SCORES // (H * cache.pos.shape[2]))
+    most = max(1, MAX_SCORES // (H * cache.pos.shape[2]))
     start = 0
     while start < T:
         stop = run_stop(cache, pos, seq, start, most)

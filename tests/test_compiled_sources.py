@@ -134,7 +134,7 @@ def test_files_of_other_installations_stay_until_nobody_uses_them(tmp_path: Path
 
 
 def test_the_longest_unused_files_go_when_all_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_code, "KEPT_BYTES", 35)
+    monkeypatch.setattr(compiled_code, "MAX_BYTES", 35)
     files = [written(tmp_path, f"forward-{age}", age) for age in range(6)]
     compiled_code.tidy(tmp_path, files[5])
     assert sorted(tmp_path.iterdir()) == [*files[:3], files[5]]

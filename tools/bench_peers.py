@@ -40,7 +40,7 @@ from npllama.measure.random_model import RandomCheckpoint, shape_config, write_r
 LLAMA_CPP = {"f32": "F32", "f16": "F16", "q8": "Q8_0", "q4": "Q4_0"}
 QUANTIZED = {"q8": 7, "q4": 2}  # llama.cpp's numbers of the formats
 TORCH = {"f32": "f32", "bf16": "bf16"}
-REST_S, LEAST_S = 0.1, 0.4
+REST_S, MIN_S = 0.1, 0.4
 """Seconds of rest before a measurement, and how long it lasts at least: a short test is repeated."""
 
 KV_TYPES = {"f32": 0, "f16": 1}  # llama.cpp's numbers of the cache's formats; its own default is f16, npllama's f32
@@ -288,7 +288,7 @@ def serve(program: str, model: Path, threads: int, context: int, kv_dtype: str) 
             at_depth = depth
         time.sleep(REST_S)  # threads of the program before still spin for a while
         spent, runs = 0.0, -1
-        while runs < 1 or spent < LEAST_S:
+        while runs < 1 or spent < MIN_S:
             forget(depth)
             started = time.perf_counter()
             if n_prompt:

@@ -16,7 +16,7 @@ from npllama.execution.affinity import ThreadAffinity
 from npllama.store.opening import OpenModel
 from npllama.system import machine
 
-MOST_KEPT = 64  # logits that the compiled search keeps in order as it goes; it would pay for a few hundred
+MAX_KEPT = 64  # logits that the compiled search keeps in order as it goes; it would pay for a few hundred
 
 Report = Callable[[str], None]
 
@@ -89,7 +89,7 @@ class Compiled:
 
     def top_k(self, logits: np.ndarray, k: int) -> np.ndarray:
         """top_k.top_k, compiled; for many candidates the search in NumPy."""
-        if k > min(MOST_KEPT, len(logits) // self._block):
+        if k > min(MAX_KEPT, len(logits) // self._block):
             return search.top_k(logits, k)
         ids = np.empty(k, np.int64)
         if not self._make_top_k()(logits, ids):

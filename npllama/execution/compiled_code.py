@@ -27,7 +27,7 @@ from npllama.version import __version__
 
 PACKAGE = Path(__file__).parent.parent
 PARTS_OF_NAMES = ("forward-", "bind-threads", "top-k", "stamp-", "new-")
-KEPT_DAYS, KEPT_BYTES = 60, 512 << 20
+MAX_DAYS, MAX_BYTES = 60, 512 << 20
 """A file goes when nobody has used it for so long, or, the longest unused first, when all are larger than that."""
 UNFINISHED_S = 3600  # a file that is still being written after that never will be
 STAMP_DIGITS = 16
@@ -151,7 +151,7 @@ def tidy(folder: Path, kept: Path) -> None:
     for used, size, file in sorted(found, reverse=True):
         unfinished = file.name.startswith("new-")
         total += size
-        most_s = UNFINISHED_S if unfinished else KEPT_DAYS * 86400
-        if file != kept and (now - used > most_s or (total > KEPT_BYTES and not unfinished)):
+        most_s = UNFINISHED_S if unfinished else MAX_DAYS * 86400
+        if file != kept and (now - used > most_s or (total > MAX_BYTES and not unfinished)):
             with contextlib.suppress(OSError):
                 file.unlink()

@@ -30,8 +30,8 @@ from npllama.weights import Weights, kind_shapes
 
 SMALL_MODEL_BYTES = 20_000_000
 TABULATED = 8192  # positions whose angles are kept; of later ones they are computed in each call
-MOST_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
-MOST_THREADS = 4096
+MAX_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
+MAX_THREADS = 4096
 BACKENDS = ("auto", "numpy", "numba")
 
 
@@ -227,7 +227,7 @@ class Engine:
                 f"a batch needs equally many tokens, pos and seq, at least one; got {T}, {pos.shape}, {seq.shape}."
             )
         _check_range("token ids", tokens, self.config.vocab_size)
-        _check_range("positions", pos, MOST_POSITIONS)
+        _check_range("positions", pos, MAX_POSITIONS)
         _check_range("seq", seq, cache.pos.shape[1])
         if len(out):
             _check_range("out", out, T)
@@ -276,8 +276,8 @@ def _checked_threads(threads: int | None) -> int:
     if threads is None:
         return machine.default_threads()[0]
     n_threads = whole_number(threads)
-    if n_threads is None or not 1 <= n_threads <= MOST_THREADS:
-        raise UsageError(f"threads={quote(threads)} is not a number of threads; it needs 1 to {MOST_THREADS}.")
+    if n_threads is None or not 1 <= n_threads <= MAX_THREADS:
+        raise UsageError(f"threads={quote(threads)} is not a number of threads; it needs 1 to {MAX_THREADS}.")
     return n_threads
 
 

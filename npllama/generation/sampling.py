@@ -33,9 +33,9 @@ _STATE: Any = {
     "has_uint32": 0,
     "uinteger": 0,
 }
-_LEAST_TEMPERATURE = 1e-200
+_MIN_TEMPERATURE = 1e-200
 """As good as any lower one: it takes every logit that is not the largest to a weight of 0, and overflows no float64."""
-_LARGEST = float(np.finfo(np.float32).max)
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def candidates(
@@ -60,7 +60,7 @@ def candidates(
         logits = _penalised(logits, recent, options.repeat_penalty)
     if options.temperature > 0 and _truncates(options, len(logits)):  # the search checks them
         ids, relative = _truncated(logits, options, search)
-        return ids, np.exp(relative / max(options.temperature, _LEAST_TEMPERATURE))
+        return ids, np.exp(relative / max(options.temperature, _MIN_TEMPERATURE))
     check_finite(logits)
     if options.temperature == 0:
         return np.array([logits.argmax()]), np.ones(1)
@@ -142,7 +142,7 @@ def _penalised(logits: np.ndarray, recent: Sequence[int], penalty: float) -> np.
     with np.errstate(over="ignore"):
         new = np.where(old > 0, old / penalty, old * penalty)
     logits = logits.copy()
-    logits[ids] = new.clip(-_LARGEST, _LARGEST)
+    logits[ids] = new.clip(-_MAX_FLOAT32, _MAX_FLOAT32)
     return logits
 
 

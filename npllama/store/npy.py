@@ -21,7 +21,7 @@ from npllama.errors import ModelError, quote
 from npllama.numbers import ArraySpec
 from npllama.system import machine, signatures
 
-LARGEST_NPY_HEADER = 10_000
+MAX_NPY_HEADER_BYTES = 10_000
 NPY_ALIGNMENT = 64
 CHUNK_BYTES = 4 << 20
 AGAIN = "export the checkpoint again."
@@ -191,9 +191,9 @@ def _check_npy_header(path: Path, file: BinaryIO, spec: ArraySpec) -> int:
         raise ModelError(f"{path}: {found}, a .npy file (version 1.0, 2.0) is needed; {AGAIN}")
     begin = 10 if start[6] == 1 else 12
     length = int.from_bytes(start[8:begin], "little")
-    if length > LARGEST_NPY_HEADER or (begin + length) % NPY_ALIGNMENT:
+    if length > MAX_NPY_HEADER_BYTES or (begin + length) % NPY_ALIGNMENT:
         raise ModelError(
-            f"{path}: has a header of {length:,} bytes, needed are at most {LARGEST_NPY_HEADER:,} and an end at a "
+            f"{path}: has a header of {length:,} bytes, needed are at most {MAX_NPY_HEADER_BYTES:,} and an end at a "
             f"multiple of {NPY_ALIGNMENT}; {AGAIN}"
         )
     header = start[begin:] + read(file, length - len(start[begin:]), path.name)

@@ -49,7 +49,7 @@ FORMAT = "npllama"
 MANIFEST = "npllama.json"
 TOKENIZER = "tokenizer.model"
 
-LARGEST_TOKENIZER = 32 << 20
+MAX_TOKENIZER_BYTES = 32 << 20
 CHUNK_BYTES = 4 << 20
 
 log = logging.getLogger("npllama")
@@ -346,7 +346,7 @@ def _check_tokenizer(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
             f"{path}: tokenizer: size is {quote(size)}, but vocab_size of the config is {config.vocab_size}; "
             f"a number from 1 to that is needed, because every piece has a row of its own: {AGAIN}"
         )
-    data = read_small(folder / TOKENIZER, LARGEST_TOKENIZER)
+    data = read_small(folder / TOKENIZER, MAX_TOKENIZER_BYTES)
     if sha256_hex(data) != tokenizer["sha256"]:
         if what := signatures.pointer_or_page(data[: signatures.HEAD]):
             raise ModelError(f"{folder / TOKENIZER}: is {what}; the tokenizer that was exported is needed.")
