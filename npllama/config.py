@@ -15,7 +15,7 @@ from typing import Any
 from npllama.errors import UsageError, quote
 from npllama.version import unknown_key
 
-LARGEST = {
+MAX_SIZES = {
     "dim": 1 << 16,
     "n_layers": 512,
     "n_heads": 1 << 10,
@@ -30,7 +30,7 @@ LARGEST = {
 META_CONTEXT = 4096
 """Meta's params.json does not say the context; LLaMA 2 was trained on 4096 tokens (Touvron et al. 2023)."""
 
-MOST_EOS_TOKENS = 256
+MAX_EOS_TOKENS = 256
 
 LATER = {"add_bos_token": True, "add_eos_token": False}
 """Fields that came after format version 1, and what their absence means."""
@@ -61,7 +61,7 @@ class ModelConfig:
     add_eos_token: bool = False
 
     def __post_init__(self) -> None:
-        for name, largest in LARGEST.items():
+        for name, largest in MAX_SIZES.items():
             _whole(name, getattr(self, name), 1, largest)
         object.__setattr__(self, "norm_eps", _number("norm_eps", self.norm_eps, above=0.0, largest=1e-2))
         object.__setattr__(self, "rope_theta", _number("rope_theta", self.rope_theta, above=1.0, largest=1e12))
@@ -75,9 +75,9 @@ class ModelConfig:
                 f"head_dim is {self.head_dim}, but rotary positions turn pairs and need an even number; "
                 "the config is damaged or of another architecture"
             )
-        if not isinstance(self.eos_token_ids, tuple) or len(self.eos_token_ids) > MOST_EOS_TOKENS:
+        if not isinstance(self.eos_token_ids, tuple) or len(self.eos_token_ids) > MAX_EOS_TOKENS:
             raise UsageError(
-                f"eos_token_ids is {_show(self.eos_token_ids)}, but a tuple of at most {MOST_EOS_TOKENS} ids is needed"
+                f"eos_token_ids is {_show(self.eos_token_ids)}, but a tuple of at most {MAX_EOS_TOKENS} ids is needed"
             )
         for name, token in [("bos_token_id", self.bos_token_id), *(("eos_token_ids", t) for t in self.eos_token_ids)]:
             _whole(name, token, 0, self.vocab_size - 1)
@@ -116,8 +116,8 @@ def feed_forward_width(dim: int, multiple_of: object = 256, multiplier: object =
 
     Elements. Raises UsageError. Source: FeedForward in Meta's model.py; `multiplier` is ffn_dim_multiplier.
     """
-    dim = _whole("dim", dim, 1, LARGEST["dim"])
-    step = _whole("multiple_of", multiple_of, 1, LARGEST["hidden_dim"])
+    dim = _whole("dim", dim, 1, MAX_SIZES["dim"])
+    step = _whole("multiple_of", multiple_of, 1, MAX_SIZES["hidden_dim"])
     width = int(2 * (4 * dim) / 3)
     if multiplier is not None:
         width = int(_number("ffn_dim_multiplier", multiplier, above=0.0, largest=64.0) * width)
@@ -132,7 +132,7 @@ def from_meta(params: Mapping[str, object], *, vocab_size: int, max_seq_len: int
     """
     _refuse_set(params, META_REFUSED)
     said = _get(params, "vocab_size", -1)
-    if (type(said) is not int or said != -1) and _whole("vocab_size", said, 1, LARGEST["vocab_size"]) != vocab_size:
+    if (type(said) is not int or said != -1) and _whole("vocab_size", said, 1, MAX_SIZES["vocab_size"]) != vocab_size:
         raise UsageError(
             f"vocab_size is {said}, but tok_embeddings has {vocab_size} rows; weights and config do not belong together"
         )
@@ -163,8 +163,8 @@ META_KNOWN = {
 
 def _from_model_args(args: Mapping[str, object], max_seq_len: int) -> ModelConfig:
     """Meta's and llama2.c's names, with Meta's defaults; None stands for the default."""
-    dim = _whole("dim", _need(args, "dim"), 1, LARGEST["dim"])
-    n_heads = _whole("n_heads", _need(args, "n_heads"), 1, LARGEST["n_heads"])
+    dim = _whole("dim", _need(args, "dim"), 1, MAX_SIZES["dim"])
+    n_heads = _whole("n_heads", _need(args, "n_heads"), 1, MAX_SIZES["n_heads"])
     width = _get(args, "hidden_dim", None)
     if width is None:
         width = feed_forward_width(dim, _get(args, "multiple_of", 256), _get(args, "ffn_dim_multiplier", None))
@@ -189,10 +189,10 @@ def from_hugging_face(config: Mapping[str, object], generation: Mapping[str, obj
     config come first, as in transformers. Source: its LlamaConfig and MistralConfig, whose defaults are used.
     """
     kind = _check_architecture(config)
-    dim = _whole("hidden_size", _need(config, "hidden_size"), 1, LARGEST["dim"])
-    n_heads = _whole("num_attention_heads", _need(config, "num_attention_heads"), 1, LARGEST["n_heads"])
+    dim = _whole("hidden_size", _need(config, "hidden_size"), 1, MAX_SIZES["dim"])
+    n_heads = _whole("num_attention_heads", _need(config, "num_attention_heads"), 1, MAX_SIZES["n_heads"])
     context = _get(config, "max_position_embeddings", 2048 if kind == "llama" else 131072)
-    context = _whole("max_position_embeddings", context, 1, LARGEST["max_seq_len"])
+    context = _whole("max_position_embeddings", context, 1, MAX_SIZES["max_seq_len"])
     _check_window(config, kind, context)
     tokens: dict[str, object] = {"bos_token_id": 1, "eos_token_id": 2}
     for source in (config, generation or {}):
@@ -231,8 +231,8 @@ def usable_ids(
         several = isinstance(value, list) and key == "eos_token_id"
         ids: Any = value if several else [] if value is None else [value]
         kept = [token for token in ids if _usable_id(token, key, file, vocab_size)]
-        if len(kept) > MOST_EOS_TOKENS:
-            raise UsageError(f"{file}: {key} lists {len(kept):,} ids, but at most {MOST_EOS_TOKENS} are supported")
+        if len(kept) > MAX_EOS_TOKENS:
+            raise UsageError(f"{file}: {key} lists {len(kept):,} ids, but at most {MAX_EOS_TOKENS} are supported")
         if len(kept) < len(ids):
             lost = [_show(token) for token in ids if not _usable_id(token, key, file, vocab_size)]
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
@@ -294,7 +294,7 @@ def _quantizes_nothing(settings: object) -> bool:
 def _check_window(config: Mapping[str, object], kind: str, context: int) -> None:
     """Mistral's window is 4096 where config.json is silent, and absent where it says null."""
     window = config.get("sliding_window", 4096 if kind == "mistral" else None)
-    if window is not None and _whole("sliding_window", window, 1, LARGEST["max_seq_len"]) < context:
+    if window is not None and _whole("sliding_window", window, 1, MAX_SIZES["max_seq_len"]) < context:
         raise UsageError(
             f"sliding_window is {window}, smaller than max_position_embeddings {context}: such attention is not "
             "supported; use a checkpoint without it"

@@ -18,7 +18,7 @@ from typing import Any
 from npllama.errors import CheckpointError, quote
 from npllama.system import signatures
 
-MOST_OPEN = 8
+MAX_OPEN = 8
 
 
 @contextmanager
@@ -89,7 +89,7 @@ class Pool:
         if path in self._open:
             self._open.move_to_end(path)
             return self._open[path]
-        while len(self._open) >= MOST_OPEN:
+        while len(self._open) >= MAX_OPEN:
             self._open.popitem(last=False)[1].close()
         self._open[path] = _open_regular(path)
         return self._open[path]

@@ -31,7 +31,7 @@ HF_WEIGHTS = (
 LLAMA_1 = "layers.0.attention.inner_attention.rope.freqs"
 LLAMA_1_CONTEXT = 2048
 LLAMA_3_VOCABULARY = 128256
-MOST_FILES = 1024
+MAX_FILES = 1024
 
 
 def read_tree(file: InputFile) -> object:
@@ -210,9 +210,9 @@ def _indexed(index: Path, pool: Pool, tied: bool) -> Shard:
             "download it again"
         )
     files = sorted(set(places.values()))
-    if len(files) > MOST_FILES:
+    if len(files) > MAX_FILES:
         raise CheckpointError(
-            f"{index.name}: weight_map names {len(files):,} files, but at most {MOST_FILES:,} are read"
+            f"{index.name}: weight_map names {len(files):,} files, but at most {MAX_FILES:,} are read"
         )
     needed = {name: place for name, place in places.items() if not _may_be_absent(name, tied)}
     found, needed_files = [], set(needed.values())

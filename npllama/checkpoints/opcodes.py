@@ -16,9 +16,9 @@ from typing import cast
 
 from npllama.errors import CheckpointError, quote
 
-LARGEST_KEY = 1 << 24  # small whole numbers hash to themselves, so keys cannot be made to collide without end
-LONGEST_NAME = 256
-LONGEST_INTEGER = 16  # bytes
+MAX_KEY = 1 << 24  # small whole numbers hash to themselves, so keys cannot be made to collide without end
+MAX_NAME_BYTES = 256
+MAX_INTEGER_BYTES = 16  # bytes
 
 Call = Callable[..., object]
 
@@ -89,7 +89,7 @@ class Machine:
         return int(struct.unpack(layout, self._take(struct.calcsize(layout)))[0])
 
     def _line(self) -> str:
-        end = self._data.find(b"\n", self.position, self.position + LONGEST_NAME)
+        end = self._data.find(b"\n", self.position, self.position + MAX_NAME_BYTES)
         if end < 0:
             raise self._damaged("a name has no end")
         line = self._take(end - self.position)
@@ -183,7 +183,7 @@ class Machine:
 
     def _long(self) -> None:
         size = self._number("<B")
-        if size > LONGEST_INTEGER:
+        if size > MAX_INTEGER_BYTES:
             raise self._damaged(f"a whole number has {size} bytes")
         self._push(int.from_bytes(self._take(size), "little", signed=True))
 
@@ -210,7 +210,7 @@ class Machine:
         if len(group) % 2:
             raise self._damaged("a key has no value")
         for key, value in zip(group[::2], group[1::2], strict=True):
-            if type(key) is not str and not (type(key) is int and 0 <= key < LARGEST_KEY):
+            if type(key) is not str and not (type(key) is int and 0 <= key < MAX_KEY):
                 raise self._damaged(f"a key of a dict is a {type(key).__name__}")
             if key in target:
                 raise CheckpointError(f"{self._source}: {quote(key)} stands twice in one dict; it is damaged")

@@ -18,8 +18,8 @@ from npllama.checkpoints.opcodes import Machine, Name, Opaque
 from npllama.checkpoints.tensors import Storage, View
 from npllama.errors import CheckpointError, quote
 
-LARGEST_TREE = 512 << 10  # bytes of pickle; LLaMA 2 70B needs 75 kB
-MOST_AXES = 8
+MAX_TREE_BYTES = 512 << 10  # bytes of pickle; LLaMA 2 70B needs 75 kB
+MAX_AXES = 8
 VERSIONS = tuple(b"%d" % version for version in range(1, 11))
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -63,7 +63,7 @@ def read_zip(file: InputFile) -> object:
             storage.start, storage.swapped = archive.start(f"data/{key}"), swapped
         return storage
 
-    code = archive.read("data.pkl", LARGEST_TREE)
+    code = archive.read("data.pkl", MAX_TREE_BYTES)
     return Machine(code, f"{file.name}/data.pkl", _Calls(file).table(), persistent).load()
 
 
@@ -93,7 +93,7 @@ def read_legacy(file: InputFile) -> object:
     """The object tree of a file of torch.save before 1.6: five pickles, then each storage behind its length."""
     storages: dict[str, Storage] = {}
     machine = Machine(
-        file.read(0, min(file.size, LARGEST_TREE)),
+        file.read(0, min(file.size, MAX_TREE_BYTES)),
         file.name,
         _Calls(file).table(),
         lambda pid: _storage(file, pid, storages, 6)[1],
@@ -223,7 +223,7 @@ def _view(file: InputFile, *arguments: object) -> View:
     storage, offset, shape, strides = arguments
     if not isinstance(storage, Storage) or not isinstance(offset, int):
         raise _damaged(file, "a tensor has no storage, or begins at no element of it")
-    if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= MOST_AXES:
+    if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= MAX_AXES:
         raise _damaged(file, "a tensor is not described as torch does it")
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in (offset, *shape, *strides)):
         raise _damaged(file, "a tensor has an impossible shape")
