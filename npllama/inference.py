@@ -18,6 +18,7 @@ from npllama.cache import KVCache, clear
 from npllama.config import ModelConfig
 from npllama.errors import ContextError, UsageError, quote, whole_number
 from npllama.execution.engine import Engine
+from npllama.generation.chunks import chunk_tokens
 from npllama.generation.sampling import PENALTY_WINDOW, SEEDS, Allowed, sample
 from npllama.generation.streaming import StopStrings, StreamDecoder, stop_texts
 from npllama.options import SamplingOptions, chosen_sampling
@@ -26,10 +27,6 @@ from npllama.text.sentencepiece import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 MAX_DEFAULT_CONTEXT = 4096
-# A prompt is read in chunks of a second or two, so that an interrupt is served. The length follows from the model's
-# size alone and not from a clock, so that the same prompt is always cut the same way.
-CHUNK_OPERATIONS = 1.2e12
-MAX_CHUNK = 512
 
 log = logging.getLogger("npllama")
 
@@ -192,17 +189,18 @@ class Llama:
             raise ContextError(self._too_long(len(checked), 0))
         cache = self.borrow_cache()
         try:
-            chunks = [self.read(cache, checked, start, every=True) for start in range(0, len(checked), self.chunk)]
+            chunks = list(self.feed(cache, checked, every=True))
         finally:
             self.return_cache(cache)
         return np.concatenate(chunks) if chunks else np.zeros((0, self.config.vocab_size), np.float32)
 
-    def read(self, cache: KVCache, ids: list[int], start: int, every: bool = False) -> np.ndarray:
-        """Feed the chunk of a prompt that begins at `start`; logits of its last row, or of every row."""
-        stop = min(len(ids), start + self.chunk)
-        n = stop - start
-        out = range(n) if every else range(n - 1, n)
-        return self.engine.forward(cache, ids[start:stop], range(start, stop), [0] * n, list(out))
+    def feed(self, cache: KVCache, ids: list[int], start: int = 0, every: bool = False) -> Iterator[np.ndarray]:
+        """Feed a prompt from position `start` on, chunk by chunk: logits of a chunk's last row, or of every row."""
+        for first in range(start, len(ids), self.chunk):
+            stop = min(len(ids), first + self.chunk)
+            n = stop - first
+            out = range(n) if every else range(n - 1, n)
+            yield self.engine.forward(cache, ids[first:stop], range(first, stop), [0] * n, list(out))
 
     def borrow_cache(self) -> KVCache:
         """An empty KV cache of the context's length, used before or new."""
@@ -327,8 +325,8 @@ class Stream:
         before = "".join([decoder.push(i) for i in self._ids])  # the continuation's text depends on what it continues
         if request.echo and before:
             yield Piece(before, None)
-        for start in range(0, len(self._ids), llama.chunk):
-            logits = llama.read(cache, self._ids, start)
+        for logits in llama.feed(cache, self._ids):  # noqa: B007 (the last ones are those of the next id)
+            pass
         self._prompt_s = time.perf_counter() - started
         started = time.perf_counter()
         ends = {*llama.config.eos_token_ids, llama.config.bos_token_id, llama.tokenizer.bos_id}
@@ -486,10 +484,3 @@ def _context(own: int, asked: int | None) -> int:
     if asked > own:
         log.warning(f"a context of {asked} positions is more than the {own} that the model was trained on")
     return asked
-
-
-def chunk_tokens(c: ModelConfig) -> int:
-    """Tokens of a prompt to read in one call: a power of two from 8 to 512, fewer the larger the model."""
-    block = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim
-    affordable = int(CHUNK_OPERATIONS / (2 * c.n_layers * block))
-    return max(8, min(MAX_CHUNK, 1 << (affordable.bit_length() - 1 if affordable else 0)))

@@ -308,15 +308,13 @@ def random_ids(n: int) -> list[int]:
 def open_npllama(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
     """npllama as users open it; prompts in its own chunks."""
     import npllama
-    from npllama.inference import chunk_tokens
 
     llama = npllama.load(model, backend="numba", threads=threads, context=context, kv_dtype=kv_dtype or "f32")
-    cache, ids, chunk = llama.borrow_cache(), random_ids(context), chunk_tokens(llama.config)
+    cache, ids = llama.borrow_cache(), random_ids(context)
 
     def step(start: int, n: int) -> None:
-        for first in range(start, start + n, chunk):
-            pos = range(first, min(first + chunk, start + n))
-            llama.engine.forward(cache, ids[pos.start : pos.stop], pos, [0] * len(pos), [len(pos) - 1])
+        for _ in llama.feed(cache, ids[: start + n], start):
+            pass
 
     return step, lambda kept: None
 

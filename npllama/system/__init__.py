@@ -1,6 +1,7 @@
-"""The operating system's side: memory and processors, and files that nobody vouches for.
+"""The operating system's side: memory and processors, and files that others have made.
 
-machine.py      processors, memory, a private directory for compiled code
-signatures.py   what kind of file the first bytes show
-strict_json.py  JSON without surprises, in bounded work
+machine.py        processors, memory, a private directory for compiled code
+regular_files.py  opening a regular file and nothing else
+signatures.py     what kind of file the first bytes show
+strict_json.py    JSON without surprises, in bounded work
 """
