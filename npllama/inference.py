@@ -21,7 +21,7 @@ from npllama.execution.engine import Engine
 from npllama.generation.chunks import chunk_tokens
 from npllama.generation.sampling import PENALTY_WINDOW, SEEDS, Allowed, sample
 from npllama.generation.streaming import StopStrings, StreamDecoder, stop_texts
-from npllama.options import SamplingOptions, chosen_sampling
+from npllama.options import OPTIONS, SamplingOptions, chosen_sampling
 from npllama.store.opening import OpenModel, open_model
 from npllama.text.sentencepiece import Tokenizer
 
@@ -82,6 +82,8 @@ class Request:
     seed: int
     stop: tuple[str, ...]
     echo: bool
+    bos: bool | None
+    eos: bool | None
     padding_ids: bool
 
 
@@ -138,14 +140,11 @@ class Llama:
         tokenizer's pieces may come too. max_new_tokens and repetition_penalty are other names.
         Raises UsageError for values out of range, ContextError for a prompt that does not fit.
         """
-        max_tokens = _either("max_tokens", max_tokens, 256, "max_new_tokens", max_new_tokens)
-        penalty = _either("repeat_penalty", repeat_penalty, None, "repetition_penalty", repetition_penalty)
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repeat_penalty": penalty}
-        options = chosen_sampling(sampling, self._opened.sampling, given)
-        request = _request(max_tokens, options, seed, stop, echo, bos=bos, eos=eos, padding_ids=padding_ids)
+        given, aliases = (temperature, top_k, top_p, min_p, repeat_penalty), (max_new_tokens, repetition_penalty)
+        request = self._request(max_tokens, given, seed, stop, echo, sampling, bos, eos, padding_ids, aliases)
         if _is_one(prompt):
-            return Stream(self, self._ids(prompt, bos, eos), request, 0).run()  # type: ignore[arg-type]
-        streams = [Stream(self, self._ids(one, bos, eos), request, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
+            return Stream(self, prompt, request, 0).run()  # type: ignore[arg-type]
+        streams = [Stream(self, one, request, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
         return [stream.run() for stream in streams]
 
     def stream(
@@ -172,14 +171,40 @@ class Llama:
 
         The texts of the pieces, joined, are the text that `generate` returns.
         """
-        max_tokens = _either("max_tokens", max_tokens, 256, "max_new_tokens", max_new_tokens)
-        penalty = _either("repeat_penalty", repeat_penalty, None, "repetition_penalty", repetition_penalty)
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repeat_penalty": penalty}
-        options = chosen_sampling(sampling, self._opened.sampling, given)
-        request = _request(max_tokens, options, seed, stop, echo, bos=bos, eos=eos, padding_ids=padding_ids)
+        given, aliases = (temperature, top_k, top_p, min_p, repeat_penalty), (max_new_tokens, repetition_penalty)
+        request = self._request(max_tokens, given, seed, stop, echo, sampling, bos, eos, padding_ids, aliases)
         if not _is_one(prompt):
             raise UsageError("stream takes one prompt (text or a list of ids); generate takes a list of prompts.")
-        return Stream(self, self._ids(prompt, bos, eos), request, 0)
+        return Stream(self, prompt, request, 0)
+
+    def _request(
+        self,
+        max_tokens: int | None,
+        given: tuple[float | None, ...],
+        seed: int | None,
+        stop: str | Sequence[str] | None,
+        echo: bool,
+        sampling: str | SamplingOptions,
+        bos: bool | None,
+        eos: bool | None,
+        padding_ids: bool,
+        aliases: tuple[int | None, float | None],
+    ) -> Request:
+        """The checked options of a call. given: the sampling options, in the order of SamplingOptions."""
+        values = {option.name: value for option, value in zip(OPTIONS, given, strict=True)}
+        values["repeat_penalty"] = _either(
+            "repeat_penalty", values["repeat_penalty"], None, "repetition_penalty", aliases[1]
+        )
+        return Request(
+            max_tokens=_checked_max_tokens(_either("max_tokens", max_tokens, 256, "max_new_tokens", aliases[0])),
+            sampling=chosen_sampling(sampling, self._opened.sampling, values),
+            seed=_checked_seed(seed),
+            stop=stop_texts(stop),
+            echo=bool(echo),
+            bos=_checked_flag("bos", bos, optional=True),
+            eos=_checked_flag("eos", eos, optional=True),
+            padding_ids=bool(_checked_flag("padding_ids", padding_ids)),
+        )
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of the next token after each of the ids: (T, V) float32. Nothing is added to the ids."""
@@ -268,12 +293,13 @@ class Llama:
 class Stream:
     """A generation under way: an iterator of Piece. `result` is what has come so far, complete after the last piece."""
 
-    def __init__(self, llama: Llama, ids: list[int], request: Request, completion: int) -> None:
-        room, n_new = llama.context - len(ids), 0 if request.max_tokens == 0 else 1
-        if room < n_new:
+    def __init__(self, llama: Llama, prompt: Prompt, request: Request, completion: int) -> None:
+        ids = llama._ids(prompt, request.bos, request.eos)
+        left, n_new = llama.context - len(ids), 0 if request.max_tokens == 0 else 1
+        if left < n_new:
             raise ContextError(llama._too_long(len(ids), n_new))
         self._llama, self._ids, self._request, self._completion = llama, ids, request, completion
-        self._most = room if request.max_tokens is None else min(request.max_tokens, room)
+        self._max_tokens = left if request.max_tokens is None else min(request.max_tokens, left)
         self._n_prompt = len(ids)
         self._text: list[str] = []
         self._tokens: list[int] = []
@@ -319,48 +345,55 @@ class Stream:
             self._llama.return_cache(cache)
 
     def _generate(self, cache: KVCache) -> Iterator[Piece]:
-        llama, request = self._llama, self._request
+        """Read the prompt, then give each id's share of the text as it comes."""
         started = time.perf_counter()
-        decoder, stops = StreamDecoder(llama.tokenizer), StopStrings(request.stop)
+        decoder, stops = StreamDecoder(self._llama.tokenizer), StopStrings(self._request.stop)
         before = "".join([decoder.push(i) for i in self._ids])  # the continuation's text depends on what it continues
-        if request.echo and before:
+        if self._request.echo and before:
             yield Piece(before, None)
-        for logits in llama.feed(cache, self._ids):  # noqa: B007 (the last ones are those of the next id)
+        for logits in self._llama.feed(cache, self._ids):  # noqa: B007 (the last ones are those of the next id)
             pass
         self._prompt_s = time.perf_counter() - started
         started = time.perf_counter()
+        for token in self._sampled(cache, logits):
+            text, stopped = stops.push(decoder.push(token))
+            self._finish_reason = "stop" if stopped else self._finish_reason
+            self._generate_s = time.perf_counter() - started
+            yield Piece(text, token)
+            if stopped:
+                return
+        text = self._held_text(decoder, stops)
+        self._generate_s = time.perf_counter() - started
+        if text:
+            yield Piece(text, None)
+
+    def _sampled(self, cache: KVCache, logits: np.ndarray) -> Iterator[int]:
+        """Sample one id after the other, and feed it, until the text ends or is long enough."""
+        llama, request = self._llama, self._request
         ends = {*llama.config.eos_token_ids, llama.config.bos_token_id, llama.tokenizer.bos_id}
         n_ids = llama.config.vocab_size if request.padding_ids else llama.tokenizer.n_pieces
         allowed = Allowed(n_ids, llama.config.eos_token_ids)
-        for i in range(self._most):
-            position = self._n_prompt + i
-            recent = allowed.places(self._ids[-PENALTY_WINDOW:])
+        for position in range(self._n_prompt, self._n_prompt + self._max_tokens):
+            if position > self._n_prompt:
+                logits = llama.engine.forward(cache, self._ids[-1:], [position - 1], [0], [0])
+            recent = allowed.indices(self._ids[-PENALTY_WINDOW:])
             drawn = request.sampling, request.seed, self._completion, position
             token = allowed.id(sample(allowed.logits(logits[0]), recent, *drawn, llama.engine.top_k))
             if token in ends:
                 self._finish_reason = "stop"
-                break
+                return
             self._ids.append(token)
             self._tokens.append(token)
-            text, stopped = stops.push(decoder.push(token))
-            self._generate_s = time.perf_counter() - started
-            if stopped:
-                self._finish_reason = "stop"
-                yield Piece(text, token)
-                return
-            yield Piece(text, token)
-            if i + 1 < self._most:
-                logits = llama.engine.forward(cache, [token], [position], [0], [0])
+            yield token
+
+    def _held_text(self, decoder: StreamDecoder, stops: StopStrings) -> str:
+        """The text that was held back, now that no id follows; it too ends at a stop string."""
         text, stopped = stops.push(decoder.finish())
-        if stopped:
-            self._finish_reason = "stop"
-        else:
+        if not stopped:
             text += stops.finish()
-            if stops.stopped:  # a stop string that an earlier, longer candidate had kept open
-                self._finish_reason = "stop"
-        self._generate_s = time.perf_counter() - started
-        if text:
-            yield Piece(text, None)
+        if stops.stopped:
+            self._finish_reason = "stop"
+        return text
 
 
 def _is_one(prompt: object) -> bool:
@@ -387,36 +420,30 @@ def _either(name: str, value: Any, default: object, alias: str, other: Any) -> A
     return other
 
 
-def _request(
-    max_tokens: int | None,
-    sampling: SamplingOptions,
-    seed: int | None,
-    stop: str | Sequence[str] | None,
-    echo: bool,
-    **flags: bool | None,
-) -> Request:
-    """Check the options of a call; UsageError names what is out of range."""
-    n_new = whole_number(-1 if max_tokens is None else max_tokens)
-    if n_new is None or n_new < -1:
+def _checked_max_tokens(max_tokens: int | None) -> int | None:
+    """How many tokens to generate; None: until the context is full."""
+    number = whole_number(-1 if max_tokens is None else max_tokens, -1)
+    if number is None:
         raise UsageError(
             f"max_tokens={quote(max_tokens)}: needs 0 or more, or -1 (or None) for until the context is full."
         )
-    key = whole_number(-1 if seed is None else seed)
-    if key is None or not -1 <= key < SEEDS:
+    return None if number == -1 else number
+
+
+def _checked_seed(seed: int | None) -> int:
+    """The seed of a call: one of its own where none is given."""
+    number = whole_number(-1 if seed is None else seed, -1, SEEDS - 1)
+    if number is None:
         raise UsageError(
             f"seed={quote(seed)}: needs a whole number from 0 to 2^64 - 1, or None (or -1) for a random one."
         )
-    for name, value in flags.items():
-        if not (isinstance(value, bool) or (value is None and name != "padding_ids")):
-            raise UsageError(f"{name}={quote(value)}: needs True or False.")
-    return Request(
-        max_tokens=None if n_new == -1 else n_new,
-        sampling=sampling,
-        seed=secrets.randbits(32) if key == -1 else key,
-        stop=stop_texts(stop),
-        echo=bool(echo),
-        padding_ids=bool(flags["padding_ids"]),
-    )
+    return secrets.randbits(32) if number == -1 else number
+
+
+def _checked_flag(name: str, value: bool | None, optional: bool = False) -> bool | None:
+    if not (isinstance(value, bool) or (value is None and optional)):
+        raise UsageError(f"{name}={quote(value)}: needs True or False.")
+    return value
 
 
 def load(
@@ -450,28 +477,34 @@ def load(
     if model is not None and not isinstance(model, (str, os.PathLike)):
         raise UsageError(f"model={quote(model)}: needs the path of a model directory, or None for the demo model.")
     context = _either("context", context, None, "n_ctx", n_ctx)
-    n_positions = None if context is None else whole_number(context)
-    if context is not None and (n_positions is None or n_positions < 1):
+    n_positions = None if context is None else whole_number(context, 1)
+    if context is not None and n_positions is None:
         raise UsageError(f"context={quote(context)}: needs a number of positions, 1 or more.")
     opened = open_model(DEMO if model is None else model)
     try:
-        c = opened.config
-        tokenizer = Tokenizer(opened.tokenizer_path, c.vocab_size, c.add_bos_token, c.add_eos_token)
-        if tokenizer.eos_id not in opened.config.eos_token_ids:
-            log.warning(
-                f"the tokenizer ends a text with id {tokenizer.eos_id}, which is not among the model's end-of-text ids "
-                f"{list(opened.config.eos_token_ids)}; texts end at the model's"
-            )
-        if tokenizer.bos_id != opened.config.bos_token_id:
-            log.warning(
-                f"the tokenizer begins a text with id {tokenizer.bos_id}, the model's config says "
-                f"{opened.config.bos_token_id}; using the tokenizer's"
-            )
+        tokenizer = _tokenizer_of(opened)
         engine = Engine(opened, backend, threads, log.warning, kv_dtype)
         return Llama(opened, engine, tokenizer, _context(opened.config.max_seq_len, n_positions))
     except BaseException:
         opened.close()
         raise
+
+
+def _tokenizer_of(opened: OpenModel) -> Tokenizer:
+    """The tokenizer of a model; where the two differ about the ids that begin and end a text, a warning."""
+    c = opened.config
+    tokenizer = Tokenizer(opened.tokenizer_path, c.vocab_size, c.add_bos_token, c.add_eos_token)
+    if tokenizer.eos_id not in c.eos_token_ids:
+        log.warning(
+            f"the tokenizer ends a text with id {tokenizer.eos_id}, which is not among the model's end-of-text ids "
+            f"{list(c.eos_token_ids)}; texts end at the model's"
+        )
+    if tokenizer.bos_id != c.bos_token_id:
+        log.warning(
+            f"the tokenizer begins a text with id {tokenizer.bos_id}, the model's config says {c.bos_token_id}; "
+            f"using the tokenizer's"
+        )
+    return tokenizer
 
 
 def _context(own: int, asked: int | None) -> int:

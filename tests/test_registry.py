@@ -44,7 +44,8 @@ for backend in backends:
     with npllama.load(exported, backend=backend, threads=1) as llm, npllama.load(wide, backend="numpy") as other:
         ids = np.random.default_rng(0).integers(0, llm.config.vocab_size, 50).tolist()
         logits = llm.logits(ids)
-        found["backends"][backend] = [logits.tobytes().hex(), float(np.linalg.norm(logits - other.logits(ids)) / np.linalg.norm(logits))]
+        error = float(np.linalg.norm(logits - other.logits(ids)) / np.linalg.norm(logits))
+        found["backends"][backend] = [logits.tobytes().hex(), error]
 print(json.dumps(found))
 """
 

@@ -303,7 +303,7 @@ def test_allowed_ids_are_the_first_and_the_named_ones_in_their_order() -> None:
     ids = [*range(90), 93, 95]
     assert np.array_equal(few.logits(logits), logits[ids])
     assert [few.id(place) for place in range(92)] == ids
-    assert few.places([3, 95, 91, 89, 93, 99]) == [3, 91, 89, 90]
+    assert few.indices([3, 95, 91, 89, 93, 99]) == [3, 91, 89, 90]
     assert np.shares_memory(Allowed(90).logits(logits), logits)
     assert np.array_equal(Allowed(100).logits(logits), logits)
 
@@ -318,7 +318,7 @@ def test_a_draw_among_allowed_ids_is_the_draw_from_their_logits(beyond: list[int
     few = Allowed(260, beyond)
     ids = [*range(260), *beyond]
     for position in range(50):
-        recent = few.places([*range(position), 280, 299])
+        recent = few.indices([*range(position), 280, 299])
         found = few.id(sample(few.logits(logits), recent, options, 7, 0, position))
         assert found in ids
         assert found == ids[sample(logits[ids], recent, options, 7, 0, position)]

@@ -275,8 +275,8 @@ def _check_range(what: str, numbers: np.ndarray, end: int) -> None:
 def _checked_threads(threads: int | None) -> int:
     if threads is None:
         return machine.default_threads()[0]
-    n_threads = whole_number(threads)
-    if n_threads is None or not 1 <= n_threads <= MAX_THREADS:
+    n_threads = whole_number(threads, 1, MAX_THREADS)
+    if n_threads is None:
         raise UsageError(f"threads={quote(threads)} is not a number of threads; it needs 1 to {MAX_THREADS}.")
     return n_threads
 

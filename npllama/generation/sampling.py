@@ -86,16 +86,16 @@ class Allowed:
         first = logits[: self._n_ids]
         return np.concatenate((first, logits[self._beyond])) if len(self._beyond) else first
 
-    def places(self, ids: Sequence[int]) -> Sequence[int]:
-        """Where ids stand among the allowed ones; those that are not allowed are left out."""
+    def indices(self, ids: Sequence[int]) -> Sequence[int]:
+        """The indices of ids among the allowed ones; those that are not allowed are left out."""
         if max(ids, default=0) < self._n_ids:
             return ids
         beyond = {int(token): self._n_ids + i for i, token in enumerate(self._beyond)}
         return [beyond.get(i, i) for i in ids if i < self._n_ids or i in beyond]
 
-    def id(self, place: int) -> int:
-        """The id at a place."""
-        return place if place < self._n_ids else int(self._beyond[place - self._n_ids])
+    def id(self, index: int) -> int:
+        """The id at an index among the allowed ones."""
+        return index if index < self._n_ids else int(self._beyond[index - self._n_ids])
 
 
 def sample(
@@ -157,7 +157,7 @@ def _truncated(logits: np.ndarray, options: SamplingOptions, search: Search) -> 
     Without top-k, as many of the largest are sorted as top-p and min-p turn out to need, eight times more at each try.
     """
     by_top_k = 0 < options.top_k < len(logits)
-    n = int(options.top_k) if by_top_k else FIRST_TRY
+    n = options.top_k if by_top_k else FIRST_TRY
     total = None
     if not by_top_k:
         check_finite(logits)
