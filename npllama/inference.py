@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from npllama.config import ModelConfig
 from npllama.errors import ContextError, UsageError, quote, whole_number
 from npllama.execution.engine import Engine
 from npllama.generation.chunks import chunk_tokens
-from npllama.generation.sampling import PENALTY_WINDOW, SEEDS, Allowed, sample
-from npllama.generation.streaming import StopStrings, StreamDecoder, stop_texts
-from npllama.options import OPTIONS, SamplingOptions, chosen_sampling
+from npllama.generation.requests import Prompt, Request, check_kind, either, is_one, new_request
+from npllama.generation.sampling import PENALTY_WINDOW, Allowed, sample
+from npllama.generation.streaming import StopStrings, StreamDecoder
+from npllama.options import SamplingOptions
 from npllama.store.opening import OpenModel, open_model
 from npllama.text.sentencepiece import Tokenizer
 
@@ -29,8 +29,6 @@ DEMO = Path(__file__).parent / "demo"
 MAX_DEFAULT_CONTEXT = 4096
 
 log = logging.getLogger("npllama")
-
-Prompt = str | Sequence[int]
 
 
 class Piece(NamedTuple):
@@ -71,20 +69,6 @@ class Result:
     seed: int
     prompt_s: float
     generate_s: float
-
-
-@dataclass(frozen=True)
-class Request:
-    """The validated options of one call."""
-
-    max_tokens: int | None
-    sampling: SamplingOptions
-    seed: int
-    stop: tuple[str, ...]
-    echo: bool
-    bos: bool | None
-    eos: bool | None
-    padding_ids: bool
 
 
 class Llama:
@@ -141,8 +125,9 @@ class Llama:
         Raises UsageError for values out of range, ContextError for a prompt that does not fit.
         """
         given, aliases = (temperature, top_k, top_p, min_p, repeat_penalty), (max_new_tokens, repetition_penalty)
-        request = self._request(max_tokens, given, seed, stop, echo, sampling, bos, eos, padding_ids, aliases)
-        if _is_one(prompt):
+        source = (sampling, self._opened.sampling)
+        request = new_request(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases)
+        if is_one(prompt):
             return Stream(self, prompt, request, 0).run()  # type: ignore[arg-type]
         streams = [Stream(self, one, request, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
         return [stream.run() for stream in streams]
@@ -172,43 +157,15 @@ class Llama:
         The texts of the pieces, joined, are the text that `generate` returns.
         """
         given, aliases = (temperature, top_k, top_p, min_p, repeat_penalty), (max_new_tokens, repetition_penalty)
-        request = self._request(max_tokens, given, seed, stop, echo, sampling, bos, eos, padding_ids, aliases)
-        if not _is_one(prompt):
+        source = (sampling, self._opened.sampling)
+        request = new_request(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases)
+        if not is_one(prompt):
             raise UsageError("stream takes one prompt (text or a list of ids); generate takes a list of prompts.")
         return Stream(self, prompt, request, 0)
 
-    def _request(
-        self,
-        max_tokens: int | None,
-        given: tuple[float | None, ...],
-        seed: int | None,
-        stop: str | Sequence[str] | None,
-        echo: bool,
-        sampling: str | SamplingOptions,
-        bos: bool | None,
-        eos: bool | None,
-        padding_ids: bool,
-        aliases: tuple[int | None, float | None],
-    ) -> Request:
-        """The checked options of a call. given: the sampling options, in the order of SamplingOptions."""
-        values = {option.name: value for option, value in zip(OPTIONS, given, strict=True)}
-        values["repeat_penalty"] = _either(
-            "repeat_penalty", values["repeat_penalty"], None, "repetition_penalty", aliases[1]
-        )
-        return Request(
-            max_tokens=_checked_max_tokens(_either("max_tokens", max_tokens, 256, "max_new_tokens", aliases[0])),
-            sampling=chosen_sampling(sampling, self._opened.sampling, values),
-            seed=_checked_seed(seed),
-            stop=stop_texts(stop),
-            echo=bool(echo),
-            bos=_checked_flag("bos", bos, optional=True),
-            eos=_checked_flag("eos", eos, optional=True),
-            padding_ids=bool(_checked_flag("padding_ids", padding_ids)),
-        )
-
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of the next token after each of the ids: (T, V) float32. Nothing is added to the ids."""
-        _check_kind(ids)
+        check_kind(ids)
         checked = self._ids(list(ids)) if len(ids) else []
         if len(checked) > self.context:
             raise ContextError(self._too_long(len(checked), 0))
@@ -249,7 +206,7 @@ class Llama:
                     "the prompt is empty and gets no BOS here, so there is no token; give text, or bos=True."
                 )
             return ids
-        _check_kind(prompt)
+        check_kind(prompt)
         for name, asked in (("bos", bos), ("eos", eos)):
             if asked:
                 raise UsageError(f"{name}=True is for a prompt of text; ids are taken as they are: put it among them.")
@@ -396,56 +353,6 @@ class Stream:
         return text
 
 
-def _is_one(prompt: object) -> bool:
-    """Whether a prompt is one prompt (text, or a list of ids) and not a list of prompts."""
-    if isinstance(prompt, str):
-        return True
-    _check_kind(prompt)
-    return len(prompt) == 0 or isinstance(prompt[0], bool) or whole_number(prompt[0]) is not None  # type: ignore[arg-type, index]
-
-
-def _check_kind(prompt: object) -> None:
-    """Refuse what is neither text nor a sequence: bytes would pass for ids, an iterator would be used up by a look."""
-    listed = hasattr(prompt, "__len__") and hasattr(prompt, "__getitem__") and getattr(prompt, "shape", None) != ()
-    if not listed or isinstance(prompt, (bytes, bytearray, dict)):
-        raise UsageError(f"a prompt is text, a list of token ids, or a list of either; got {type(prompt).__name__}.")
-
-
-def _either(name: str, value: Any, default: object, alias: str, other: Any) -> Any:
-    """The value of a parameter that has another name; UsageError when both are given and differ."""
-    if other is None:
-        return value
-    if value not in (default, other):
-        raise UsageError(f"{name}={quote(value)} and {alias}={quote(other)} mean the same; give one of them.")
-    return other
-
-
-def _checked_max_tokens(max_tokens: int | None) -> int | None:
-    """How many tokens to generate; None: until the context is full."""
-    number = whole_number(-1 if max_tokens is None else max_tokens, -1)
-    if number is None:
-        raise UsageError(
-            f"max_tokens={quote(max_tokens)}: needs 0 or more, or -1 (or None) for until the context is full."
-        )
-    return None if number == -1 else number
-
-
-def _checked_seed(seed: int | None) -> int:
-    """The seed of a call: one of its own where none is given."""
-    number = whole_number(-1 if seed is None else seed, -1, SEEDS - 1)
-    if number is None:
-        raise UsageError(
-            f"seed={quote(seed)}: needs a whole number from 0 to 2^64 - 1, or None (or -1) for a random one."
-        )
-    return secrets.randbits(32) if number == -1 else number
-
-
-def _checked_flag(name: str, value: bool | None, optional: bool = False) -> bool | None:
-    if not (isinstance(value, bool) or (value is None and optional)):
-        raise UsageError(f"{name}={quote(value)}: needs True or False.")
-    return value
-
-
 def load(
     model: str | os.PathLike[str] | None = None,
     backend: str = "auto",
@@ -476,7 +383,7 @@ def load(
     """
     if model is not None and not isinstance(model, (str, os.PathLike)):
         raise UsageError(f"model={quote(model)}: needs the path of a model directory, or None for the demo model.")
-    context = _either("context", context, None, "n_ctx", n_ctx)
+    context = either("context", context, None, "n_ctx", n_ctx)
     n_positions = None if context is None else whole_number(context, 1)
     if context is not None and n_positions is None:
         raise UsageError(f"context={quote(context)}: needs a number of positions, 1 or more.")

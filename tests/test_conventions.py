@@ -167,7 +167,7 @@ READERS = each("checkpoints/", "store/", "system/", "text/", "config.py")
 @pytest.mark.parametrize("file", READERS)
 def test_readers_of_foreign_files_have_no_broad_except(file: str) -> None:
     for node in ast.walk(TREES[file]):
-        if isinstance(node, ast.ExceptHandler):
+        if isinstance(node, ast.ExceptHandler) and ast.unparse(node.body[-1]) != "raise":  # what is passed on is fine
             assert node.type is not None, f"{file}:{node.lineno}: except without a type"
             kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
             names = {kind.id for kind in kinds if isinstance(kind, ast.Name)}
