@@ -8,7 +8,6 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from npllama.generation.sampling import PENALTY_WINDOW, Allowed, sample
 from npllama.generation.streaming import StopStrings, StreamDecoder
 from npllama.options import SamplingOptions
 from npllama.store.opening import OpenModel, open_model
+from npllama.system.closing import Closing
 from npllama.text.sentencepiece import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
@@ -71,7 +71,7 @@ class Result:
     generate_s: float
 
 
-class Llama:
+class Llama(Closing):
     """An open model. Made by `load`; also a context manager, which closes it."""
 
     def __init__(self, opened: OpenModel, engine: Engine, tokenizer: Tokenizer, context: int) -> None:
@@ -237,14 +237,6 @@ class Llama:
         self._spare.clear()
         self.engine.close()
         self._opened.close()
-
-    def __enter__(self) -> Llama:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Stream:

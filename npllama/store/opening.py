@@ -21,7 +21,6 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -42,6 +41,7 @@ from npllama.store.npy import (
     unreadable,
 )
 from npllama.system import signatures, strict_json
+from npllama.system.closing import Closing
 from npllama.version import NEEDS, SINCE, VERSION, unknown_key, unknown_version
 from npllama.weights import KINDS, Weights, kind_shapes
 
@@ -78,7 +78,7 @@ def vocabulary_fits(pieces: int, vocab_size: int) -> bool:
     return 0 < pieces <= vocab_size
 
 
-class OpenModel:
+class OpenModel(Closing):
     """A model directory that has been checked and mapped. Also a context manager.
 
     The maps live as long as arrays taken from `weights` do: unmapping under an array in use would end the process.
@@ -110,14 +110,6 @@ class OpenModel:
     def close(self) -> None:
         """Let go of the weights; their maps are freed with the last array that refers to them."""
         self._weights = None
-
-    def __enter__(self) -> OpenModel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_model(path: str | os.PathLike[str]) -> OpenModel:

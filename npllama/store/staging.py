@@ -278,17 +278,24 @@ def _swap(a: Path, b: Path) -> bool:
     return failed == 0
 
 
+def _renamed(source: Path, target: Path) -> bool:
+    """Rename a file or directory; False where the file system refuses that, and copying may do."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno not in CANNOT_RENAME:
+            raise
+        return False
+    return True
+
+
 def _move(source: Path, target: Path, seal: str, arriving: bool) -> None:
     """Rename a directory; where the file system refuses that, make `target` and move the files, or undo all of it.
 
     The seal goes first, and where a model arrives it comes last: what is at `out` has it only while it is whole.
     """
-    try:
-        os.rename(source, target)
+    if _renamed(source, target):
         return
-    except OSError as error:
-        if error.errno not in CANNOT_RENAME:
-            raise
     os.mkdir(target)
     moved: list[str] = []
     try:
@@ -307,12 +314,8 @@ def _move(source: Path, target: Path, seal: str, arriving: bool) -> None:
 
 def _move_file(source: Path, target: Path) -> None:
     """Rename a file; where the file system refuses that, copy it."""
-    try:
-        os.rename(source, target)
+    if _renamed(source, target):
         return
-    except OSError as error:
-        if error.errno not in CANNOT_RENAME:
-            raise
     try:
         with open(source, "rb") as read, open(target, "xb") as written:
             shutil.copyfileobj(read, written, 4 << 20)

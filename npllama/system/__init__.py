@@ -1,5 +1,6 @@
 """The operating system's side: memory and processors, and files that others have made.
 
+closing.py        what is closed at the end of a block
 machine.py        processors, memory, a private directory for compiled code
 regular_files.py  opening a regular file and nothing else
 signatures.py     what kind of file the first bytes show
