@@ -20,7 +20,7 @@ from npllama.numbers.groups import Grouped
 
 # Scores of one attention step: at most this many, so that memory does not grow with T x S.
 MAX_SCORES = 1 << 21
-# Sums of groups that one step of a product holds: they stay in the second-level cache.
+# Sums of groups that one step of a product holds: they stay in L2.
 MAX_COUNTS = 1 << 17
 
 W = TypeVar("W", bound=Weight)
@@ -102,7 +102,7 @@ def linears(x: np.ndarray, ws: tuple[Weight, ...]) -> tuple[np.ndarray, ...]:
 
 
 def rotation(pos: np.ndarray, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of every angle by which positions turn the pairs of a head.
+    """Cosine and sine of every angle by which positions rotate the pairs of a head.
 
         angle[t, i] = pos[t] * theta^(-2 i / E)        i = 0 .. E/2 - 1
 
@@ -115,7 +115,7 @@ def rotation(pos: np.ndarray, head_dim: int, theta: float) -> tuple[np.ndarray, 
 
 
 def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Turn each adjacent pair of a head by its position's angle (rotary position embedding).
+    """Rotate each adjacent pair of a head by its position's angle (rotary position embedding).
 
         y[t, h, 2i]   = x[t, h, 2i] * cos[t, i] - x[t, h, 2i+1] * sin[t, i]
         y[t, h, 2i+1] = x[t, h, 2i] * sin[t, i] + x[t, h, 2i+1] * cos[t, i]
@@ -132,7 +132,7 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 
 def rope_to_sinks(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: KVCache) -> np.ndarray:
-    """Turn queries as `rope` does, to the positions from which they see the sinks; x itself where there are none.
+    """Rotate queries as `rope` does, to the positions from which they see the sinks; x itself where there are none.
 
     x (T, H, E) float32, cos and sin (T, E/2) of the positions min(p, n_sink + window - 1). Returns (T, H, E) float32.
     Source: Xiao et al. 2023, arXiv:2309.17453, section 3.2: distances are counted within the cache.

@@ -162,7 +162,7 @@ def open_hugging_face(weights: Path, pool: Pool) -> Checkpoint:
     tensors = {name: merge(name, shape, [found[name]], "config.json") for name, shape in wanted.items()}
     for name, tensor in tensors.items():
         if names.kind(name) in ("attention.wq", "attention.wk"):
-            tensors[name] = Tensor(name, tensor.shape, tensor.parts, halves=config.head_dim)
+            tensors[name] = Tensor(name, tensor.shape, tensor.parts, neox_head_dim=config.head_dim)
     if tie and "output" in tensors and not equal(tensors["output"], tensors["tok_embeddings"]):
         raise CheckpointError(
             f"{shard.source}: 'lm_head.weight' differs from 'model.embed_tokens.weight', but config.json says "

@@ -14,7 +14,7 @@ from typing import Literal
 
 from npllama.checkpoints.archive import Archive
 from npllama.checkpoints.files import InputFile
-from npllama.checkpoints.opcodes import Machine, Name, Opaque
+from npllama.checkpoints.opcodes import Name, Opaque, PickleMachine
 from npllama.checkpoints.tensors import Storage, View
 from npllama.errors import CheckpointError, quote
 
@@ -64,7 +64,7 @@ def read_zip(file: InputFile) -> object:
         return storage
 
     code = archive.read("data.pkl", MAX_TREE_BYTES)
-    return Machine(code, f"{file.name}/data.pkl", _Calls(file).table(), persistent).load()
+    return PickleMachine(code, f"{file.name}/data.pkl", _Calls(file).table(), persistent).load()
 
 
 def _check_kind(file: InputFile, archive: Archive) -> bool:
@@ -92,7 +92,7 @@ def _check_kind(file: InputFile, archive: Archive) -> bool:
 def read_legacy(file: InputFile) -> object:
     """The object tree of a file of torch.save before 1.6: five pickles, then each storage behind its length."""
     storages: dict[str, Storage] = {}
-    machine = Machine(
+    machine = PickleMachine(
         file.read(0, min(file.size, MAX_TREE_BYTES)),
         file.name,
         _Calls(file).table(),

@@ -107,15 +107,15 @@ class View:
 class Tensor:
     """One weight of the model, under Meta's name and in Meta's row order.
 
-    shape (rows, columns) or (n,); dtype "f32", "f16", "bf16" or "f64". `parts` are merged along `axis`; rows of heads
-    of size `halves` are turned from Hugging Face's two halves to Meta's adjacent pairs (0: they are Meta's already).
+    shape (rows, columns) or (n,); dtype "f32", "f16", "bf16" or "f64". `parts` are merged along `axis`.
+    neox_head_dim: head size where the file has the row order of Hugging Face (GPT-NeoX's); 0 where it has Meta's.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[View, ...]
     axis: int = 0
-    halves: int = 0
+    neox_head_dim: int = 0
 
     @property
     def dtype(self) -> str:
@@ -132,9 +132,9 @@ class Tensor:
             raise IndexError(
                 f"rows {start} to {stop} were asked of {self.shape[0]}; needs 0 <= start <= stop <= {self.shape[0]}"
             )
-        if not self.halves:
+        if not self.neox_head_dim:
             return self._merged(start, stop)
-        E = self.halves
+        E = self.neox_head_dim
         low, high = start // E * E, -(-stop // E) * E
         heads = self._merged(low, high).reshape(-1, 2, E // 2, *self.shape[1:])
         pairs = np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(high - low, *self.shape[1:])

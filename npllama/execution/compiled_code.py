@@ -51,7 +51,7 @@ def named(what: str) -> str:
 
 def compiled_exists(opened: OpenModel, kv_dtype: str = "f32") -> bool:
     """Whether compiled code for this model is kept, for this or another CPU. Writes nothing, does not import numba."""
-    folder, _ = machine.cache_directory(make=False)
+    folder, _ = machine.compiled_code_directory(make=False)
     if folder is None or not any(folder.glob("forward-*")):
         return False
     return any(folder.glob(forward_name(opened, kv_dtype) + "-*"))
@@ -100,8 +100,8 @@ def _versions() -> bytes:
 
 
 def _stamp_file(added: tuple[Path, ...]) -> Path | None:
-    """The file that remembers the stamp of the package's files as they are: parsing them takes a tenth of a second."""
-    folder, _ = machine.cache_directory(make=False)
+    """The file that remembers the stamp of the package's files as they are, so that a start need not parse them."""
+    folder, _ = machine.compiled_code_directory(make=False)
     if folder is None:
         return None
     digest = hashlib.sha256(_versions())

@@ -147,7 +147,7 @@ class Engine:
             return lambda data: data.reshape(-1, 4096) @ np.ones(4096, np.float32)
         return functools.partial(compiled.read, self.threads)
 
-    def single_kernels(self) -> dict[str, Callable[..., np.ndarray]]:
+    def kernels_per_op(self) -> dict[str, Callable[..., np.ndarray]]:
         """Every step of ops.py compiled on its own. Raises UsageError for the NumPy execution, which has no kernels."""
         if self.backend != "numba":
             raise UsageError("the NumPy execution has no kernels to look at; it needs numba, and backend numba.")

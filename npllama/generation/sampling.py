@@ -22,7 +22,7 @@ SEEDS = 1 << 64
 FIRST_TRY = 64
 """How many of the largest logits are sorted first when top-k does not say how many can be needed."""
 _PHILOX = np.random.Philox(0)
-"""Given key and counter for each draw, in a tenth of the time that a new one takes to make."""
+"""Given key and counter for each draw, because making a new one takes longer."""
 _DRAWING = threading.Lock()  # guards them; Philox's own is taken by its methods, and was not reentrant before NumPy 2
 _KEY, _COUNTER = np.zeros(2, np.uint64), np.zeros(4, np.uint64)
 _STATE: Any = {
@@ -64,7 +64,7 @@ def candidates(
     check_finite(logits)
     if options.temperature == 0:
         return np.array([logits.argmax()]), np.ones(1)
-    # All V ids stay float32, where exp takes a fifteenth of the time, unless the temperature vanishes there.
+    # All V ids stay float32, where exp is much faster, unless the temperature vanishes there.
     wide = logits if options.temperature > 1e-30 else logits.astype(np.float64)
     with np.errstate(over="ignore"):  # what lies beyond the range below the largest goes to -inf: probability 0
         weights = np.exp((wide - wide.max()) / options.temperature)

@@ -142,7 +142,7 @@ def profile(llama: Llama, n_tokens: int, repetitions: int = 20) -> tuple[list[tu
 
         return run
 
-    forward = stepwise({name: timed(name, step) for name, step in engine.single_kernels().items()})
+    forward = stepwise({name: timed(name, step) for name, step in engine.kernels_per_op().items()})
     cache, pos = engine.new_cache(1, n_tokens), np.arange(n_tokens)
     ids = np.random.default_rng(0).integers(0, llama.config.vocab_size, n_tokens)
     samples = []

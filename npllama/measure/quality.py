@@ -6,8 +6,8 @@ calls this a stride of one window; llama.cpp scores the second half of each wind
 With p the model and r the reference:
 
     perplexity        exp(mean over ids of -log p(id))
-    KL divergence     mean over places of sum_v r(v) (log r(v) - log p(v)), in nats
-    top-1 agreement   share of places where both find the same id most probable
+    KL divergence     mean over ids of sum_v r(v) (log r(v) - log p(v)), in nats
+    top-1 agreement   share of ids where both find the same id most probable
 """
 
 from __future__ import annotations

@@ -134,9 +134,9 @@ def _read_aligned(path: Path, file: io.FileIO, spec: ArraySpec, why: OSError | V
             f"{path}: cannot be mapped into memory ({reason(why)}), nor read: {size:,} bytes are needed, {free:,} are "
             f"free; copy the model to a local disk."
         )
-    room = np.empty(size + NPY_ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % NPY_ALIGNMENT
-    numbers, done = room[start : start + size], 0
+    buffer = np.empty(size + NPY_ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % NPY_ALIGNMENT
+    numbers, done = buffer[start : start + size], 0
     while done < size:
         chunk = read(file, min(CHUNK_BYTES, size - done), path.name)
         if not chunk:

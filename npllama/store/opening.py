@@ -115,7 +115,7 @@ class OpenModel(Closing):
 def open_model(path: str | os.PathLike[str]) -> OpenModel:
     """Open a model directory: check everything but the arrays' contents, and map the arrays read-only.
 
-    Opens at most one file for each array, writes nothing, and takes milliseconds whatever the size. Raises ModelError,
+    Opens at most one file for each array, writes nothing, and takes equally long whatever the size. Raises ModelError,
     naming the file, for anything that is missing, malformed or does not fit together.
     """
     folder = Path(path)

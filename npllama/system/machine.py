@@ -1,4 +1,4 @@
-"""What this machine offers: processors, memory, a place for compiled code, which is all that is ever made here."""
+"""What this machine offers: processors, memory, a private directory for compiled code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 import sys
 from pathlib import Path
 
-# glibc's numbers of two settings (malloc.h), and their values: the largest that it accepts, and room for all steps.
+# glibc's numbers of two settings (malloc.h), and their values: the largest that it accepts, and enough for all steps.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MAX_KEPT_BLOCK_BYTES, MAX_KEPT_BYTES = 32 << 20, 128 << 20
 
@@ -119,7 +119,7 @@ def _cgroup_folders(controller: str) -> list[Path]:
     return folders
 
 
-def cache_directory(make: bool = True) -> tuple[Path | None, str]:
+def compiled_code_directory(make: bool = True) -> tuple[Path | None, str]:
     """The private directory for compiled code, made when missing (if `make`); None and the reason where there is none.
 
     NPLLAMA_CACHE_DIR, else npllama under XDG_CACHE_HOME, else under ~/.cache. Refused unless this user owns it and no
