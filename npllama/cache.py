@@ -9,7 +9,7 @@ every key is stored rotated by its own position. One rule decides what a query a
     visible(p, s)  =  0 <= pos[s] <= p   and   (pos[s] > p - window  or  pos[s] < n_sink)
 
 That is the causal mask, the empty slot (pos = -1), the lapped ring, the sliding window and the attention sinks
-(Xiao et al. 2023, arXiv:2309.17453) at once.
+(Xiao et al. 2023, arXiv:2309.17453) at once. Nothing in the package asks for windows, sinks or several sequences yet.
 """
 
 from __future__ import annotations

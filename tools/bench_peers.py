@@ -357,6 +357,32 @@ def open_llama_cpp(model: Path, threads: int, context: int, kv_dtype: str) -> tu
     return step, forget
 
 
+def torch_weights(model: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config and weights of a model directory in float32 or bfloat16, as tensors."""
+    import torch
+
+    from npllama.numbers.bf16 import BF16
+    from npllama.store.opening import open_model
+
+    opened = open_model(model)
+    w = {}
+    for kind, weight in opened.weights._asdict().items():
+        if isinstance(weight, BF16):
+            w[kind] = torch.from_numpy(weight.bits.view(np.int16).copy()).view(torch.bfloat16)
+        else:
+            w[kind] = torch.from_numpy(weight.copy())
+    return opened.config, w
+
+
+def torch_rotation(c: ModelConfig, context: int) -> Any:
+    """RoPE's angles as complex numbers of length 1: (context, head_dim / 2)."""
+    import torch
+
+    frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+    angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+
+
 def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
     """LLaMA 2 in torch as one would write it: matrix products, scaled_dot_product_attention, a static cache.
 
@@ -365,23 +391,11 @@ def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[
     import torch
     from torch.nn import functional
 
-    from npllama.numbers.bf16 import BF16
-    from npllama.store.opening import open_model
-
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    opened = open_model(model)
-    c = opened.config
-    w = {}
-    for kind, weight in opened.weights._asdict().items():
-        if isinstance(weight, BF16):
-            w[kind] = torch.from_numpy(weight.bits.view(np.int16).copy()).view(torch.bfloat16)
-        else:
-            w[kind] = torch.from_numpy(weight.copy())
+    c, w = torch_weights(model)
     dtype = w["wq"].dtype
-    frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
-    angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
-    turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    rotation = torch_rotation(c, context)
     keys = torch.zeros(c.n_layers, c.n_kv_heads, context, c.head_dim, dtype=dtype)
     values = torch.zeros_like(keys)
     ids = torch.tensor(random_ids(context))
@@ -392,7 +406,7 @@ def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[
 
     def rotate(x: Any, start: int) -> Any:
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * turn[start : start + x.shape[0], None]).flatten(2).to(dtype)
+        return torch.view_as_real(pairs * rotation[start : start + x.shape[0], None]).flatten(2).to(dtype)
 
     def step(start: int, n: int) -> None:
         x = w["tok_embeddings"][ids[start : start + n]]
