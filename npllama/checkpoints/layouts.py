@@ -203,18 +203,18 @@ def _single(path: Path, pool: Pool, rename: Rename) -> Shard:
 
 def _indexed(index: Path, pool: Pool, tied: bool) -> Shard:
     """Several files as one. The index says which files; where in them a tensor lies, they say themselves."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(_plain(place) for place in places.values()):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(_plain(file) for file in weight_map.values()):
         raise CheckpointError(
             f"{index.name}: weight_map must give each tensor a file name without a folder; the file is damaged: "
             "download it again"
         )
-    files = sorted(set(places.values()))
+    files = sorted(set(weight_map.values()))
     if len(files) > MAX_FILES:
         raise CheckpointError(
             f"{index.name}: weight_map names {len(files):,} files, but at most {MAX_FILES:,} are read"
         )
-    needed = {name: place for name, place in places.items() if not _may_be_absent(name, tied)}
+    needed = {name: file for name, file in weight_map.items() if not _may_be_absent(name, tied)}
     found, needed_files = [], set(needed.values())
     for name in files:
         if not os.path.exists(index.parent / name):
@@ -228,9 +228,9 @@ def _indexed(index: Path, pool: Pool, tied: bool) -> Shard:
         found.append(state_dict(read_tree(file), file))
     shard = Shard.of(index.name, found, names.hugging_face_names)
     known, _ = names.hugging_face_names({names.plain(name) for name in needed})
-    for name, place in needed.items():
+    for name, file in needed.items():
         if known[names.plain(name)] not in shard.tensors:
-            raise CheckpointError(f"{place}: tensor {quote(name)} is missing, though {index.name} says it is there")
+            raise CheckpointError(f"{file}: tensor {quote(name)} is missing, though {index.name} says it is there")
     return shard
 
 

@@ -1,7 +1,7 @@
 """What torch.save wrote: the zip format (torch >= 1.6) and the legacy format before it.
 
 Both hold one pickle of an object tree in which every tensor names its storage, and the storages as raw bytes. The tree
-is returned with Views in the places of tensors; nothing of the bytes is read yet.
+is returned with Views instead of tensors; nothing of the bytes is read yet.
 
 Source: torch/serialization.py and torch/_utils.py.
 """
