@@ -9,7 +9,7 @@ every key is stored rotated by its own position. One rule decides what a query a
     visible(p, s)  =  0 <= pos[s] <= p   and   (pos[s] > p - window  or  pos[s] < n_sink)
 
 That is the causal mask, the empty slot (pos = -1), the lapped ring, the sliding window and the attention sinks
-(Xiao et al. 2023, arXiv:2309.17453) at once.
+(Xiao et al. 2023, arXiv:2309.17453) at once. Nothing in the package asks for windows, sinks or several sequences yet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from npllama.numbers.f16 import F16, f16_bits, from_f16
 EMPTY = -1
 
 
-class Rounded(NamedTuple):
+class Int8KV(NamedTuple):
     """Keys or values in 8 bits, each head's row rounded in groups as activations.quantize_rows does it.
 
     codes (L, N, G, S, E) int8, scales (L, N, G, S, groups) float32.
@@ -36,7 +36,7 @@ class Rounded(NamedTuple):
     scales: np.ndarray
 
 
-Stored = np.ndarray | F16 | Rounded
+Stored = np.ndarray | F16 | Int8KV
 """Keys or values of all layers and sequences in a number format: float32, float16 or 8 bits."""
 
 KV_DTYPES = ("f32", "f16", "q8")
@@ -152,7 +152,7 @@ def _parts(name: str, stored: Stored, shape: tuple[int, ...], kv_dtype: str) -> 
         return [(name, stored, shape, _FLOAT32)]  # type: ignore[list-item] # any other is refused
     if kv_dtype == "f16" and type(stored) is F16:
         return [(f"{name}.bits", stored.bits, shape, _UINT16)]
-    if kv_dtype == "q8" and type(stored) is Rounded:
+    if kv_dtype == "q8" and type(stored) is Int8KV:
         scales = (*shape[:-1], _n_groups(shape[-1]))
         return [(f"{name}.codes", stored.codes, shape, _INT8), (f"{name}.scales", stored.scales, scales, _FLOAT32)]
     raise UsageError(
@@ -191,7 +191,7 @@ def _zeros(shape: tuple[int, ...], kv_dtype: str) -> Stored:
     if kv_dtype == "f16":
         return F16(np.zeros(shape, np.uint16))
     if kv_dtype == "q8":
-        return Rounded(np.zeros(shape, np.int8), np.zeros((*shape[:-1], _n_groups(shape[-1])), np.float32))
+        return Int8KV(np.zeros(shape, np.int8), np.zeros((*shape[:-1], _n_groups(shape[-1])), np.float32))
     return np.zeros(shape, np.float32)
 
 
@@ -204,7 +204,7 @@ def write(stored: Stored, l: int, n: int, at: slice | list[int], rows: np.ndarra
     heads = rows.transpose(1, 0, 2)  # (T, G, E) -> (G, T, E)
     if isinstance(stored, F16):
         stored.bits[l, n][:, at] = f16_bits(heads)
-    elif isinstance(stored, Rounded):
+    elif isinstance(stored, Int8KV):
         G, T, E = heads.shape
         codes, scales = quantize_rows(heads.reshape(G * T, E))
         stored.codes[l, n][:, at] = codes.reshape(G, T, -1)[:, :, :E]
@@ -217,7 +217,7 @@ def read(stored: Stored, l: int, n: int, used: int) -> np.ndarray:
     """The first `used` slots of sequence n in layer l: (G, used, E) float32, a view where that is how they lie."""
     if isinstance(stored, F16):
         return from_f16(stored.bits[l, n, :, :used])
-    if isinstance(stored, Rounded):
+    if isinstance(stored, Int8KV):
         codes, scales = stored.codes[l, n, :, :used], stored.scales[l, n, :, :used]
         return codes * np.repeat(scales, GROUP, axis=-1)[:, :, : codes.shape[-1]]
     return stored[l, n, :, :used]

@@ -16,7 +16,7 @@ from npllama.rope import RopeScaling
 from npllama.system.values import number, show, whole
 from npllama.version import SINCE, unknown_key
 
-LARGEST = {
+MAX_SIZES = {
     "dim": 1 << 16,
     "n_layers": 512,
     "n_heads": 1 << 10,
@@ -28,7 +28,7 @@ LARGEST = {
 }
 """Several times the largest model published; a number beyond these is damage, and would ask for memory without end."""
 
-MOST_EOS_TOKENS = 256
+MAX_EOS_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class ModelConfig:
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
-        for name, largest in LARGEST.items():
+        for name, largest in MAX_SIZES.items():
             whole(name, getattr(self, name), 1, largest)
         object.__setattr__(self, "norm_eps", number("norm_eps", self.norm_eps, above=0.0, largest=1e-2))
         object.__setattr__(self, "rope_theta", number("rope_theta", self.rope_theta, above=1.0, largest=1e12))
@@ -73,14 +73,14 @@ class ModelConfig:
                 f"head_dim is {self.head_dim}, but rotary positions turn pairs and need an even number; "
                 "the config is damaged or of another architecture"
             )
-        if not isinstance(self.eos_token_ids, tuple) or len(self.eos_token_ids) > MOST_EOS_TOKENS:
+        if not isinstance(self.eos_token_ids, tuple) or len(self.eos_token_ids) > MAX_EOS_TOKENS:
             raise UsageError(
-                f"eos_token_ids is {show(self.eos_token_ids)}, but a tuple of at most {MOST_EOS_TOKENS} ids is needed"
+                f"eos_token_ids is {show(self.eos_token_ids)}, but a tuple of at most {MAX_EOS_TOKENS} ids is needed"
             )
         if self.rope_scaling is not None:
             self.rope_scaling.check_head(self.head_dim)
         if self.sliding_window is not None:
-            whole("sliding_window", self.sliding_window, 1, LARGEST["max_seq_len"])
+            whole("sliding_window", self.sliding_window, 1, MAX_SIZES["max_seq_len"])
         for name, token in [("bos_token_id", self.bos_token_id), *(("eos_token_ids", t) for t in self.eos_token_ids)]:
             whole(name, token, 0, self.vocab_size - 1)
         for name in ("add_bos_token", "add_eos_token"):

@@ -5,7 +5,7 @@
     cos, sin = A * cos(angle), A * sin(angle)             A the attention factor, 1 for most kinds
 
 Every kind is a description (RopeScaling) and one function below, which names its paper. Two kinds depend on the length
-of the text in the reference (dynamic, longrope), where a key once stored and a later one are then turned by different
+of the text in the reference (dynamic, longrope), where a key once stored and a later one are then rotated by different
 frequencies. Here the context chosen at load takes the place of that length: frequencies never change while a model
 runs, and logits do not depend on how a prompt was cut.
 """
@@ -23,9 +23,9 @@ import numpy as np
 from npllama.errors import UsageError, quote
 from npllama.system.values import number, show, whole
 
-LARGEST_FACTOR = 1e6
-MOST_FACTORS = 512
-LONGEST_CONTEXT = 1 << 24
+MAX_FACTOR = 1e6
+MAX_FACTORS = 512
+MAX_CONTEXT = 1 << 24
 LISTS = ("short_factors", "long_factors", "divisors")
 
 
@@ -63,7 +63,7 @@ class RopeScaling:
             if getattr(self, name) is not None:
                 self._number(name)
         if self.kind in ("dynamic", "yarn", "llama3", "longrope") or self.original_context is not None:
-            whole("the original context of scaled rotary positions", self.original_context, 1, LONGEST_CONTEXT)
+            whole("the original context of scaled rotary positions", self.original_context, 1, MAX_CONTEXT)
         if type(self.truncate) is not bool:
             raise UsageError(f"truncate is {show(self.truncate)}, but true or false is needed")
         self._check_order()
@@ -71,7 +71,7 @@ class RopeScaling:
             self._check_list(name)
 
     def _number(self, name: str) -> None:
-        object.__setattr__(self, name, number(name, getattr(self, name), above=0.0, largest=LARGEST_FACTOR))
+        object.__setattr__(self, name, number(name, getattr(self, name), above=0.0, largest=MAX_FACTOR))
 
     def _check_order(self) -> None:
         if self.factor < 1:
@@ -85,9 +85,9 @@ class RopeScaling:
 
     def _check_list(self, name: str) -> None:
         values = getattr(self, name)
-        if not isinstance(values, (tuple, list)) or len(values) > MOST_FACTORS:
-            raise UsageError(f"{name} is {show(values)}, but a list of at most {MOST_FACTORS} numbers is needed")
-        checked = tuple(number(f"an element of {name}", value, above=0.0, largest=LARGEST_FACTOR) for value in values)
+        if not isinstance(values, (tuple, list)) or len(values) > MAX_FACTORS:
+            raise UsageError(f"{name} is {show(values)}, but a list of at most {MAX_FACTORS} numbers is needed")
+        checked = tuple(number(f"an element of {name}", value, above=0.0, largest=MAX_FACTOR) for value in values)
         object.__setattr__(self, name, checked)
 
     def check_head(self, head_dim: int) -> None:

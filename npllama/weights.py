@@ -80,6 +80,11 @@ def kind_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: kind.shape(config) for name, kind in KINDS.items()}
 
 
+def layer_products(config: ModelConfig) -> int:
+    """Products of one token with the matrices of all layers: one for each of their numbers."""
+    return sum(math.prod(kind.shape(config)) for kind in KINDS.values() if kind.in_layers and not kind.is_norm)
+
+
 def tensor_names(kind: str, n_layers: int) -> list[str]:
     """What a Meta checkpoint calls the tensors of a kind, without ".weight": one for each layer, or one."""
     meta = KINDS[kind].meta

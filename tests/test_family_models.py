@@ -119,7 +119,7 @@ def test_memory_is_for_the_window_and_a_chunk_and_the_ring_changes_nothing(tmp_p
         assert llm.borrow_cache().pos.shape[2] == 9 + llm.chunk - 1
         found = llm.logits(ids)
         whole = llm.engine.new_cache(1, len(ids), window=9)
-        needed = [llm.read(whole, ids, start, every=True) for start in range(0, len(ids), llm.chunk)]
+        needed = list(llm.feed(whole, ids, every=True))
     np.testing.assert_allclose(found, np.concatenate(needed), atol=TOLERANCE, rtol=0)
 
 

@@ -316,6 +316,6 @@ def test_memory_of_attention_is_bounded_by_runs(monkeypatch: pytest.MonkeyPatch)
     sizes: list[int] = []
     inner = ops._attend_run
     monkeypatch.setattr(ops, "_attend_run", lambda q, *rest: sizes.append(len(q)) or inner(q, *rest))
-    monkeypatch.setattr(ops, "MOST_SCORES", 120)
+    monkeypatch.setattr(ops, "MAX_SCORES", 120)
     close(in_chunks(ops, kv.allocate(2, 1, 1, 20, 4), q, k, v, 20), whole)
     assert sizes == [3] * 6 + [2]

@@ -14,7 +14,7 @@ from torch_files import Stored, stored, torch_legacy, torch_zip, zip_bytes
 from npllama.checkpoints.files import InputFile, Pool
 from npllama.checkpoints.layouts import read_tree
 from npllama.checkpoints.pytorch.opcodes import Opaque
-from npllama.checkpoints.tensors import LARGEST_READ, Tensor, View
+from npllama.checkpoints.tensors import MAX_READ_BYTES, Tensor, View
 from npllama.errors import CheckpointError
 from npllama.numbers import widen
 from npllama.numbers.bf16 import BF16
@@ -169,7 +169,7 @@ def test_a_large_transposed_tensor_is_read_in_small_pieces(tmp_path: Path, monke
     view = item(tree, "x")
     assert isinstance(view, View)
     np.testing.assert_array_equal(Tensor("x", view.shape, (view,)).rows(3, 9), base.T[3:9])
-    assert max(sizes) <= LARGEST_READ
+    assert max(sizes) <= MAX_READ_BYTES
     assert sum(sizes) <= 1500 * 6 * 4
 
 

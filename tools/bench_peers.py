@@ -40,7 +40,7 @@ from npllama.measure.random_model import RandomCheckpoint, shape_config, write_r
 LLAMA_CPP = {"f32": "F32", "f16": "F16", "q8": "Q8_0", "q4": "Q4_0"}
 QUANTIZED = {"q8": 7, "q4": 2}  # llama.cpp's numbers of the formats
 TORCH = {"f32": "f32", "bf16": "bf16"}
-REST_S, LEAST_S = 0.1, 0.4
+REST_S, MIN_S = 0.1, 0.4
 """Seconds of rest before a measurement, and how long it lasts at least: a short test is repeated."""
 
 KV_TYPES = {"f32": 0, "f16": 1}  # llama.cpp's numbers of the cache's formats; its own default is f16, npllama's f32
@@ -288,7 +288,7 @@ def serve(program: str, model: Path, threads: int, context: int, kv_dtype: str) 
             at_depth = depth
         time.sleep(REST_S)  # threads of the program before still spin for a while
         spent, runs = 0.0, -1
-        while runs < 1 or spent < LEAST_S:
+        while runs < 1 or spent < MIN_S:
             forget(depth)
             started = time.perf_counter()
             if n_prompt:
@@ -308,15 +308,13 @@ def random_ids(n: int) -> list[int]:
 def open_npllama(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
     """npllama as users open it; prompts in its own chunks."""
     import npllama
-    from npllama.inference import chunk_tokens
 
     llama = npllama.load(model, backend="numba", threads=threads, context=context, kv_dtype=kv_dtype or "f32")
-    cache, ids, chunk = llama.borrow_cache(), random_ids(context), chunk_tokens(llama.config)
+    cache, ids = llama.borrow_cache(), random_ids(context)
 
     def step(start: int, n: int) -> None:
-        for first in range(start, start + n, chunk):
-            pos = range(first, min(first + chunk, start + n))
-            llama.engine.forward(cache, ids[pos.start : pos.stop], pos, [0] * len(pos), [len(pos) - 1])
+        for _ in llama.feed(cache, ids[: start + n], start):
+            pass
 
     return step, lambda kept: None
 
@@ -359,6 +357,32 @@ def open_llama_cpp(model: Path, threads: int, context: int, kv_dtype: str) -> tu
     return step, forget
 
 
+def torch_weights(model: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config and weights of a model directory in float32 or bfloat16, as tensors."""
+    import torch
+
+    from npllama.numbers.bf16 import BF16
+    from npllama.store.opening import open_model
+
+    opened = open_model(model)
+    w = {}
+    for kind, weight in opened.weights._asdict().items():
+        if isinstance(weight, BF16):
+            w[kind] = torch.from_numpy(weight.bits.view(np.int16).copy()).view(torch.bfloat16)
+        else:
+            w[kind] = torch.from_numpy(weight.copy())
+    return opened.config, w
+
+
+def torch_rotation(c: ModelConfig, context: int) -> Any:
+    """RoPE's angles as complex numbers of length 1: (context, head_dim / 2)."""
+    import torch
+
+    frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+    angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+
+
 def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
     """LLaMA 2 in torch as one would write it: matrix products, scaled_dot_product_attention, a static cache.
 
@@ -367,23 +391,11 @@ def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[
     import torch
     from torch.nn import functional
 
-    from npllama.numbers.bf16 import BF16
-    from npllama.store.opening import open_model
-
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    opened = open_model(model)
-    c = opened.config
-    w = {}
-    for kind, weight in opened.weights._asdict().items():
-        if isinstance(weight, BF16):
-            w[kind] = torch.from_numpy(weight.bits.view(np.int16).copy()).view(torch.bfloat16)
-        else:
-            w[kind] = torch.from_numpy(weight.copy())
+    c, w = torch_weights(model)
     dtype = w["wq"].dtype
-    frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
-    angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
-    turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    rotation = torch_rotation(c, context)
     keys = torch.zeros(c.n_layers, c.n_kv_heads, context, c.head_dim, dtype=dtype)
     values = torch.zeros_like(keys)
     ids = torch.tensor(random_ids(context))
@@ -394,7 +406,7 @@ def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[
 
     def rotate(x: Any, start: int) -> Any:
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * turn[start : start + x.shape[0], None]).flatten(2).to(dtype)
+        return torch.view_as_real(pairs * rotation[start : start + x.shape[0], None]).flatten(2).to(dtype)
 
     def step(start: int, n: int) -> None:
         x = w["tok_embeddings"][ids[start : start + n]]

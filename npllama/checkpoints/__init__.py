@@ -50,7 +50,7 @@ NOT_WEIGHTS = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pt", "tra
 ADAPTER = re.compile(r"(adapters?(_model)?|pytorch_lora_weights)\.(safetensors|bin|pt|npz)|adapter_config\.json")
 LONE_PART = re.compile(r".*-00001-of-00001\.(safetensors|bin)")
 WEIGHTS = re.compile(r".*\.(safetensors|bin|pth|pt|ckpt|gguf|h5|msgpack)")
-MOST_FOLDERS = 64  # looked into, to say where a checkpoint may be
+MAX_FOLDERS = 64  # looked into, to say where a checkpoint may be
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -207,7 +207,7 @@ def _nothing(folder: Path, files: list[str]) -> CheckpointError:
             f"{folder.name} holds a checkpoint that FSDP has split; join it with `accelerate merge-weights`"
         )
     shown = ", ".join(quote(name) for name in files[:5]) or "nothing"
-    inside = [name for name in files[:MOST_FOLDERS] if _looks_like_a_checkpoint(folder / name)]
+    inside = [name for name in files[:MAX_FOLDERS] if _looks_like_a_checkpoint(folder / name)]
     where = f"; its folder {quote(inside[0])} holds one: give that" if inside else ""
     other = [name for name in files if WEIGHTS.fullmatch(name) and name not in NOT_WEIGHTS]
     if other and not inside:

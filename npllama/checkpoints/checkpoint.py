@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from npllama.checkpoints.files import Pool
 from npllama.checkpoints.shard import equal
 from npllama.checkpoints.tensors import Tensor, View
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, quote
+from npllama.system.closing import Closing
 from npllama.weights import kind_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class Checkpoint(Closing):
     """An open checkpoint of any layout; a context manager.
 
     `tensors` has Meta's names without ".weight". `tied`: output is tok_embeddings, and absent from `tensors`.
@@ -37,14 +37,6 @@ class Checkpoint:
     def close(self) -> None:
         """Close its files."""
         self.pool.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def merge(name: str, shape: tuple[int, ...], parts: Sequence[View], config: str) -> Tensor:

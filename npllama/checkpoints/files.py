@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: regular files only, bounded reads, a bounded number open at a time.
+"""Files that others have made: regular files only, bounded reads, a bounded number open at a time.
 
 Bytes are read into the caller's memory instead of being mapped: pages of a map would count as this process's memory,
 and a file that shrinks under a map ends the process with a bus error that no Python code can catch.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ from typing import Any
 
 from npllama.errors import CheckpointError, quote
 from npllama.system import signatures
+from npllama.system.regular_files import open_regular, read_up_to
 
-MOST_OPEN = 8
+MAX_OPEN = 8
 
 
 @contextmanager
@@ -89,7 +89,7 @@ class Pool:
         if path in self._open:
             self._open.move_to_end(path)
             return self._open[path]
-        while len(self._open) >= MOST_OPEN:
+        while len(self._open) >= MAX_OPEN:
             self._open.popitem(last=False)[1].close()
         self._open[path] = _open_regular(path)
         return self._open[path]
@@ -103,22 +103,18 @@ class Pool:
 def read_whole(path: Path, max_bytes: int) -> bytes:
     """A small file at once; CheckpointError when it is larger, missing or no regular file."""
     with _reading(path), _open_regular(path) as file:
-        data = b""
-        while len(data) <= max_bytes and (more := file.read(max_bytes + 1 - len(data))):
-            data += more
+        data = read_up_to(file, max_bytes + 1)
     if len(data) > max_bytes:
         raise CheckpointError(f"{path.name} has more than the {max_bytes:,} bytes that such a file may have")
     return data
 
 
 def _open_regular(path: Path) -> io.FileIO:
-    """Open without waiting: a named pipe or a device would block or never end."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    file = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
+    """Open a regular file; CheckpointError for anything else."""
+    file = open_regular(path)
+    if file is None:
         raise CheckpointError(f"{path.name} is not a regular file; give the file itself")
-    return io.FileIO(file, "rb")
+    return file
 
 
 def _identity(file: io.FileIO) -> tuple[int, int, int]:

@@ -31,7 +31,7 @@ HF_WEIGHTS = (
 """The first that is there is taken, as transformers does, whose older files may lie beside newer ones."""
 LLAMA_1 = "layers.0.attention.inner_attention.rope.freqs"
 LLAMA_1_CONTEXT = 2048
-MOST_FILES = 1024
+MAX_FILES = 1024
 
 
 def read_tree(file: InputFile) -> object:
@@ -167,7 +167,7 @@ def open_hugging_face(weights: Path, pool: Pool) -> Checkpoint:
     tensors = {name: merge(name, shape, [found[name]], "config.json") for name, shape in wanted.items()}
     for name, tensor in tensors.items():
         if kind_of(name) in (KINDS["wq"], KINDS["wk"]):
-            tensors[name] = Tensor(name, tensor.shape, tensor.parts, halves=config.head_dim)
+            tensors[name] = Tensor(name, tensor.shape, tensor.parts, neox_head_dim=config.head_dim)
     if tie and "output" in tensors and not equal(tensors["output"], tensors["tok_embeddings"]):
         raise CheckpointError(
             f"{shard.source}: 'lm_head.weight' differs from 'model.embed_tokens.weight', but config.json says "
@@ -208,18 +208,18 @@ def _single(path: Path, pool: Pool, rename: Rename) -> Shard:
 
 def _indexed(index: Path, pool: Pool, tied: bool) -> Shard:
     """Several files as one. The index says which files; where in them a tensor lies, they say themselves."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(_plain(place) for place in places.values()):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(_plain(file) for file in weight_map.values()):
         raise CheckpointError(
             f"{index.name}: weight_map must give each tensor a file name without a folder; the file is damaged: "
             "download it again"
         )
-    files = sorted(set(places.values()))
-    if len(files) > MOST_FILES:
+    files = sorted(set(weight_map.values()))
+    if len(files) > MAX_FILES:
         raise CheckpointError(
-            f"{index.name}: weight_map names {len(files):,} files, but at most {MOST_FILES:,} are read"
+            f"{index.name}: weight_map names {len(files):,} files, but at most {MAX_FILES:,} are read"
         )
-    needed = {name: place for name, place in places.items() if not _may_be_absent(name, tied)}
+    needed = {name: file for name, file in weight_map.items() if not _may_be_absent(name, tied)}
     found, needed_files = [], set(needed.values())
     for name in files:
         if not os.path.exists(index.parent / name):
@@ -233,9 +233,9 @@ def _indexed(index: Path, pool: Pool, tied: bool) -> Shard:
         found.append(state_dict(read_tree(file), file))
     shard = Shard.of(index.name, found, names.hugging_face_names)
     known, _ = names.hugging_face_names({names.plain(name) for name in needed})
-    for name, place in needed.items():
+    for name, file in needed.items():
         if known[names.plain(name)] not in shard.tensors:
-            raise CheckpointError(f"{place}: tensor {quote(name)} is missing, though {index.name} says it is there")
+            raise CheckpointError(f"{file}: tensor {quote(name)} is missing, though {index.name} says it is there")
     return shard
 
 

@@ -34,8 +34,8 @@ MAGIC = b"24ka"
 HEADER = 256  # bytes, of versions 1 and 2
 SIZES = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 NORM_EPS = 1e-5
-PIECE = 1 << 17  # codes are read and decoded in pieces of this many, whose numbers stay in the second-level cache
-LARGEST_GROUP = 1 << 16
+PIECE = 1 << 17  # codes are read and decoded in pieces of this many, whose numbers stay in the L2 cache
+MAX_GROUP = 1 << 16
 
 ATTENTION, FEED_FORWARD = ("wq", "wk", "wv", "wo"), ("w1", "w2", "w3")
 ORDER_0 = ("tok_embeddings", "attention_norm", *ATTENTION, "ffn_norm", *FEED_FORWARD, "norm")
@@ -110,7 +110,7 @@ def _header(file: InputFile) -> tuple[int, dict[str, int], bool, int]:
     if version == 1:
         return 1, dict(zip(SIZES, numbers, strict=True)), bool(tied), 0
     try:
-        whole("the group size", group, 1, LARGEST_GROUP)
+        whole("the group size", group, 1, MAX_GROUP)
     except UsageError as error:
         raise CheckpointError(f"{file.name}: {error}") from error
     return 2, dict(zip(SIZES, numbers, strict=True)), bool(tied), group
@@ -153,8 +153,8 @@ def _view(file: InputFile, name: str, shape: tuple[int, ...], at: int, group: in
 
 # tokenizer.bin --------------------------------------------------------------------------------------------------------
 
-LARGEST_TOKENIZER = 64 << 20  # bytes
-LONGEST_PIECE = 1 << 16  # bytes
+MAX_TOKENIZER = 64 << 20  # bytes
+MAX_PIECE = 1 << 16  # bytes
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # of SentencePiece and of GGUF files
 SPECIAL = {0: ("<unk>", UNKNOWN), 1: ("<s>", CONTROL), 2: ("</s>", CONTROL)}
@@ -176,7 +176,7 @@ def read_tokenizer_bin(path: Path, vocab_size: int) -> dict[str, object]:
     Spaces stand for the mark U+2581. Raises CheckpointError unless it has `vocab_size` pieces and no more bytes.
     Source: karpathy/llama2.c, tokenizer.py.
     """
-    tokens, scores = _pieces(path, read_whole(path, LARGEST_TOKENIZER), vocab_size)
+    tokens, scores = _pieces(path, read_whole(path, MAX_TOKENIZER), vocab_size)
     types = [BYTE if BYTE_PIECE.fullmatch(token) else NORMAL for token in tokens]
     for i, (token, kind) in SPECIAL.items():
         if i < vocab_size:
@@ -202,7 +202,7 @@ def _pieces(path: Path, data: bytes, n: int) -> tuple[list[str], list[float]]:
             raise _damaged(path, f"it ends before piece {i:,} of {n:,}")
         score, size = struct.unpack_from("<fi", data, at)
         at += 8
-        if not 0 <= size <= min(LONGEST_PIECE, len(data) - at):
+        if not 0 <= size <= min(MAX_PIECE, len(data) - at):
             raise _damaged(path, f"piece {i:,} of {size:,} bytes is announced")
         if not math.isfinite(score):
             raise _damaged(path, f"the score of piece {i:,} is {score}")

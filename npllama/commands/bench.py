@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from npllama.commands.info import matrix_formats
 from npllama.commands.terminal import (
-    Choices,
     Notes,
     ProgressLine,
+    add_backend,
+    add_dtype,
     add_kv_dtype,
     add_model,
     model_of,
@@ -47,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "a model directory (default: the demo model)")
     add = parser.add_argument
     add("--shape", choices=("15m", "110m", "1b", "7b"), help="instead of a model: this shape with random weights")
-    formats = Choices(number_formats)
-    add("--dtype", metavar="FORMAT", choices=formats, help="number format for --shape: %(choices)s (default f32)")
+    add_dtype(parser, number_formats, " for --shape: %(choices)s (default f32)")
     add(
         "-p", "--n-prompt", metavar="N,...", type=numbers(0), default=[512], help="prompt tokens (default 512; 0: none)"
     )
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-t", "--threads", metavar="N,...", type=numbers(1), help="threads (default: see npllama info)")
     add("-c", "--ctx-size", metavar="N", type=whole(1, 2**31), help="context in tokens (default: what the tests need)")
     add_kv_dtype(parser)
-    add("--backend", choices=("auto", "numpy", "numba"), default="auto", help="NumPy or compiled (default: auto)")
+    add_backend(parser)
     add("--profile", action="store_true", help="also show the time of each step, one kernel at a time")
     add("--json", action="store_true", help="print a JSON list of measurements")
 

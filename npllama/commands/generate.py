@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from npllama.commands.terminal import Notes, add_kv_dtype, put, say, text, whole
+from npllama.commands.terminal import Notes, add_execution, put, say, text, whole
 from npllama.errors import NpllamaError, UsageError
 from npllama.options import OPTIONS, SamplingOptions
 
@@ -49,15 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-n", "--max-tokens", metavar="N", type=whole(-1, 2**31), default=256, help="tokens to generate (default 256; "
         "-1: until the context is full; 0: read the prompt only)"
     )  # fmt: skip
-    for option in OPTIONS:
-        flag, letter, help = option.metadata["flag"]
-        kind = whole(-1, 2**31) if isinstance(option.default, int) else float
-        add(flag, dest=option.name, metavar=letter, type=kind, help=help)
-    add(
-        "--sampling", choices=("default", "model"), default="default", help="where the options above come from if they "
-        "are not given: npllama's defaults, or what the model's makers suggest (see npllama info MODEL)"
-    )  # fmt: skip
-    add("-s", "--seed", metavar="N", type=whole(-1), default=None, help="seed of the draws (default: random)")
+    _add_sampling(parser)
     add("--stop", metavar="TEXT", type=text, action="append", default=[], help="end before this text; may be repeated")
     add(
         "-e", "--escape", action="store_true", help="read \\n \\r \\t \\\\ \\' \\\" and \\xHH (a byte) in these texts"
@@ -72,11 +64,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1, 2**31),
         help="context in tokens (default: the model's own, at most 4096)",
     )
-    add_kv_dtype(parser)
-    add("-t", "--threads", metavar="N", type=whole(1, 4096), help="threads (default: see npllama info)")
-    add("--backend", choices=("auto", "numpy", "numba"), default="auto", help="NumPy or compiled (default: auto)")
+    add_execution(parser)
     add("--echo", action="store_true", help="print the prompt too")
     add("--json", action="store_true", help="print one JSON object at the end")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The options of sampling, and where those that are not given come from."""
+    add = parser.add_argument
+    for option in OPTIONS:
+        flag, letter, help = option.metadata["flag"]
+        kind = whole(-1, 2**31) if isinstance(option.default, int) else float
+        add(flag, dest=option.name, metavar=letter, type=kind, help=help)
+    add(
+        "--sampling", choices=("default", "model"), default="default", help="where the options above come from if they "
+        "are not given: npllama's defaults, or what the model's makers suggest (see npllama info MODEL)"
+    )  # fmt: skip
+    add("-s", "--seed", metavar="N", type=whole(-1), default=None, help="seed of the draws (default: random)")
 
 
 def run(args: argparse.Namespace, notes: Notes) -> int:

@@ -104,7 +104,7 @@ def machine_facts() -> dict[str, Any]:
 
     n_threads, why = machine.default_threads()
     cpu, features = _cpu()
-    folder, reason = machine.cache_directory()
+    folder, reason = machine.compiled_code_directory()
     facts: dict[str, Any] = {
         "npllama": __version__,
         "python": f"{platform.python_version()} on {platform.platform()}",

@@ -12,7 +12,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from npllama.commands.terminal import Notes, add_kv_dtype, add_model, model_of, put, whole
+from npllama.commands.terminal import Notes, add_execution, add_model, model_of, put, whole
 from npllama.errors import NpllamaError
 
 NAME = "perplexity"
@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=256,
         help="ids in a window, BOS included (default 256)",
     )
-    add_kv_dtype(parser)
-    add("-t", "--threads", metavar="N", type=whole(1, 4096), help="threads (default: see npllama info)")
-    add("--backend", choices=("auto", "numpy", "numba"), default="auto", help="NumPy or compiled (default: auto)")
+    add_execution(parser)
     add("--json", action="store_true", help="print one JSON object")
 
 

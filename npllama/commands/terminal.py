@@ -209,6 +209,34 @@ def add_model(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("-m", "--model", metavar="MODEL", help="the same")
 
 
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """The model directory that a command makes."""
+    parser.add_argument("out", metavar="OUT", help="the model directory to make")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
+
+
+def add_dtype(
+    parser: argparse.ArgumentParser, formats: Callable[[], Iterable[str]], note: str, default: str | None = None
+) -> None:
+    """The number format of weights."""
+    choices = Choices(formats)
+    what = f"number format{note}"
+    parser.add_argument("--dtype", metavar="FORMAT", choices=choices, default=default, help=what)
+
+
+def add_execution(parser: argparse.ArgumentParser) -> None:
+    """How a model is run: the number format of its cache, threads, backend."""
+    add_kv_dtype(parser)
+    parser.add_argument("-t", "--threads", metavar="N", type=whole(1, 4096), help="threads (default: see npllama info)")
+    add_backend(parser)
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """NumPy or compiled."""
+    names = ("auto", "numpy", "numba")
+    parser.add_argument("--backend", choices=names, default="auto", help="NumPy or compiled (default: auto)")
+
+
 def add_kv_dtype(parser: argparse.ArgumentParser) -> None:
     """The number format of the cache."""
     parser.add_argument(

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from npllama.commands.terminal import Notes, add_kv_dtype, add_model, model_of, put
+from npllama.commands.terminal import Notes, add_kv_dtype, add_model, model_of, put, whole
 
 NAME = "verify"
 SUMMARY = "check every compiled kernel against NumPy, on your weights"
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama verify`."""
     add_model(parser, "a model directory (default: the demo model)")
     add_kv_dtype(parser)
-    parser.add_argument("-t", "--threads", metavar="N", type=int, help="threads (default: see npllama info)")
+    parser.add_argument("-t", "--threads", metavar="N", type=whole(1, 4096), help="threads (default: see npllama info)")
 
 
 def run(args: argparse.Namespace, notes: Notes) -> int:

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     from npllama.system import machine
 
     model = model_of(args)
-    folder, why = machine.cache_directory()
+    folder, why = machine.compiled_code_directory()
     if folder is None:
         raise ModelError(f"compiled code could not be kept: {why}; set NPLLAMA_CACHE_DIR to a directory of your own.")
     with npllama.load(model, backend="numba", kv_dtype=args.kv_dtype) as llama:

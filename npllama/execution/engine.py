@@ -30,8 +30,8 @@ from npllama.weights import Weights, kind_shapes
 
 SMALL_MODEL_BYTES = 20_000_000
 TABULATED = 8192  # positions whose angles are kept; of later ones they are computed in each call
-MOST_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
-MOST_THREADS = 4096
+MAX_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
+MAX_THREADS = 4096
 BACKENDS = ("auto", "numpy", "numba")
 
 
@@ -127,7 +127,7 @@ class Engine:
             return
         self.threads, self.top_k = self.compiled.n_threads, self.compiled.top_k
         self.import_s, self.compile_s = self.compiled.import_s, self.compiled.compile_s
-        if opened_bytes_fit(self._opened):
+        if self._opened.size_bytes < machine.free_memory() // 2:  # else reading ahead evicts what was read
             self._opened.prefetch()
 
     @property
@@ -150,7 +150,7 @@ class Engine:
             return lambda data: data.reshape(-1, 4096) @ np.ones(4096, np.float32)
         return functools.partial(compiled.read, self.threads)
 
-    def single_kernels(self) -> dict[str, Callable[..., np.ndarray]]:
+    def kernels_per_op(self) -> dict[str, Callable[..., np.ndarray]]:
         """Every step of ops.py compiled on its own. Raises UsageError for the NumPy execution, which has no kernels."""
         if self.backend != "numba":
             raise UsageError("the NumPy execution has no kernels to look at; it needs numba, and backend numba.")
@@ -230,7 +230,7 @@ class Engine:
                 f"a batch needs equally many tokens, pos and seq, at least one; got {T}, {pos.shape}, {seq.shape}."
             )
         _check_range("token ids", tokens, self.config.vocab_size)
-        _check_range("positions", pos, MOST_POSITIONS)
+        _check_range("positions", pos, MAX_POSITIONS)
         _check_range("seq", seq, cache.pos.shape[1])
         if len(out):
             _check_range("out", out, T)
@@ -259,11 +259,6 @@ def _forward_in_numpy(*arguments: Any) -> np.ndarray:
         return model.forward(*arguments)
 
 
-def opened_bytes_fit(opened: OpenModel) -> bool:
-    """Whether a model's files fit into half of the free memory, so that reading them ahead evicts nothing."""
-    return opened.size_bytes < machine.free_memory() // 2
-
-
 def stepwise(steps: dict[str, Callable[..., np.ndarray]]) -> Callable[..., np.ndarray]:
     """model.forward, uncompiled, with other functions in place of the steps named: the same source, step by step."""
     scope = {**vars(model), **steps}
@@ -283,9 +278,9 @@ def _check_range(what: str, numbers: np.ndarray, end: int) -> None:
 def _checked_threads(threads: int | None) -> int:
     if threads is None:
         return machine.default_threads()[0]
-    n_threads = whole_number(threads)
-    if n_threads is None or not 1 <= n_threads <= MOST_THREADS:
-        raise UsageError(f"threads={quote(threads)} is not a number of threads; it needs 1 to {MOST_THREADS}.")
+    n_threads = whole_number(threads, 1, MAX_THREADS)
+    if n_threads is None:
+        raise UsageError(f"threads={quote(threads)} is not a number of threads; it needs 1 to {MAX_THREADS}.")
     return n_threads
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from npllama.errors import ContextError
 from npllama.execution.engine import Engine, stepwise
-from npllama.inference import Llama, chunk_tokens
+from npllama.inference import Llama
 from npllama.system.machine import free_memory
-from npllama.weights import Weights
+from npllama.weights import Weights, layer_products
 
 BANDWIDTH_BYTES = 1 << 28  # several times a large cache; a quarter of the free memory where that is less
 BETWEEN_S = 0.1  # how long tests run before the bandwidth is measured again, which empties the caches
@@ -84,8 +84,7 @@ def _size(w: Any) -> int:
 def operations(llama: Llama, n_out: int, n: int) -> float:
     """Multiplications and additions of the matrix products for n tokens, n_out of which need logits."""
     c = llama.config
-    layer = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim
-    return 2.0 * (n * c.n_layers * layer + n_out * c.dim * c.vocab_size)
+    return 2.0 * (n * layer_products(c) + n_out * c.dim * c.vocab_size)
 
 
 class Yardstick:
@@ -143,7 +142,7 @@ def profile(llama: Llama, n_tokens: int, repetitions: int = 20) -> tuple[list[tu
 
         return run
 
-    forward = stepwise({name: timed(name, step) for name, step in engine.single_kernels().items()})
+    forward = stepwise({name: timed(name, step) for name, step in engine.kernels_per_op().items()})
     cache, pos = engine.new_cache(1, n_tokens), np.arange(n_tokens)
     ids = np.random.default_rng(0).integers(0, llama.config.vocab_size, n_tokens)
     samples = []
@@ -167,12 +166,9 @@ class Bench:
         self._ids = np.random.default_rng(0).integers(3, llama.config.vocab_size, llama.context).tolist()
 
     def _read(self, cache: Any, start: int, n: int) -> None:
-        """Feed n random tokens in chunks, as a prompt is read; logits of the last one."""
-        chunk = chunk_tokens(self._llama.config)
-        for first in range(start, start + n, chunk):
-            stop = min(first + chunk, start + n)
-            pos = range(first, stop)
-            self._llama.engine.forward(cache, self._ids[first:stop], pos, [0] * len(pos), [len(pos) - 1])
+        """Feed n random tokens as a prompt is read."""
+        for _ in self._llama.feed(cache, self._ids[: start + n], start):
+            pass
 
     def seconds(self, n_prompt: int, n_gen: int, depth: int, repetitions: int) -> Iterator[float]:
         """Seconds of each repetition, after one that is not counted. Raises ContextError for what does not fit."""

@@ -25,7 +25,7 @@ SHAPES = {
 }
 """Feed-forward widths follow from Meta's rule: 768, 2048, 5632, 11008."""
 
-DRAWN = (1 << 22) + 1_000_003  # numbers drawn once; tensors begin at different places among them
+DRAWN = (1 << 22) + 1_000_003  # numbers drawn once; tensors begin at different offsets in them
 
 
 def shape_config(shape: str, max_seq_len: int = 8192) -> ModelConfig:

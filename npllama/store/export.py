@@ -53,10 +53,10 @@ BLOCK_BYTES = 4 << 20
 """Rows are read in blocks of this many bytes: large enough for the disk's speed, small beside any matrix."""
 
 SLACK_BYTES = 1 << 20
-"""Room for headers, manifest and directory when free space is compared with what is needed."""
+"""Left free for headers, manifest and directory when free space is compared with what is needed."""
 
 
-class Rows(Protocol):
+class SourceTensor(Protocol):
     """What the exporter asks of a tensor: shape, number format, and rows start .. stop-1."""
 
     @property
@@ -76,7 +76,7 @@ class Source(Protocol):
     @property
     def tied(self) -> bool: ...
     @property
-    def tensors(self) -> Mapping[str, Rows]: ...
+    def tensors(self) -> Mapping[str, SourceTensor]: ...
 
 
 def export(
@@ -136,10 +136,9 @@ def quantize_model(
     with open_model(model) as opened:
         source = OpenedSource(opened)
         return write_model(source, target, number_format, opened.tokenizer_path, force, progress, opened.sampling)
-        return write_model(source, target, dtype, opened.tokenizer_path, force, progress, opened.sampling)
 
 
-class _Rows(NamedTuple):
+class _StoredTensor(NamedTuple):
     """One matrix or norm of a model directory, with what the exporter asks of a checkpoint's tensor."""
 
     stored: np.ndarray
@@ -161,7 +160,7 @@ class OpenedSource:
         self.config, self.folder = opened.config, opened.path
         tensors = opened.manifest["tensors"]
         self.tied = "output" not in tensors
-        self.tensors: dict[str, _Rows] = {}
+        self.tensors: dict[str, _StoredTensor] = {}
         for kind, tensor in tensors.items():
             if FORMATS[tensor["format"]].quantized:
                 raise ModelError(
@@ -175,7 +174,7 @@ class OpenedSource:
         stored = stored.view(np.float16) if number_format == "f16" else stored
         names = tensor_names(kind, self.config.n_layers)
         layers = stored if KINDS[kind].in_layers else [stored]
-        self.tensors |= {name: _Rows(one, number_format) for name, one in zip(names, layers, strict=True)}
+        self.tensors |= {name: _StoredTensor(one, number_format) for name, one in zip(names, layers, strict=True)}
 
 
 def own_format(source: Checkpoint) -> NumberFormat:
@@ -195,14 +194,14 @@ def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> 
     """
     folder = source.folder
     parent = Path(os.path.realpath(folder)).parent
-    places = [folder / TOKENIZER, parent / TOKENIZER]
+    paths = [folder / TOKENIZER, parent / TOKENIZER]
     if asked is not None:
-        places = [Path(asked, TOKENIZER) if os.path.isdir(asked) else Path(asked)]
-    path = next((place for place in places if os.path.isfile(place)), None)
+        paths = [Path(asked, TOKENIZER) if os.path.isdir(asked) else Path(asked)]
+    path = next((path for path in paths if os.path.isfile(path)), None)
     if path is None:
-        looked = " and ".join(str(place) for place in places)
+        looked = " and ".join(str(path) for path in paths)
         raise CheckpointError(
-            f"{folder}: has no tokenizer (looked for {looked}); its SentencePiece file is needed{_instead(places[0])}: "
+            f"{folder}: has no tokenizer (looked for {looked}); its SentencePiece file is needed{_instead(paths[0])}: "
             f"name it with --tokenizer FILE."
         )
     pieces, rows = Tokenizer(path).n_pieces, source.config.vocab_size
@@ -214,10 +213,10 @@ def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> 
     return path
 
 
-def _instead(place: Path) -> str:
+def _instead(path: Path) -> str:
     """What lies where a tokenizer was looked for, and is none that is read, but may show where there is one."""
     try:
-        names = sorted(os.listdir(place.parent))
+        names = sorted(os.listdir(path.parent))
     except OSError:  # said already: nothing was found there
         return ""
     if other := next((name for name in names if name.endswith(".model")), None):
@@ -257,7 +256,7 @@ def write_model(
 def build_manifest(
     config: ModelConfig, tokenizer: dict[str, Any], tensors: dict[str, Any], sampling: SamplingOptions | None
 ) -> dict[str, Any]:
-    """The manifest, of the lowest format version that has what it says (see format_version.py)."""
+    """The manifest, of the lowest format version that has what it says (see version.py)."""
     manifest = {"format": FORMAT, "config": config.to_json(), "tokenizer": tokenizer, "tensors": tensors}
     if sampling is not None:
         manifest["sampling"] = sampling.to_json()

@@ -21,7 +21,6 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -42,6 +41,7 @@ from npllama.store.npy import (
     unreadable,
 )
 from npllama.system import signatures, strict_json
+from npllama.system.closing import Closing
 from npllama.version import NEEDS, SINCE, VERSION, unknown_key, unknown_version
 from npllama.weights import KINDS, Weights, kind_shapes
 
@@ -49,7 +49,7 @@ FORMAT = "npllama"
 MANIFEST = "npllama.json"
 TOKENIZER = "tokenizer.model"
 
-LARGEST_TOKENIZER = 32 << 20
+MAX_TOKENIZER_BYTES = 32 << 20
 CHUNK_BYTES = 4 << 20
 
 log = logging.getLogger("npllama")
@@ -78,7 +78,7 @@ def vocabulary_fits(pieces: int, vocab_size: int) -> bool:
     return 0 < pieces <= vocab_size
 
 
-class OpenModel:
+class OpenModel(Closing):
     """A model directory that has been checked and mapped. Also a context manager.
 
     The maps live as long as arrays taken from `weights` do: unmapping under an array in use would end the process.
@@ -111,19 +111,11 @@ class OpenModel:
         """Let go of the weights; their maps are freed with the last array that refers to them."""
         self._weights = None
 
-    def __enter__(self) -> OpenModel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def open_model(path: str | os.PathLike[str]) -> OpenModel:
     """Open a model directory: check everything but the arrays' contents, and map the arrays read-only.
 
-    Opens at most one file for each array, writes nothing, and takes milliseconds whatever the size. Raises ModelError,
+    Opens at most one file for each array, writes nothing, and takes equally long whatever the size. Raises ModelError,
     naming the file, for anything that is missing, malformed or does not fit together.
     """
     folder = Path(path)
@@ -346,7 +338,7 @@ def _check_tokenizer(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
             f"{path}: tokenizer: size is {quote(size)}, but vocab_size of the config is {config.vocab_size}; "
             f"a number from 1 to that is needed, because every piece has a row of its own: {AGAIN}"
         )
-    data = read_small(folder / TOKENIZER, LARGEST_TOKENIZER)
+    data = read_small(folder / TOKENIZER, MAX_TOKENIZER_BYTES)
     if sha256_hex(data) != tokenizer["sha256"]:
         if what := signatures.pointer_or_page(data[: signatures.HEAD]):
             raise ModelError(f"{folder / TOKENIZER}: is {what}; the tokenizer that was exported is needed.")

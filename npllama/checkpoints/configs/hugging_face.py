@@ -12,7 +12,7 @@ from typing import Any
 from npllama.checkpoints.configs import rope_keys
 from npllama.checkpoints.configs.family import refuse_architecture, refuse_changes, refuse_set
 from npllama.checkpoints.configs.meta import head_dim
-from npllama.config import LARGEST, MOST_EOS_TOKENS, ModelConfig
+from npllama.config import MAX_EOS_TOKENS, MAX_SIZES, ModelConfig
 from npllama.errors import UsageError
 from npllama.system.values import get, need, show, whole
 
@@ -24,13 +24,13 @@ def from_hugging_face(config: Mapping[str, object], generation: Mapping[str, obj
     config come first, as in transformers. Source: its LlamaConfig and MistralConfig, whose defaults are used.
     """
     kind = _check_architecture(config)
-    dim = whole("hidden_size", need(config, "hidden_size"), 1, LARGEST["dim"])
-    n_heads = whole("num_attention_heads", need(config, "num_attention_heads"), 1, LARGEST["n_heads"])
+    dim = whole("hidden_size", need(config, "hidden_size"), 1, MAX_SIZES["dim"])
+    n_heads = whole("num_attention_heads", need(config, "num_attention_heads"), 1, MAX_SIZES["n_heads"])
     context = get(config, "max_position_embeddings", 2048 if kind == "llama" else 131072)
-    context = whole("max_position_embeddings", context, 1, LARGEST["max_seq_len"])
+    context = whole("max_position_embeddings", context, 1, MAX_SIZES["max_seq_len"])
     theta, scaling = rope_keys.from_hugging_face(config, context)
     if scaling is not None and scaling.kind == "dynamic":
-        context = min(int(context * scaling.factor), LARGEST["max_seq_len"])
+        context = min(int(context * scaling.factor), MAX_SIZES["max_seq_len"])
     tokens: dict[str, object] = {"bos_token_id": 1, "eos_token_id": 2}
     for source in (config, generation or {}):
         tokens.update({key: source[key] for key in tokens if source.get(key) is not None})
@@ -70,8 +70,8 @@ def usable_ids(
         several = isinstance(value, list) and key == "eos_token_id"
         ids: Any = value if several else [] if value is None else [value]
         kept = [token for token in ids if _usable_id(token, key, file, vocab_size)]
-        if len(kept) > MOST_EOS_TOKENS:
-            raise UsageError(f"{file}: {key} lists {len(kept):,} ids, but at most {MOST_EOS_TOKENS} are supported")
+        if len(kept) > MAX_EOS_TOKENS:
+            raise UsageError(f"{file}: {key} lists {len(kept):,} ids, but at most {MAX_EOS_TOKENS} are supported")
         if len(kept) < len(ids):
             lost = [show(token) for token in ids if not _usable_id(token, key, file, vocab_size)]
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
@@ -116,7 +116,7 @@ def _window(config: Mapping[str, object], kind: str, context: int) -> int | None
     said = config.get("sliding_window", 4096 if kind == "mistral" else None)
     if said is None or (kind == "llama" and config.get("use_sliding_window") is False):
         return None
-    window = whole("sliding_window", said, 1, LARGEST["max_seq_len"])
+    window = whole("sliding_window", said, 1, MAX_SIZES["max_seq_len"])
     if kind == "mistral":
         return window
     if window < context:

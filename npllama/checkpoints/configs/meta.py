@@ -11,7 +11,7 @@ from typing import Any
 
 from npllama.checkpoints.configs import rope_keys
 from npllama.checkpoints.configs.family import refuse_set
-from npllama.config import LARGEST, ModelConfig
+from npllama.config import MAX_SIZES, ModelConfig
 from npllama.errors import UsageError
 from npllama.system.values import get, need, number, whole
 
@@ -26,8 +26,8 @@ def feed_forward_width(dim: int, multiple_of: object = 256, multiplier: object =
 
     Elements. Raises UsageError. Source: FeedForward in Meta's model.py; `multiplier` is ffn_dim_multiplier.
     """
-    dim = whole("dim", dim, 1, LARGEST["dim"])
-    step = whole("multiple_of", multiple_of, 1, LARGEST["hidden_dim"])
+    dim = whole("dim", dim, 1, MAX_SIZES["dim"])
+    step = whole("multiple_of", multiple_of, 1, MAX_SIZES["hidden_dim"])
     width = int(2 * (4 * dim) / 3)
     if multiplier is not None:
         width = int(number("ffn_dim_multiplier", multiplier, above=0.0, largest=64.0) * width)
@@ -42,7 +42,7 @@ def from_meta(params: Mapping[str, object], *, vocab_size: int, max_seq_len: int
     """
     refuse_set(params, REFUSED)
     said = get(params, "vocab_size", -1)
-    if (type(said) is not int or said != -1) and whole("vocab_size", said, 1, LARGEST["vocab_size"]) != vocab_size:
+    if (type(said) is not int or said != -1) and whole("vocab_size", said, 1, MAX_SIZES["vocab_size"]) != vocab_size:
         raise UsageError(
             f"vocab_size is {said}, but tok_embeddings has {vocab_size} rows; weights and config do not belong together"
         )
@@ -87,8 +87,8 @@ KNOWN = {
 
 def _from_model_args(args: Mapping[str, object], max_seq_len: int) -> ModelConfig:
     """Meta's and llama2.c's names, with Meta's defaults; None stands for the default."""
-    dim = whole("dim", need(args, "dim"), 1, LARGEST["dim"])
-    n_heads = whole("n_heads", need(args, "n_heads"), 1, LARGEST["n_heads"])
+    dim = whole("dim", need(args, "dim"), 1, MAX_SIZES["dim"])
+    n_heads = whole("n_heads", need(args, "n_heads"), 1, MAX_SIZES["n_heads"])
     width = get(args, "hidden_dim", None)
     if width is None:
         width = feed_forward_width(dim, get(args, "multiple_of", 256), get(args, "ffn_dim_multiplier", None))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from npllama.errors import UsageError, quote
-from npllama.rope import LARGEST_FACTOR, LONGEST_CONTEXT, RopeScaling, yarn_sharpening
+from npllama.rope import MAX_CONTEXT, MAX_FACTOR, RopeScaling, yarn_sharpening
 from npllama.system.values import get, need, number, show, whole
 
 DEFAULT_THETA = 10000.0
@@ -103,7 +103,7 @@ def _scaling(key: str, said: Mapping[str, object], config: Mapping[str, object],
 
 def _factor(said: Mapping[str, object], context: int, original: object) -> Any:
     """The factor of yarn and longrope; where it is not said, how much longer the context is than the original."""
-    original = whole("original_max_position_embeddings", original, 1, LONGEST_CONTEXT)
+    original = whole("original_max_position_embeddings", original, 1, MAX_CONTEXT)
     return get(said, "factor", max(1.0, context / original))
 
 
@@ -155,7 +155,7 @@ def from_gguf(
         if get(said, f"scaling.{name}", neutral) != neutral:
             raise UsageError(f"rope.scaling.{name} is {show(said[f'scaling.{name}'])}: not supported")
     factor = get(said, "scaling.factor", get(said, "scale_linear", 1.0)) or 1.0
-    attention = number("rope.scaling.attn_factor", get(said, "scaling.attn_factor", 1.0), 0.0, LARGEST_FACTOR)
+    attention = number("rope.scaling.attn_factor", get(said, "scaling.attn_factor", 1.0), 0.0, MAX_FACTOR)
     fields: dict[str, Any] = {"original_context": get(said, "scaling.original_context_length", context)}
     if table is not None:
         if kind not in ("none", "linear") or (kind == "linear" and factor != 1.0):
@@ -167,7 +167,7 @@ def from_gguf(
     if kind in ("none", "linear"):
         return None if kind == "none" else _linear(factor)
     if kind == "yarn":
-        checked = number("rope.scaling.factor", factor, 0.0, LARGEST_FACTOR)
+        checked = number("rope.scaling.factor", factor, 0.0, MAX_FACTOR)
         fields |= {"factor": checked, "attention_factor": attention * yarn_sharpening(checked)}
         betas = {name: said.get(f"scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
         fields |= {name: value for name, value in betas.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Quantized blocks of GGUF files, turned into the float32 numbers that they stand for.
+"""Quantized blocks of GGUF files, decoded to the float32 numbers that they stand for.
 
 A block is a run of 32 or 256 elements of one row: integer levels of a few bits, and the scales that they share. Each
 decoder takes blocks as bytes (n, size) uint8 and returns (n, elements) float32. All arithmetic is float32 in the order

@@ -22,7 +22,7 @@ from npllama.system.values import get, need, show
 from npllama.weights import gguf_name, tensor_shapes
 
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-MOST_PARTS = 1024
+MAX_PARTS = 1024
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 BLOCK_LAYOUT = 2  # general.quantization_version of the layouts that blocks.py reads
 
@@ -121,7 +121,7 @@ def _parts(path: Path, pool: Pool) -> list[GgufFile]:
     count = given.metadata.get("split.count", 1)
     if count in (0, 1):
         return [given]
-    if named is None or type(count) is not int or not 1 < count <= MOST_PARTS or count != int(named[3]):
+    if named is None or type(count) is not int or not 1 < count <= MAX_PARTS or count != int(named[3]):
         raise CheckpointError(
             f"{path.name} is a part of {show(count)} according to its metadata; give it the name that it had, "
             "NAME-00001-of-0000N.gguf"

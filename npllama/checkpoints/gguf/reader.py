@@ -22,19 +22,17 @@ from npllama.checkpoints.gguf.blocks import BLOCK_TYPES, BlockType
 from npllama.checkpoints.tensors import Storage, View, as_one_axis
 from npllama.errors import CheckpointError, quote
 
-LARGEST_HEADER = 64 << 20  # bytes; a vocabulary of 128,256 with its merges needs 8 MB
-LONGEST_STRING = 16 << 20  # bytes
-LONGEST_KEY = 65535  # bytes
-LONGEST_NAME = 64  # bytes
-MOST_STRINGS = 1 << 20  # in all arrays of a file together: tokens and merges
-MOST_KEYS = 1 << 14
-MOST_TENSORS = 1 << 14
-MOST_AXES = 4
-LARGEST_ALIGNMENT = 1 << 16
+MAX_HEADER = 64 << 20  # bytes; a vocabulary of 128,256 with its merges needs 8 MB
+MAX_STRING = 16 << 20  # bytes
+MAX_KEY = 65535  # bytes
+MAX_NAME = 64  # bytes
+MAX_STRINGS = 1 << 20  # in all arrays of a file together: tokens and merges
+MAX_KEYS = 1 << 14
+MAX_TENSORS = 1 << 14
+MAX_AXES = 4
+MAX_ALIGNMENT = 1 << 16
 FIRST_READ = 1 << 16  # bytes of a header that are read at first; then twice as many, and so on
-PIECE_BYTES = (
-    1 << 16
-)  # blocks are read and decoded in pieces of this size, whose numbers stay in the second-level cache
+PIECE_BYTES = 1 << 16  # blocks are read and decoded in pieces of this size, whose numbers stay in the L2 cache
 
 CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Type of a value -> its struct format character, where it is a number."""
@@ -124,12 +122,12 @@ def read_gguf(file: InputFile) -> GgufFile:
     n_tensors, n_keys = header.begin()
     metadata = {}
     for _ in range(n_keys):
-        key = header.string(LONGEST_KEY, "a key")
+        key = header.string(MAX_KEY, "a key")
         if key in metadata or not key:
             raise header.damaged(f"key {quote(key)} stands there twice, or is empty")
         metadata[key] = header.value(key)
     alignment = metadata.get("general.alignment", 32)
-    if type(alignment) is not int or alignment & (alignment - 1) or not 0 < alignment <= LARGEST_ALIGNMENT:
+    if type(alignment) is not int or alignment & (alignment - 1) or not 0 < alignment <= MAX_ALIGNMENT:
         raise header.damaged(f"general.alignment is {quote(alignment)}, but a power of two up to 65,536 is needed")
     return GgufFile(file, metadata, _tensors(header, n_tensors, alignment))
 
@@ -142,7 +140,7 @@ class _Header:
         self.at = 0
         self.order = "<"
         self._data = bytearray()
-        self._strings_left = MOST_STRINGS
+        self._strings_left = MAX_STRINGS
 
     def damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.file.name}: {what}; it is damaged or incomplete: download it again")
@@ -160,9 +158,9 @@ class _Header:
                 "current llama.cpp"
             )
         n_tensors, n_keys = self._number("Q"), self._number("Q")
-        if n_tensors > MOST_TENSORS or n_keys > MOST_KEYS:
+        if n_tensors > MAX_TENSORS or n_keys > MAX_KEYS:
             raise self.damaged(
-                f"{n_tensors:,} tensors and {n_keys:,} keys are announced, but at most {MOST_TENSORS:,} are read"
+                f"{n_tensors:,} tensors and {n_keys:,} keys are announced, but at most {MAX_TENSORS:,} are read"
             )
         return n_tensors, n_keys
 
@@ -179,12 +177,12 @@ class _Header:
             return
         if stop > self.file.size:
             raise self.damaged(f"its header needs {stop:,} bytes and more, but it has {self.file.size:,}")
-        if stop > LARGEST_HEADER:
+        if stop > MAX_HEADER:
             raise CheckpointError(
-                f"{self.file.name}: a header of more than {LARGEST_HEADER:,} bytes is not read; this is no language "
+                f"{self.file.name}: a header of more than {MAX_HEADER:,} bytes is not read; this is no language "
                 "model, or it is damaged"
             )
-        grown = bytearray(min(max(stop, 2 * have, FIRST_READ), self.file.size, LARGEST_HEADER))
+        grown = bytearray(min(max(stop, 2 * have, FIRST_READ), self.file.size, MAX_HEADER))
         grown[:have] = self._data
         self.file.read_into(have, memoryview(grown)[have:])
         self._data = grown
@@ -207,7 +205,7 @@ class _Header:
         """The value of a key: its type and itself."""
         kind = self._number("I")
         if kind == STRING:
-            return self.string(LONGEST_STRING, f"the value of {quote(key)}")
+            return self.string(MAX_STRING, f"the value of {quote(key)}")
         if kind == ARRAY:
             return self._array(key)
         (number,) = self._checked(key, kind, 1)
@@ -225,7 +223,7 @@ class _Header:
             raise self.damaged(f"the value of {quote(key)} is of type {kind}, which does not exist or is not read")
         code = CODES[kind]
         dtype = np.dtype(self.order + code.replace("?", "B"))
-        if n * dtype.itemsize > LONGEST_STRING:
+        if n * dtype.itemsize > MAX_STRING:
             raise self.damaged(f"{n:,} values of {quote(key)} are announced, but at most 16 MiB of them are read")
         found = np.frombuffer(self._take(n * dtype.itemsize), dtype).astype(dtype.newbyteorder("="))
         if code != "?":
@@ -237,7 +235,7 @@ class _Header:
     def _strings(self, key: str, n: int) -> list[str]:
         """An array of n strings, of which there may be a million: the loop does no more than it must."""
         if n > self._strings_left:
-            raise self.damaged(f"{n:,} texts of {quote(key)} are announced, but {MOST_STRINGS:,} in all are the limit")
+            raise self.damaged(f"{n:,} texts of {quote(key)} are announced, but {MAX_STRINGS:,} in all are the limit")
         self._strings_left -= n
         self._reach(self.at + 8 * n)
         size_of = struct.Struct(self.order + "Q").unpack_from
@@ -246,7 +244,7 @@ class _Header:
             if at + 8 > len(self._data):
                 self._reach(at + 8)
             (size,) = size_of(self._data, at)
-            if size > LONGEST_STRING:
+            if size > MAX_STRING:
                 raise self.damaged(f"a text of {size:,} bytes is announced in {quote(key)}")
             spans.append((at + 8, at + 8 + size))
             at += 8 + size
@@ -260,10 +258,10 @@ class _Header:
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, shape in the order of NumPy, type and offset of the next tensor."""
-        name = self.string(LONGEST_NAME, "the name of a tensor")
+        name = self.string(MAX_NAME, "the name of a tensor")
         n_axes = self._number("I")
-        if not 1 <= n_axes <= MOST_AXES:
-            raise self.damaged(f"tensor {quote(name)} has {n_axes:,} axes, but 1 to {MOST_AXES} are needed")
+        if not 1 <= n_axes <= MAX_AXES:
+            raise self.damaged(f"tensor {quote(name)} has {n_axes:,} axes, but 1 to {MAX_AXES} are needed")
         shape = struct.unpack(f"{self.order}{n_axes}Q", self._take(8 * n_axes))
         if not all(shape) or math.prod(shape) >= 1 << 62:
             raise self.damaged(f"tensor {quote(name)} has the shape {list(shape[::-1])}")

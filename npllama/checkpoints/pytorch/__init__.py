@@ -2,7 +2,7 @@
 
 archive.py  which bytes of a zip file belong to which entry
 opcodes.py  the few pickle opcodes that describe plain tensors, and no others
-reader.py   both formats of torch.save, as an object tree with Views in the places of tensors
+reader.py   both formats of torch.save, as an object tree with a View for each tensor
 """
 
 from npllama.checkpoints.pytorch.opcodes import Opaque
