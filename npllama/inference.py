@@ -18,18 +18,16 @@ from npllama.cache import KVCache, clear
 from npllama.config import ModelConfig
 from npllama.errors import ContextError, UsageError, quote, whole_number
 from npllama.execution.engine import Engine
+from npllama.generation.chunks import chunk_tokens
 from npllama.generation.sampling import PENALTY_WINDOW, SEEDS, Allowed, sample
 from npllama.generation.streaming import StopStrings, StreamDecoder, stop_texts
 from npllama.options import SamplingOptions, chosen_sampling
-from npllama.store.opening import OpenModel, open_model
+from npllama.store.direct import open_source
+from npllama.store.opening import OpenModel, Progress
 from npllama.text.sentencepiece import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 MOST_CONTEXT_UNASKED = 4096
-# A prompt is read in chunks of a second or two, so that an interrupt is served. The length follows from the model's
-# size alone and not from a clock, so that the same prompt is always cut the same way.
-CHUNK_OPERATIONS = 1.2e12
-MOST_CHUNK = 512
 
 log = logging.getLogger("npllama")
 
@@ -434,13 +432,17 @@ def load(
     kv_dtype: str = "f32",
     *,
     n_ctx: int | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
 ) -> Llama:
-    """Open a model directory; without an argument, the demo model that ships inside the package.
+    """Open a model directory or a checkpoint; without an argument, the demo model that ships inside the package.
 
     backend "auto", "numpy" or "numba" (see NPLLAMA_BACKEND); threads None: physical cores, affinity or the
     container's quota, whichever is least; context: positions, None: the checkpoint's own, at most 4096 (n_ctx is
-    another name); kv_dtype "f32", "f16" or "q8": how the cache keeps keys and values. Raises ModelError for a directory
-    that is not a sound model, UsageError for values out of range.
+    another name); kv_dtype "f32", "f16" or "q8": how the cache keeps keys and values. A checkpoint is exported once, to
+    NPLLAMA_MODELS_DIR or ~/.cache/npllama/models, in the number format dtype (None: its own); progress is called with
+    (bytes done, bytes in all, tensor) meanwhile. Raises ModelError for a directory that is not a sound model,
+    CheckpointError for a checkpoint that cannot be read, UsageError for values out of range.
 
     What this changes in the process:
     - NumPy execution: how many threads NumPy's OpenBLAS uses, until the last model is closed. Not where
@@ -454,13 +456,11 @@ def load(
     - a fork waits for calls that are under way. After a compiled call a forked child gets an error; before it, or in
       NumPy, it computes as its parent does.
     """
-    if model is not None and not isinstance(model, (str, os.PathLike)):
-        raise UsageError(f"model={quote(model)}: needs the path of a model directory, or None for the demo model.")
     context = _either("context", context, None, "n_ctx", n_ctx)
     n_positions = None if context is None else whole_number(context)
     if context is not None and (n_positions is None or n_positions < 1):
         raise UsageError(f"context={quote(context)}: needs a number of positions, 1 or more.")
-    opened = open_model(DEMO if model is None else model)
+    opened = open_source(DEMO if model is None else model, dtype, progress)
     try:
         c = opened.config
         tokenizer = Tokenizer(opened.tokenizer_path, c.vocab_size, c.add_bos_token, c.add_eos_token)
@@ -491,10 +491,3 @@ def _context(own: int, asked: int | None) -> int:
     if asked > own:
         log.warning(f"a context of {asked} positions is more than the {own} that the model was trained on")
     return asked
-
-
-def chunk_tokens(c: ModelConfig) -> int:
-    """Tokens of a prompt to read in one call: a power of two from 8 to 512, fewer the larger the model."""
-    block = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim
-    affordable = int(CHUNK_OPERATIONS / (2 * c.n_layers * block))
-    return max(8, min(MOST_CHUNK, 1 << (affordable.bit_length() - 1 if affordable else 0)))

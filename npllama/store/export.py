@@ -56,6 +56,9 @@ SLACK_BYTES = 1 << 20
 """Room for headers, manifest and directory when free space is compared with what is needed."""
 
 
+_Planned = tuple[NumberFormat, tuple[int, ...]]
+
+
 class Rows(Protocol):
     """What the exporter asks of a tensor: shape, number format, and rows start .. stop-1."""
 
@@ -136,7 +139,6 @@ def quantize_model(
     with open_model(model) as opened:
         source = OpenedSource(opened)
         return write_model(source, target, number_format, opened.tokenizer_path, force, progress, opened.sampling)
-        return write_model(source, target, dtype, opened.tokenizer_path, force, progress, opened.sampling)
 
 
 class _Rows(NamedTuple):
@@ -203,13 +205,13 @@ def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> 
         looked = " and ".join(str(place) for place in places)
         raise CheckpointError(
             f"{folder}: has no tokenizer (looked for {looked}); its SentencePiece file is needed{_instead(places[0])}: "
-            f"name it with --tokenizer FILE."
+            f"name it with --tokenizer FILE (of npllama export)."
         )
     pieces, rows = Tokenizer(path).n_pieces, source.config.vocab_size
     if not vocabulary_fits(pieces, rows):
         raise CheckpointError(
             f"{path}: has {pieces:,} pieces, but the checkpoint's vocabulary has {rows:,} rows: more pieces than rows; "
-            f"name the tokenizer that belongs to it with --tokenizer FILE."
+            f"name the tokenizer that belongs to it with --tokenizer FILE (of npllama export)."
         )
     return path
 
@@ -237,21 +239,32 @@ def write_model(
     sampling: SamplingOptions | None = None,
 ) -> dict[str, Any]:
     """Fill a new directory, let the loader open it, and make it `out`."""
-    shapes = kind_shapes(source.config)
-    if source.tied:
-        del shapes["output"]
-    formats = {kind: format_of(kind, number_format, source.tied) for kind in shapes}
-    total = sum(spec.size_bytes for kind in shapes for spec in formats[kind].arrays(shapes[kind]).values())
+    kinds = planned(source.config, source.tied, number_format)
+    total = planned_bytes(source.config, source.tied, number_format)
     with staged(out, force, is_model_file, MANIFEST) as folder:
         _check_space(out, total)
         meter = _Meter(total, progress)
-        tensors = {k: _write_kind(source, folder, k, formats[k], shapes[k], meter) for k in shapes}
+        tensors = {kind: _write_kind(source, folder, kind, *how, meter) for kind, how in kinds.items()}
         manifest = build_manifest(source.config, _copy_tokenizer(tokenizer_file, folder / TOKENIZER), tensors, sampling)
         text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
         _write_file(folder / MANIFEST, text.encode("ascii"))
         check_model(folder)
         Tokenizer(folder / TOKENIZER)
     return manifest
+
+
+def planned(config: ModelConfig, tied: bool, number_format: NumberFormat) -> dict[str, _Planned]:
+    """Every kind of weight that a model directory of a number format holds: its own format, and its shape."""
+    shapes = kind_shapes(config)
+    if tied:
+        del shapes["output"]
+    return {kind: (format_of(kind, number_format, tied), shape) for kind, shape in shapes.items()}
+
+
+def planned_bytes(config: ModelConfig, tied: bool, number_format: NumberFormat) -> int:
+    """Bytes of the numbers of all arrays of a model directory of a number format."""
+    kinds = planned(config, tied, number_format).values()
+    return sum(spec.size_bytes for own, shape in kinds for spec in own.arrays(shape).values())
 
 
 def build_manifest(
