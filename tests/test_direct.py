@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from npllama.store.direct import open_source
 from npllama.store.export import export
 from npllama.store.model_cache import entries, listed, models_directory
 from npllama.store.sources import source_of
+from npllama.version import EXPORTER
 
 needs_locks = pytest.mark.skipif(locks.fcntl is None, reason="no locks on this system")
 
@@ -196,6 +198,15 @@ def test_another_exporter_exports_anew(checkpoint: Path, monkeypatch: pytest.Mon
     assert len(entries()) == 1
 
 
+def test_exported_bytes_are_those_that_the_exporters_version_stands_for(checkpoint: Path, tmp_path: Path) -> None:
+    """A change of these bytes is a new version.EXPORTER: else models that were kept would stay as they are."""
+    digest = hashlib.sha256()
+    for dtype in ("f32", "f16", "bf16", "q8", "q6", "q4"):
+        export(checkpoint, tmp_path / dtype, dtype)
+        digest.update((tmp_path / dtype / "npllama.json").read_bytes())  # it holds the sha256 of every array
+    assert (EXPORTER, digest.hexdigest()[:16]) == (1, "9ed76eba86f8c1b9")
+
+
 def test_every_file_that_an_export_opens_is_part_of_the_key(tmp_path: Path, checkpoint: Path) -> None:
     """Seen by the interpreter's audit: a reader that looks at another file must be told to sources.py."""
     for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
@@ -266,11 +277,12 @@ def test_without_a_tokenizer_the_line_says_which_command_takes_one(call, checkpo
 
 
 def test_where_nothing_can_be_written_the_line_says_what_to_do(
-    call, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    call, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("NPLLAMA_MODELS_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(checkpoint / "config.json"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".cache").write_text("a file where a directory is needed")
     done = call("generate", "-m", checkpoint, "-p", "a")
     assert (done.code, done.err.count("\n")) == (1, 1)
     assert "cannot be written (Not a directory)" in done.err
@@ -297,15 +309,18 @@ def test_a_folder_of_models_that_is_read_only_serves_what_it_holds(
         name_of(checkpoint, "q4")
 
 
-def test_without_a_home_directory_the_line_says_what_to_do(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
+def test_without_a_home_directory_the_line_says_what_to_do(
+    call, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("NPLLAMA_MODELS_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
-    with pytest.raises(ModelError, match=r"no home directory .*set NPLLAMA_MODELS_DIR"):
-        open_source(checkpoint)
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    for arguments in (["generate", "-m", checkpoint, "-p", "a"], ["models"]):
+        done = call(*arguments)
+        assert (done.code, done.err.count("\n")) == (1, 1)
+        assert "there is no home directory" in done.err
+        assert "set NPLLAMA_MODELS_DIR" in done.err
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_folder_is_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -143,6 +143,90 @@ def test_an_interrupt_leaves_nothing(checkpoint: Path, models: Path) -> None:
     assert os.listdir(models) == []
 
 
+# A child process is stopped at the n-th line that it executes in these files, for n spread over the whole way.
+STOPPING = """
+import os, signal, sys
+import npllama.checkpoints, npllama.store.export
+from npllama.store.direct import open_source
+from npllama.store.opening import check_hashes
+
+checkpoint, models, how, moments = *sys.argv[1:4], int(sys.argv[4])
+SOURCES = ("direct.py", "model_cache.py", "locks.py", "export.py", "staging.py")
+INTERRUPTED = ("direct.py", "model_cache.py", "locks.py", "export.py")
+
+def child(stop_at):
+    count = 0
+    def trace(frame, event, argument):
+        nonlocal count
+        if not frame.f_code.co_filename.endswith(SOURCES) or frame.f_code.co_name == "__del__":
+            return None
+        if event == "line":
+            count += 1
+            if count == stop_at and how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if count == stop_at and frame.f_code.co_filename.endswith(INTERRUPTED):
+                raise KeyboardInterrupt
+        return trace
+    sys.settrace(trace)
+    try:
+        open_source(checkpoint).close()
+    except KeyboardInterrupt:
+        os._exit(130)
+    sys.settrace(None)
+    return count
+
+lines = child(-1)
+for moment in range(moments):
+    if how == "interrupt":
+        for name in os.listdir(models):
+            path = os.path.join(models, name)
+            for file in os.listdir(path) if os.path.isdir(path) else ():
+                os.unlink(os.path.join(path, file))
+            os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
+    if not (process := os.fork()):
+        child(1 + moment * (lines - 1) // (moments - 1))
+        os._exit(0)
+    status = os.waitpid(process, 0)[1]
+    names = sorted(os.listdir(models))
+    whole = [name for name in names if os.path.exists(os.path.join(models, name, "npllama.json"))]
+    for name in whole:
+        check_hashes(os.path.join(models, name)) if ".partial-" not in name else None
+    print(status, len(names), len(whole))
+    if how == "kill":
+        open_source(checkpoint).close()  # whatever the kill has left
+        (name,) = [name for name in os.listdir(models) if not name.endswith(".json")]
+        check_hashes(os.path.join(models, name))
+        for file in os.listdir(os.path.join(models, name)):
+            os.unlink(os.path.join(models, name, file))
+"""
+
+
+def moments(checkpoint: Path, models: Path, how: str) -> list[list[int]]:
+    """(exit status, names in the folder, whole models among them) after stops at 40 moments."""
+    command = [sys.executable, "-c", STOPPING, *map(str, (checkpoint, models, how, 40))]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="child processes are forked")
+
+
+@needs_fork
+def test_an_interrupt_at_any_moment_leaves_nothing_or_a_whole_model(checkpoint: Path, models: Path) -> None:
+    found = [(names, whole) for status, names, whole in moments(checkpoint, models, "interrupt") if status]
+    assert len(found) > 20
+    assert set(found) <= {(0, 0), (2, 1)}
+    assert found.count((0, 0)) > 15
+
+
+@needs_fork
+@needs_locks
+def test_after_a_kill_at_any_moment_the_next_start_makes_the_model(checkpoint: Path, models: Path) -> None:
+    found = moments(checkpoint, models, "kill")
+    assert sum(status == signal.SIGKILL for status, *_ in found) > 35
+
+
 @needs_locks
 def test_what_a_kill_leaves_is_removed_by_the_next_command_that_looks(
     checkpoint: Path, models: Path, tmp_path: Path, call

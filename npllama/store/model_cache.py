@@ -42,18 +42,19 @@ log = logging.getLogger("npllama")
 def models_directory() -> Path:
     """Where exports are kept: NPLLAMA_MODELS_DIR, else npllama/models in XDG_CACHE_HOME, else in ~/.cache.
 
-    It need not be there. Raises ModelError where there is no home directory either.
+    It need not be there. Raises ModelError where there is not even a home directory.
     """
     if given := os.environ.get(FOLDER):
         return Path(os.path.abspath(given))
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "npllama" / "models"
-    except RuntimeError as error:
+    if os.path.isabs(base := os.environ.get("XDG_CACHE_HOME", "")):
+        return Path(base) / "npllama" / "models"
+    home = os.path.expanduser("~")
+    if not os.path.isdir(home):
         raise ModelError(
-            f"there is no home directory to keep an exported model in; set {FOLDER} to a directory of your own, or "
-            f"export it yourself with 'npllama export CHECKPOINT OUT'."
-        ) from error
+            f"there is no home directory ({quote(home)} is none) to keep exported models in; set {FOLDER} to a "
+            f"directory of your own, or export it yourself with 'npllama export CHECKPOINT OUT'."
+        )
+    return Path(home) / ".cache" / "npllama" / "models"
 
 
 def make_models_directory(source: Path) -> Path:
