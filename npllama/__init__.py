@@ -1,7 +1,7 @@
 """npllama: LLaMA 2 in NumPy, and the same source compiled by Numba.
 
 import npllama
-llm = npllama.load()                          # the demo model; or a model directory
+llm = npllama.load()                          # the demo model; or a model directory, or a checkpoint
 print(llm.generate("Once upon a time").text)
 """
 

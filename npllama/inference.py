@@ -21,7 +21,8 @@ from npllama.generation.requests import Prompt, Request, check_kind, either, is_
 from npllama.generation.sampling import PENALTY_WINDOW, Allowed, sample
 from npllama.generation.streaming import StopStrings, StreamDecoder
 from npllama.options import SamplingOptions
-from npllama.store.opening import OpenModel, open_model
+from npllama.store.direct import open_source
+from npllama.store.opening import OpenModel, Progress
 from npllama.system.closing import Closing
 from npllama.text.sentencepiece import Tokenizer
 
@@ -353,13 +354,17 @@ def load(
     kv_dtype: str = "f32",
     *,
     n_ctx: int | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
 ) -> Llama:
-    """Open a model directory; without an argument, the demo model that ships inside the package.
+    """Open a model directory or a checkpoint; without an argument, the demo model that ships inside the package.
 
     backend "auto", "numpy" or "numba" (see NPLLAMA_BACKEND); threads None: physical cores, affinity or the
     container's quota, whichever is least; context: positions, None: the checkpoint's own, at most 4096 (n_ctx is
-    another name); kv_dtype "f32", "f16" or "q8": how the cache keeps keys and values. Raises ModelError for a directory
-    that is not a sound model, UsageError for values out of range.
+    another name); kv_dtype "f32", "f16" or "q8": how the cache keeps keys and values. A checkpoint is exported once, to
+    NPLLAMA_MODELS_DIR or ~/.cache/npllama/models, in the number format dtype (None: its own); progress is called with
+    (bytes done, bytes in all, tensor) meanwhile. Raises ModelError for a directory that is not a sound model,
+    CheckpointError for a checkpoint that cannot be read, UsageError for values out of range.
 
     What this changes in the process:
     - NumPy execution: how many threads NumPy's OpenBLAS uses, until the last model is closed. Not where
@@ -373,13 +378,11 @@ def load(
     - a fork waits for calls that are under way. After a compiled call a forked child gets an error; before it, or in
       NumPy, it computes as its parent does.
     """
-    if model is not None and not isinstance(model, (str, os.PathLike)):
-        raise UsageError(f"model={quote(model)}: needs the path of a model directory, or None for the demo model.")
     context = either("context", context, None, "n_ctx", n_ctx)
     n_positions = None if context is None else whole_number(context, 1)
     if context is not None and n_positions is None:
         raise UsageError(f"context={quote(context)}: needs a number of positions, 1 or more.")
-    opened = open_model(DEMO if model is None else model)
+    opened = open_source(DEMO if model is None else model, dtype, progress)
     try:
         tokenizer = _tokenizer_of(opened)
         context = _context(opened.config.max_seq_len, n_positions)

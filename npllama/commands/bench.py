@@ -17,6 +17,7 @@ from npllama.commands.terminal import (
     add_dtype,
     add_kv_dtype,
     add_model,
+    load_model,
     model_of,
     number_formats,
     put,
@@ -45,7 +46,7 @@ def numbers(least: int) -> Any:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama bench`."""
-    add_model(parser, "a model directory (default: the demo model)")
+    add_model(parser, "a model directory or a checkpoint (default: the demo model)")
     add = parser.add_argument
     add("--shape", choices=("15m", "110m", "1b", "7b"), help="instead of a model: this shape with random weights")
     add_dtype(parser, number_formats, " for --shape: %(choices)s (default f32)")
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     if args.shape is not None and model is not None:
         raise UsageError("a model and --shape were given; one of them is needed.")
     if args.shape is None and args.dtype is not None:
-        raise UsageError("--dtype goes with --shape; a model directory has its own number formats.")
+        raise UsageError("--dtype goes with --shape; a model has its own number formats.")
     if args.shape is None:
         return _measure(args, notes, model, None)
     with tempfile.TemporaryDirectory(prefix="npllama-bench-") as folder:
@@ -103,7 +104,6 @@ def _measure_with(
     args: argparse.Namespace, notes: Notes, model: str | None, shape: str | None, threads: int | None
 ) -> list[Measurement]:
     started = time.perf_counter()
-    import npllama
     from npllama.measure.bench import Start, measure
     from npllama.system.machine import peak_rss_mb
 
@@ -115,7 +115,7 @@ def _measure_with(
     context = args.ctx_size or max(p + n + d for p, n, d in tests)
     started = time.perf_counter()
     options = {"backend": args.backend, "threads": threads, "context": context, "kv_dtype": args.kv_dtype}
-    with npllama.load(model, **options) as llama:
+    with load_model(notes, model, **options) as llama:
         notes.show()
         load_s = time.perf_counter() - started - llama.engine.import_s - llama.engine.compile_s
         start = Start(

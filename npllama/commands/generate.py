@@ -10,7 +10,17 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from npllama.commands.terminal import Notes, add_execution, put, say, text, whole
+from npllama.commands.terminal import (
+    Choices,
+    Notes,
+    add_execution,
+    load_model,
+    number_formats,
+    put,
+    say,
+    text,
+    whole,
+)
 from npllama.errors import NpllamaError, UsageError
 from npllama.options import OPTIONS, SamplingOptions
 
@@ -31,7 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompt_argument", metavar="PROMPT", nargs="?", help="text to continue; - reads it from stdin, as does no "
         "prompt at all where stdin is not a terminal"
     )  # fmt: skip
-    add("-m", "--model", metavar="MODEL", help="a model directory (default: the demo model)")
+    add(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="a model directory, or a checkpoint, which is exported once (default: the demo model)",
+    )
+    add(
+        "--dtype", metavar="FORMAT", choices=Choices(number_formats), help="number format that a checkpoint is "
+        "exported to: %(choices)s (default: its own)"
+    )  # fmt: skip
     add(
         "-p",
         "--prompt",
@@ -89,12 +108,11 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     stops = [_text(_argument_bytes(stop), "--stop", args.escape) for stop in args.stop]
     given: dict[str, Any] = {option.name: getattr(args, option.name) for option in OPTIONS}
     SamplingOptions().changed(given)
-    from npllama.inference import load
-
     options: dict[str, Any] = {"seed": args.seed, "stop": stops, "echo": args.echo, "sampling": args.sampling}
     options |= {"bos": args.bos, "eos": args.eos, "padding_ids": args.padding_ids}
     started = time.perf_counter()
-    with load(args.model, args.backend, args.threads, args.ctx_size, args.kv_dtype) as llama:
+    how = {"backend": args.backend, "threads": args.threads, "context": args.ctx_size, "kv_dtype": args.kv_dtype}
+    with load_model(notes, args.model, dtype=args.dtype, **how) as llama:
         load_s = time.perf_counter() - started
         stream = llama.stream(prompt, args.max_tokens, **given, **options)
         complete = _follow(stream, notes, shown=not args.json)

@@ -50,10 +50,13 @@ from npllama.version import FIRST_READER, NEEDS, version_of
 from npllama.weights import KINDS, kind_shapes, tensor_names
 
 BLOCK_BYTES = 4 << 20
-"""Rows are read in blocks of this many bytes: large enough for the disk's speed, small beside any matrix."""
+"""SourceTensor are read in blocks of this many bytes: large enough for the disk's speed, small beside any matrix."""
 
 SLACK_BYTES = 1 << 20
 """Left free for headers, manifest and directory when free space is compared with what is needed."""
+
+
+_Planned = tuple[NumberFormat, tuple[int, ...]]
 
 
 class SourceTensor(Protocol):
@@ -149,7 +152,7 @@ class _StoredTensor(NamedTuple):
         return self.stored.shape
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows start .. stop-1 as they are stored: a view of the map."""
+        """SourceTensor start .. stop-1 as they are stored: a view of the map."""
         return self.stored[start:stop]
 
 
@@ -202,13 +205,13 @@ def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> 
         looked = " and ".join(str(path) for path in paths)
         raise CheckpointError(
             f"{folder}: has no tokenizer (looked for {looked}); its SentencePiece file is needed{_instead(paths[0])}: "
-            f"name it with --tokenizer FILE."
+            f"name it with --tokenizer FILE (of npllama export)."
         )
     pieces, rows = Tokenizer(path).n_pieces, source.config.vocab_size
     if not vocabulary_fits(pieces, rows):
         raise CheckpointError(
             f"{path}: has {pieces:,} pieces, but the checkpoint's vocabulary has {rows:,} rows: more pieces than rows; "
-            f"name the tokenizer that belongs to it with --tokenizer FILE."
+            f"name the tokenizer that belongs to it with --tokenizer FILE (of npllama export)."
         )
     return path
 
@@ -236,21 +239,32 @@ def write_model(
     sampling: SamplingOptions | None = None,
 ) -> dict[str, Any]:
     """Fill a new directory, let the loader open it, and make it `out`."""
-    shapes = kind_shapes(source.config)
-    if source.tied:
-        del shapes["output"]
-    formats = {kind: format_of(kind, number_format, source.tied) for kind in shapes}
-    total = sum(spec.size_bytes for kind in shapes for spec in formats[kind].arrays(shapes[kind]).values())
+    kinds = planned(source.config, source.tied, number_format)
+    total = planned_bytes(source.config, source.tied, number_format)
     with staged(out, force, is_model_file, MANIFEST) as folder:
         _check_space(out, total)
         meter = _Meter(total, progress)
-        tensors = {k: _write_kind(source, folder, k, formats[k], shapes[k], meter) for k in shapes}
+        tensors = {kind: _write_kind(source, folder, kind, *how, meter) for kind, how in kinds.items()}
         manifest = build_manifest(source.config, _copy_tokenizer(tokenizer_file, folder / TOKENIZER), tensors, sampling)
         text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
         _write_file(folder / MANIFEST, text.encode("ascii"))
         check_model(folder)
         Tokenizer(folder / TOKENIZER)
     return manifest
+
+
+def planned(config: ModelConfig, tied: bool, number_format: NumberFormat) -> dict[str, _Planned]:
+    """Every kind of weight that a model directory of a number format holds: its own format, and its shape."""
+    shapes = kind_shapes(config)
+    if tied:
+        del shapes["output"]
+    return {kind: (format_of(kind, number_format, tied), shape) for kind, shape in shapes.items()}
+
+
+def planned_bytes(config: ModelConfig, tied: bool, number_format: NumberFormat) -> int:
+    """Bytes of the numbers of all arrays of a model directory of a number format."""
+    kinds = planned(config, tied, number_format).values()
+    return sum(spec.size_bytes for own, shape in kinds for spec in own.arrays(shape).values())
 
 
 def build_manifest(
@@ -331,7 +345,7 @@ def _blocks(source: Source, kind: str, number_format: NumberFormat) -> Iterator[
 def encode(
     number_format: NumberFormat, block: np.ndarray, dtype: str, name: str, first_row: int
 ) -> dict[str, np.ndarray]:
-    """Rows of a tensor -> the arrays that store them. Rounds to nearest, half to even; float64 by way of float32.
+    """SourceTensor of a tensor -> the arrays that store them. Rounds to nearest, half to even; float64 by way of float32.
 
     Raises CheckpointError, naming tensor, index and value, for a number that the format cannot hold.
     """

@@ -93,6 +93,7 @@ class OpenModel(Closing):
         self.tokenizer_path = path / TOKENIZER
         self.size_bytes = size_bytes(manifest)
         self._weights: Weights | None = _map_weights(path, manifest)
+        self._closing: list[Callable[[], object]] = []
 
     @property
     def weights(self) -> Weights:
@@ -110,6 +111,12 @@ class OpenModel(Closing):
     def close(self) -> None:
         """Let go of the weights; their maps are freed with the last array that refers to them."""
         self._weights = None
+        while self._closing:
+            self._closing.pop()()
+
+    def on_close(self, release: Callable[[], object]) -> None:
+        """Call this too when the model is closed."""
+        self._closing.append(release)
 
 
 def open_model(path: str | os.PathLike[str]) -> OpenModel:

@@ -140,6 +140,15 @@ def remove_leftovers(out: Path, is_ours: IsOurs) -> None:
                 _remove(path, is_ours)
 
 
+def remove(folder: Path, is_ours: IsOurs, seal: str) -> None:
+    """Remove a directory of ours, the seal first: what is left of it by a kill is no whole. Raises ModelError."""
+    try:
+        (folder / seal).unlink(missing_ok=True)
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be removed ({error.strerror or error}); give permission.") from error
+    _remove(folder, is_ours)
+
+
 def sync_file(descriptor: int) -> None:
     """Force a file's contents to the disk, where its file system can. Raises OSError when contents are lost."""
     try:
