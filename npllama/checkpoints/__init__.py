@@ -1,4 +1,25 @@
-"""Foreign checkpoints as names and arrays: which layout a path holds is found out, not asked."""
+"""Checkpoints of others as names and arrays. `open_checkpoint` finds out which layout a path holds.
+
+Nothing here trusts a file: it may be damaged or made to do harm. Nothing in it is executed, sizes are checked before
+memory is taken, and what is not understood is refused by name with CheckpointError.
+
+Files, in the order in which to read them:
+
+    layouts.py      the kinds of checkpoint: Meta release, Hugging Face folder, llama2.c
+    checkpoint.py   what each of them becomes: a config, and weights under Meta's names; shards merged
+    names.py        the names of tensors in each kind
+    shard.py        the tensors of one file or several, found by name
+    tensors.py      where elements lie in a file, read block by block; Hugging Face's RoPE pairs
+    files.py        regular files only, bounded reads, few open at a time
+    safetensors.py  which tensors a safetensors file has
+    headers.py      the header of a safetensors file, read member by member in bounded memory
+    pytorch.py      what torch.save wrote: both formats, as a tree of names and arrays
+    archive.py      the zip archive that torch.save writes
+    opcodes.py      the few pickle opcodes that plain tensors need
+
+A new kind of checkpoint is a function like `layouts.open_llama2c`, which returns a Checkpoint, and a line in
+`_open_folder` and `_open_file` here, which recognise it. Its config is a function like `config.from_llama2c`.
+"""
 
 from __future__ import annotations
 

@@ -257,7 +257,7 @@ def write_model(
 def build_manifest(
     config: ModelConfig, tokenizer: dict[str, Any], tensors: dict[str, Any], sampling: SamplingOptions | None
 ) -> dict[str, Any]:
-    """The manifest, of the lowest format version that has what it says (see format_version.py)."""
+    """The manifest, of the lowest format version that has what it says (see version.py)."""
     manifest = {"format": FORMAT, "config": config.to_json(), "tokenizer": tokenizer, "tensors": tensors}
     if sampling is not None:
         manifest["sampling"] = sampling.to_json()

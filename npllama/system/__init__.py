@@ -1,6 +1,8 @@
-"""The operating system's side: memory and processors, and files that nobody vouches for.
+"""The operating system's side: memory and processors, and files that may hold anything.
 
-machine.py      processors, memory, a private directory for compiled code
-signatures.py   what kind of file the first bytes show
-strict_json.py  JSON without surprises, in bounded work
+Files, in the order in which to read them:
+
+    machine.py      processors, threads, memory, a private directory for compiled code
+    signatures.py   what kind of file the first bytes show
+    strict_json.py  JSON without surprises, in bounded work
 """
