@@ -281,12 +281,6 @@ def test_memory_is_addressed_through_llvm_py_which_names_the_element_type(file: 
         assert not (isinstance(node, ast.Attribute) and node.attr in ("as_pointer", "make_array")), file
 
 
-def test_the_kernels_docstring_names_every_file_once() -> None:
-    text = ast.get_docstring(TREES["execution/kernels/__init__.py"]) or ""
-    named = re.findall(r"^    (\w+\.py)  +\w", text.split("in the order in which to read them")[1], re.MULTILINE)
-    assert sorted(named) == [file.split("/")[2] for file in each("execution/kernels/") if "__init__" not in file]
-
-
 # Words of our own that have gone -> the field's.
 GONE = {
     r"\b_?asks?_|\bUNASKED\b|\bask(s|ed)? (the )?memory|memory asked": "prefetch",
