@@ -10,7 +10,8 @@ Files, in the order in which to read them:
     model.py       which steps happen in which order
     cache.py       how earlier tokens are remembered; the mask
     inference.py   text in, text out: load, generate, stream, logits
-    config.py      the numbers that describe a model, and how each kind of checkpoint says them
+    config.py      the numbers that describe a model
+    rope.py        how fast each pair of a head turns, plain or scaled for longer contexts
     weights.py     the kinds of weights: names, shapes
     options.py     the sampling options: defaults, ranges, command-line options
     numbers/       number formats: how a matrix is stored, and what its stored numbers mean

@@ -101,6 +101,16 @@ def allocate(
     return KVCache(k, v, np.full((n_layers, n_seqs, n_slots), EMPTY, np.int64), window, n_sink)
 
 
+def slots_and_window(context: int, sliding_window: int | None, chunk: int) -> tuple[int, int]:
+    """Slots and window (0: none) for texts of `context` tokens, read in chunks, by a model that sees so far back.
+
+    A chunk that is written whole before it is read must replace nothing that its first row sees.
+    """
+    if sliding_window is None or sliding_window >= context:
+        return context, 0
+    return min(context, sliding_window + chunk - 1), sliding_window
+
+
 def check_fits(cache: KVCache, n_layers: int, n_kv_heads: int, head_dim: int, kv_dtype: str) -> None:
     """Raise UsageError unless this is a cache for such a model, and laid out as kernels address it.
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npllama.cache import KVCache, clear
+from npllama.cache import KVCache, clear, slots_and_window
 from npllama.config import ModelConfig
 from npllama.errors import ContextError, UsageError, quote, whole_number
 from npllama.execution.engine import Engine
@@ -210,11 +210,11 @@ class Llama:
         return self._chunk
 
     def borrow_cache(self) -> KVCache:
-        """An empty KV cache of the context's length, used before or new."""
+        """An empty KV cache for the context, or for the sliding window and a chunk; used before or new."""
         try:
             return self._spare.pop()
         except IndexError:
-            return self.engine.new_cache(1, self.context)
+            return self.engine.new_cache(1, *slots_and_window(self.context, self.config.sliding_window, self._chunk))
 
     def return_cache(self, cache: KVCache) -> None:
         """Hand a cache back for the next call: its memory is kept."""
@@ -474,8 +474,8 @@ def load(
                 f"the tokenizer begins a text with id {tokenizer.bos_id}, the model's config says "
                 f"{opened.config.bos_token_id}; using the tokenizer's"
             )
-        engine = Engine(opened, backend, threads, log.warning, kv_dtype)
-        return Llama(opened, engine, tokenizer, _context(opened.config.max_seq_len, n_positions))
+        context = _context(opened.config.max_seq_len, n_positions)
+        return Llama(opened, Engine(opened, backend, threads, log.warning, kv_dtype, context), tokenizer, context)
     except BaseException:
         opened.close()
         raise

@@ -101,17 +101,19 @@ def linears(x: np.ndarray, ws: tuple[Weight, ...]) -> tuple[np.ndarray, ...]:
     return tuple(linear(x, w) for w in ws)
 
 
-def rotation(pos: np.ndarray, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+def rotation(pos: np.ndarray, frequencies: np.ndarray, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine of every angle by which positions turn the pairs of a head.
 
-        angle[t, i] = pos[t] * theta^(-2 i / E)        i = 0 .. E/2 - 1
+        angle[t, i] = pos[t] * frequencies[i]        i = 0 .. E/2 - 1
+        cos, sin = scale * cos(angle), scale * sin(angle)
 
-    pos (T,) integers. Angles are computed in float64: in float32 they lose a digit for each factor of ten in pos.
-    Returns cos, sin (T, E/2) float32. Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
+    pos (T,) integers, frequencies (E/2,) float64 in radians and scale from rope.frequencies. Angles are computed in
+    float64: in float32 they lose a digit for each factor of ten in pos.
+    Returns cos, sin (T, E/2) float32. Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2; scale: Peng et al. 2023,
+    arXiv:2309.00071, section 3.4.
     """
-    frequency = float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)  # (E/2,) float64
-    angle = np.asarray(pos, np.float64)[:, None] * frequency  # (T,) -> (T, E/2)
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    angle = np.asarray(pos, np.float64)[:, None] * frequencies  # (T,) -> (T, E/2)
+    return (scale * np.cos(angle)).astype(np.float32), (scale * np.sin(angle)).astype(np.float32)
 
 
 def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ NEEDS = "needs_npllama"
 FIRST_READER = {1: "0.1.0", 2: "0.1.0"}
 """Format version -> the first npllama that reads it."""
 
-SINCE = {NEEDS: 2, "sampling": 2, "add_bos_token": 2, "add_eos_token": 2}
+SINCE = {NEEDS: 2, "sampling": 2, "add_bos_token": 2, "add_eos_token": 2, "rope_scaling": 2, "sliding_window": 2}
 """Key of the manifest or its config -> the format version that brought it; version 1 has all other keys."""
 
 

@@ -46,9 +46,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which kernels the run has compiled."""
     if os.environ.get("NPLLAMA_BACKEND") == "numpy" or importlib.util.find_spec("numba") is None:
         return
-    from npllama.execution.threads import start_numba
-
-    start_numba(terminalreporter.write_line)
     from npllama.execution.kernels import amx, int8_dot, target
 
     terminalreporter.write_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from command_line import environment
 
 import npllama
+from npllama import rope
 
 PACKAGE = Path(npllama.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -23,7 +25,9 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding
 LAYERS = (
     {"errors"},
     {"version"},
-    {"system", "options", "config"},
+    {"system", "options"},
+    {"rope"},
+    {"config"},
     {"numbers"},
     {"weights", "text"},
     {"checkpoints"},
@@ -161,7 +165,10 @@ def test_no_guard_is_an_assert(file: str) -> None:
     assert not [node.lineno for node in ast.walk(TREES[file]) if isinstance(node, ast.Assert)]
 
 
-READERS = each("checkpoints/", "store/", "system/", "text/", "config.py")
+READERS = each(
+    *("checkpoints/", "system/", "text/", "config.py", "rope.py"),
+    *("store/opening.py", "store/export.py", "store/text_rules.py"),
+)
 
 
 @pytest.mark.parametrize("file", READERS)
@@ -208,6 +215,13 @@ def test_the_model_contains_no_arithmetic_but_x_plus_a_block() -> None:
                     sums = isinstance(node.op, ast.Add) and isinstance(node.left, ast.Name) and node.left.id == "x"
                     assert sums, f"model.py:{node.lineno}: {ast.unparse(node)}"
                     assert isinstance(node.right, ast.Call), f"model.py:{node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("formula", rope.FORMULAS.values(), ids=rope.FORMULAS)
+def test_every_way_to_scale_rotary_positions_gives_its_equation_and_its_source(formula: rope.Formula) -> None:
+    text = inspect.getdoc(formula) or ""
+    assert re.search(r"^    .*f'\[i\] = |theta' = ", text, re.MULTILINE)
+    assert re.search(r"Source: .*(arXiv:\d{4}\.\d{5}|\.py)", text, re.DOTALL)
 
 
 # ---------------------------------------------------------------- kernels

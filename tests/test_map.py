@@ -21,9 +21,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOLDERS = sorted(path.parent for path in PACKAGE.rglob("__init__.py"))
 TABLE = README.partition("| what | where |\n|---|---|\n")[2].partition("\n\n")[0]
 ROWS = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in TABLE.splitlines()]
-# Files of others that docstrings give as a source, or that lie beside checkpoints.
-FOREIGN = {"convert_llama_weights_to_hf.py", "modeling_rope_utils.py", "serialization.py", "_utils.py", "torch.py"}
-FOREIGN |= {"zero_to_fp32.py"}
+# Files of others that are mentioned elsewhere than behind "Source".
+FOREIGN = {"convert_llama_weights_to_hf.py", "zero_to_fp32.py"}
 
 
 def between(markers: tuple[str, str]) -> str:
@@ -96,10 +95,11 @@ def docstring(path: Path) -> str:
 
 
 def words(path: Path) -> str:
-    """Docstrings and comments of a file."""
+    """Docstrings and comments of a file, but for the paragraphs that give the sources of others."""
     text = path.read_text(encoding="utf-8")
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
     told = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+    told = [re.sub(r"Sources?\b.*?:.*?(\n\s*\n|\Z)", "", one, flags=re.DOTALL) for one in told]
     return "\n".join([*told, *re.findall(r"#.*", text)])
 
 

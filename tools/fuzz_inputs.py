@@ -10,6 +10,7 @@ a crash or a hunger for memory is seen and named. Exit status 1 when a case fail
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import random
@@ -30,7 +31,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from helpers import safetensors_bytes, write_model_directory, write_tokenizer  # noqa: E402
+from gguf_files import write_gguf, write_quantized, write_split  # noqa: E402
+from helpers import TINY, safetensors_bytes, write_model_directory, write_tokenizer  # noqa: E402
+from llama2c_files import write_llama2c_bin  # noqa: E402
 from torch_files import (  # noqa: E402
     hugging_face_tensors,
     stored,
@@ -43,6 +46,7 @@ from torch_files import (  # noqa: E402
 
 from npllama.checkpoints import open_checkpoint  # noqa: E402
 from npllama.errors import NpllamaError  # noqa: E402
+from npllama.rope import RopeScaling  # noqa: E402
 from npllama.store.opening import open_model  # noqa: E402
 from npllama.text.sentencepiece import Tokenizer  # noqa: E402
 
@@ -82,6 +86,18 @@ class Kind:
     file: str
     read: Callable[[Path], None]
     text: bool = False
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 2.0,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 3.0],
+}
+SCALED = dataclasses.replace(
+    TINY, rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_context=16), sliding_window=9
+)
 
 
 def _sharded(folder: Path) -> object:
@@ -142,9 +158,18 @@ KINDS = {
     "zip-wrapped": Kind(_wrapped, "pytorch_model.bin", read_checkpoint),
     "params.json": Kind(write_meta, "params.json", read_checkpoint, text=True),
     "config.json": Kind(write_hugging_face, "config.json", read_checkpoint, text=True),
+    "config.json-rope": Kind(
+        lambda folder: write_hugging_face(folder, rope_scaling=LONGROPE), "config.json", read_checkpoint, text=True
+    ),
     "index.json": Kind(_sharded, "model.safetensors.index.json", read_checkpoint, text=True),
+    "gguf": Kind(write_gguf, "model.gguf", read_checkpoint),
+    "gguf-tensors": Kind(write_quantized, "model.gguf", read_checkpoint),
+    "gguf-part": Kind(lambda folder: write_split(folder, 2), "model-00002-of-00002.gguf", read_checkpoint),
+    "llama2c-bin": Kind(write_llama2c_bin, "model.bin", read_checkpoint),
+    "llama2c-q8": Kind(lambda folder: write_llama2c_bin(folder, version=2), "model.bin", read_checkpoint),
+    "tokenizer.bin": Kind(write_llama2c_bin, "tokenizer.bin", read_checkpoint),
     "npllama.json": Kind(
-        lambda f: write_model_directory(f / "m"), "m/npllama.json", lambda f: read_model(f / "m"), True
+        lambda f: write_model_directory(f / "m", SCALED), "m/npllama.json", lambda f: read_model(f / "m"), True
     ),
     "npy": Kind(lambda f: write_model_directory(f / "m"), "m/wq.npy", lambda f: read_model(f / "m")),
     "tokenizer.model": Kind(lambda f: write_tokenizer(f / "tokenizer.model", 300), "tokenizer.model", read_tokenizer),

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from npllama.checkpoints import names
 from npllama.checkpoints.files import Pool
 from npllama.checkpoints.shard import equal
 from npllama.checkpoints.tensors import Tensor, View
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, quote
+from npllama.weights import kind_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,9 @@ class Checkpoint:
     """An open checkpoint of any layout; a context manager.
 
     `tensors` has Meta's names without ".weight". `tied`: output is tok_embeddings, and absent from `tensors`.
-    `folder` is where a tokenizer is to be looked for; `warnings` are sentences for the user.
+    `folder` is where a tokenizer is to be looked for; `warnings` are sentences for the user. `vocabulary`: a tokenizer
+    that comes with the weights, by the keys of GGUF files without "tokenizer.ggml.": model, tokens, scores, token_type,
+    merges, pre, bos_token_id, add_bos_token, ...; and chat_template.
     """
 
     layout: str
@@ -30,6 +32,7 @@ class Checkpoint:
     tied: bool
     warnings: tuple[str, ...]
     pool: Pool
+    vocabulary: Mapping[str, object] | None = None
 
     def close(self) -> None:
         """Close its files."""
@@ -47,7 +50,7 @@ class Checkpoint:
 def merge(name: str, shape: tuple[int, ...], parts: Sequence[View], config: str) -> Tensor:
     """One weight from its shards, of which each holds an equal share; CheckpointError when shapes or formats differ."""
     n = len(parts)
-    axis = 1 if names.kind(name) in names.SPLIT_COLUMNS else 0
+    axis = 1 if kind_of(name).split_columns else 0
     if name == "tok_embeddings" and parts[0].shape[1:] == shape[1:]:
         axis = 0  # some releases split the vocabulary instead
     share = tuple(size // n if i == axis and len(shape) > 1 else size for i, size in enumerate(shape))

@@ -126,21 +126,13 @@ def _identity(file: io.FileIO) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-TORCH = (
-    (b"PK\x03\x04", "zip"),
-    (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e", "legacy"),
-)
-"""How the two formats of torch.save begin."""
-
-
 def sniff(file: InputFile) -> str:
-    """Which format the first bytes show: "zip", "legacy" or "safetensors"; any other is refused by its name."""
+    """Which format the first bytes show: "zip", "legacy", "safetensors", "gguf" or "llama2.c"; others are refused."""
     head = file.read(0, min(file.size, signatures.HEAD))
     if not head:
         raise CheckpointError(f"{file.name} is empty; download it again")
-    for magic, kind in TORCH:
-        if head.startswith(magic):
-            return kind
+    if kind := signatures.checkpoint(head):
+        return kind
     if what := signatures.named(head):
         raise CheckpointError(f"{file.name} is {what}")
     if head[257:262] == b"ustar":
@@ -148,6 +140,8 @@ def sniff(file: InputFile) -> str:
     fits = 2 <= int.from_bytes(head[:8], "little") <= file.size - 8
     if head[8:10] == b'{"' or (fits and head[8:9] in b"{ \t\r\n"):  # also one that was cut off, to say just that
         return "safetensors"
+    if signatures.is_llama2c_run(head):
+        return "llama2.c"
     raise _unknown(file.name, head)
 
 
@@ -155,14 +149,9 @@ def _unknown(name: str, head: bytes) -> CheckpointError:
     """What can be said of a file that is none of those that are read."""
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         return CheckpointError(f"{name} is a plain pickle, not written by torch.save; save it with torch.save")
-    if signatures.is_llama2c_run(head):
-        return CheckpointError(
-            f"{name} looks like a llama2.c run.c file, whose first kind has no magic number; give the ckpt.pt that it "
-            "was made from"
-        )
     if line := signatures.plain_text(head):
         return CheckpointError(f"{name} is a text that begins with {quote(line)}; download the file itself")
     return CheckpointError(
         f"{name} begins with {quote(head[:8].decode('latin-1'))}, which is no format that is read; "
-        "a checkpoint of PyTorch or safetensors is needed"
+        "a checkpoint of PyTorch, safetensors, GGUF or llama2.c is needed"
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from npllama.checkpoints import names
 from npllama.checkpoints.files import InputFile
-from npllama.checkpoints.opcodes import Opaque
+from npllama.checkpoints.pytorch.opcodes import Opaque
 from npllama.checkpoints.tensors import Tensor, View
 from npllama.errors import CheckpointError, quote
 

@@ -105,6 +105,13 @@ class View:
         return self.storage.start + element * self.storage.itemsize
 
 
+def as_one_axis(out: np.ndarray) -> np.ndarray:
+    """The elements of `out` in order, a view of the same memory; ValueError where there is none."""
+    if not out.flags.c_contiguous:
+        raise ValueError(f"an array of strides {out.strides} was to be filled in order; needs a C-contiguous one")
+    return out.reshape(-1)
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One weight of the model, under Meta's name and in Meta's row order.

@@ -1,4 +1,4 @@
-"""Turn a checkpoint (Meta release, Hugging Face folder, llama2.c ckpt.pt) into a model directory."""
+"""Turn a checkpoint (Meta release, Hugging Face folder, GGUF, llama2.c) into a model directory."""
 
 from __future__ import annotations
 

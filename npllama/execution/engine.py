@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from npllama import cache as kv
-from npllama import model, ops
+from npllama import model, ops, rope
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
 from npllama.execution import process
@@ -43,7 +43,8 @@ class Engine:
     """One model ready to compute. Threads may call it at the same time: calls take turns.
 
     backend "auto" | "numpy" | "numba"; threads None: as many as are worth it; kv_dtype "f32" | "f16" | "q8": how its
-    caches keep keys and values. report gets one-line messages.
+    caches keep keys and values; context None: the model's own, some kinds of rope scaling depend on it. report gets
+    one-line messages.
     Raises UsageError for values that cannot be honoured, ModelError when memory does not suffice.
     """
 
@@ -54,6 +55,7 @@ class Engine:
         threads: int | None = None,
         report: Callable[[str], None] = say_nothing,
         kv_dtype: str = "f32",
+        context: int | None = None,
     ) -> None:
         self.config = opened.config
         self.kv_dtype = kv.checked_kv_dtype(kv_dtype)
@@ -62,7 +64,8 @@ class Engine:
         self._report = report
         c = self.config
         self._numbers = model.Numbers(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, float(c.norm_eps))
-        self._table = ops.rotation(np.arange(min(c.max_seq_len, TABULATED)), c.head_dim, c.rope_theta)
+        self._frequencies = rope.frequencies(c.rope_scaling, c.head_dim, c.rope_theta, context or c.max_seq_len)
+        self._table = ops.rotation(np.arange(min(c.max_seq_len, TABULATED)), *self._frequencies)
         self.backend = choose_backend(backend, opened, report, self.kv_dtype)
         self.threads = _checked_threads(threads)
         self.compiled: Compiled | None = None
@@ -216,7 +219,7 @@ class Engine:
     def _angles(self, pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(pos) and pos.max() < len(self._table[0]):
             return self._table[0][pos], self._table[1][pos]
-        return ops.rotation(pos, self.config.head_dim, self.config.rope_theta)
+        return ops.rotation(pos, *self._frequencies)
 
     def _check(self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray) -> None:
         c = self.config

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npllama.config import ModelConfig, feed_forward_width
+from npllama.checkpoints.configs.meta import feed_forward_width
+from npllama.config import ModelConfig
 from npllama.numbers import named
 from npllama.store.export import Progress, write_model
 from npllama.text.sentencepiece import Tokenizer

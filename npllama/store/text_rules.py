@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from npllama.checkpoints import read_json
-from npllama.config import GENERATION_CONFIG
+from npllama.checkpoints.configs.hugging_face import GENERATION_CONFIG
 from npllama.errors import CheckpointError, UsageError, quote
 from npllama.options import OFF, SamplingOptions
 from npllama.system import strict_json

@@ -4,5 +4,6 @@ Files, in the order in which to read them:
 
     machine.py      processors, threads, memory, a private directory for compiled code
     signatures.py   what kind of file the first bytes show
+    values.py       single values: a number in its range, or a message
     strict_json.py  JSON without surprises, in bounded work
 """

@@ -297,8 +297,8 @@ def make_embed(level):
 def register_grouped(weight, code_bits, lowest, dot_group, unpack_group, level):
     """Register a grouped format by its kernels for one group of a block, all njit(**INLINE) but `level`, njit(**INNER).
 
-    weight: a NamedTuple with the fields of quant.Q4; code_bits of a weight; lowest: what is to be added to the codes
-    that `dot_group` multiplies by, minus their zero point.
+    weight: a NamedTuple with the fields of numbers.q4.Q4; code_bits of a weight; lowest: what is to be added to the
+    codes that `dot_group` multiplies by, minus their zero point.
 
     dot_group(dots, codes, begin, x, at, tile_stride): dots plus, for each token, its codes from x[at] on times the
     group at codes[begin]; prefetches PREFETCH_BYTES ahead with int8_dot.prefetch_line.

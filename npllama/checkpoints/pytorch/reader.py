@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable
 from typing import Literal
 
-from npllama.checkpoints.archive import Archive
 from npllama.checkpoints.files import InputFile
-from npllama.checkpoints.opcodes import Machine, Name, Opaque
+from npllama.checkpoints.pytorch.archive import Archive
+from npllama.checkpoints.pytorch.opcodes import Machine, Name, Opaque
 from npllama.checkpoints.tensors import Storage, View
 from npllama.errors import CheckpointError, quote
 
