@@ -296,12 +296,6 @@ def test_memory_is_addressed_through_llvm_py_which_names_the_element_type(file: 
         assert not (isinstance(node, ast.Attribute) and node.attr in ("as_pointer", "make_array")), file
 
 
-def test_the_kernels_docstring_names_every_file_once() -> None:
-    text = ast.get_docstring(TREES["execution/kernels/__init__.py"]) or ""
-    named = re.findall(r"^    (\w+\.py)  +\w", text.split("in the order in which to read them")[1], re.MULTILINE)
-    assert sorted(named) == [file.split("/")[2] for file in each("execution/kernels/") if "__init__" not in file]
-
-
 @pytest.mark.parametrize("file", each("execution/kernels/"))
 def test_nothing_is_summed_over_threads(file: str) -> None:
     """A sum that belongs to no thread depends on how many there are."""

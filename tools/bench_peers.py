@@ -8,7 +8,8 @@
 Each program runs in a process of its own, because settings of OpenMP and of BLAS are per process, and all of them stay
 open while they are measured in turn: what else the machine does then hurts all of them. Random weights; q4 stands
 against Q4_0 and q8 against Q8_0 as llama.cpp's own quantizer makes them; torch takes part in f32 and bf16. Ratios are
-npllama's rate over the other's, of each round; their median and spread are printed.
+npllama's rate over the other's, of each round; their median and spread are printed. --readme writes the table into a
+README, and draws its chart (speed_chart.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from markers import write_between  # noqa: E402
+from speed_chart import CHART, chart, test_of  # noqa: E402
 
 from npllama.config import ModelConfig  # noqa: E402
 from npllama.inference import DEMO  # noqa: E402
@@ -50,7 +54,7 @@ Step = Callable[[int, int], None]
 
 
 def main() -> None:
-    """Measure what the arguments ask for, print the table, write JSON and README."""
+    """Measure what the arguments ask for, print the table, write JSON, README and its chart."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="15m,110m,1b")
     parser.add_argument("--formats", default="q4,q8,f16,f32")
@@ -77,7 +81,8 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.readme:
-        write_between_markers(args.readme, text)
+        write_between(MARKERS, args.readme, text)
+        CHART.write_text(chart(report), encoding="utf-8")
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
@@ -436,13 +441,13 @@ def table(report: dict[str, Any]) -> str:
     """The results as a table of Markdown, with what they depend on: a row for each shape, format and peer."""
     about, results = report["about"], report["results"]
     versions = ", ".join(f"{name} {found}" for name, found in about["versions"].items())
-    tests = list(dict.fromkeys(name_of(one) for one in results))
+    tests = list(dict.fromkeys(test_of(one) for one in results))
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for one in results:
         for peer, ratio in one["ratio"].items():
             low, high = one["ratio_spread"][peer]
             cell = f"{one['tokens_per_second']['npllama']:,.0f}, **{ratio:.2f}** ({low:.2f} to {high:.2f})"
-            rows.setdefault((one["shape"], one["format"], peer), {})[name_of(one)] = cell
+            rows.setdefault((one["shape"], one["format"], peer), {})[test_of(one)] = cell
     return "\n".join(
         [
             f"{about['date']}, {about['cpu']}, {about['threads']} threads; "
@@ -456,20 +461,6 @@ def table(report: dict[str, Any]) -> str:
             ),
         ]
     )
-
-
-def name_of(one: dict[str, Any]) -> str:
-    """What one entry of the results measured."""
-    name = f"prompt of {one['n_prompt']}" if one["n_prompt"] else f"generate {one['n_gen']}"
-    return name + (f" after {one['n_depth']}" if one["n_depth"] else "")
-
-
-def write_between_markers(path: Path, text: str) -> None:
-    """Replace what stands between the two markers of a file."""
-    begin, end = MARKERS
-    before, _, rest = path.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,26 @@
-"""Foreign checkpoints as names and arrays: which layout a path holds is found out here, not asked.
+"""Checkpoints of others as names and arrays. `open_checkpoint` finds out which layout a path holds.
 
-files.py        weight files: opened within bounds, read in pieces; which format the first bytes show
-tensors.py      where the numbers of a tensor lie, and rows of one weight
-pytorch/        files of torch.save
-headers.py      the header of a safetensors file, member by member
-safetensors.py  safetensors files
-names.py        what stands around the names of tensors in people's files
-shard.py        tensors of one or more files under the names of a layout, none missing and none left
-checkpoint.py   what every layout becomes; one weight merged from its shards
-configs/        the numbers of a model in the words of others
-layouts.py      Meta's releases, Hugging Face folders, training checkpoints of llama2.c
-gguf/           GGUF files of llama.cpp
-llama2c_bin.py  files that llama2.c's run.c reads
+Nothing here trusts a file: it may be damaged or made to do harm. Nothing in it is executed, sizes are checked before
+memory is taken, and what is not understood is refused by name with CheckpointError.
+
+Files, in the order in which to read them:
+
+    layouts.py      Meta's releases, Hugging Face folders, training checkpoints of llama2.c
+    checkpoint.py   what every layout becomes: a config, and weights under Meta's names; one weight from its shards
+    configs/        the numbers of a model in the words of others
+    names.py        what stands around the names of tensors in people's files
+    shard.py        tensors of one or more files under the names of a layout, none missing and none left
+    tensors.py      where the numbers of a tensor lie, read block by block; Hugging Face's RoPE pairs
+    files.py        weight files: opened within bounds, read in pieces; which format the first bytes show
+    safetensors.py  safetensors files
+    headers.py      the header of a safetensors file, read member by member in bounded memory
+    pytorch/        files of torch.save
+    gguf/           GGUF files of llama.cpp
+    llama2c_bin.py  files that llama2.c's run.c reads
+
+A new kind of checkpoint is a function like `layouts.open_llama2c`, which returns a Checkpoint, and a line in
+`_open_folder` and `_open_file` here, which recognise it. Its config is a function like `from_llama2c` in
+configs/meta.py.
 """
 
 from __future__ import annotations

@@ -37,6 +37,34 @@ INTERRUPTED = 130
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama generate`."""
     add = parser.add_argument
+    _add_prompt(parser)
+    add(
+        "-n", "--max-tokens", metavar="N", type=whole(-1, 2**31), default=256, help="tokens to generate (default 256; "
+        "-1: until the context is full; 0: read the prompt only)"
+    )  # fmt: skip
+    _add_sampling(parser)
+    add("--stop", metavar="TEXT", type=text, action="append", default=[], help="end before this text; may be repeated")
+    add(
+        "-e", "--escape", action="store_true", help="read \\n \\r \\t \\\\ \\' \\\" and \\xHH (a byte) in these texts"
+    )  # fmt: skip
+    add("--bos", action=argparse.BooleanOptionalAction, help="put BOS before the prompt (default: as the model says)")
+    add("--eos", action=argparse.BooleanOptionalAction, help="put EOS behind the prompt (default: as the model says)")
+    add("--padding-ids", action="store_true", help="let ids beyond the tokenizer's pieces be drawn, too")
+    add(
+        "-c",
+        "--ctx-size",
+        metavar="N",
+        type=whole(1, 2**31),
+        help="context in tokens (default: the model's own, at most 4096)",
+    )
+    add_execution(parser)
+    add("--echo", action="store_true", help="print the prompt too")
+    add("--json", action="store_true", help="print one JSON object at the end")
+
+
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
+    """The prompt, and the model that continues it."""
+    add = parser.add_argument
     add(
         "prompt_argument", metavar="PROMPT", nargs="?", help="text to continue; - reads it from stdin, as does no "
         "prompt at all where stdin is not a terminal"
@@ -64,28 +92,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-f", "--file", metavar="FILE", action="append", default=[], help="read the prompt from a file in UTF-8 "
         "(without its last line end)"
     )  # fmt: skip
-    add(
-        "-n", "--max-tokens", metavar="N", type=whole(-1, 2**31), default=256, help="tokens to generate (default 256; "
-        "-1: until the context is full; 0: read the prompt only)"
-    )  # fmt: skip
-    _add_sampling(parser)
-    add("--stop", metavar="TEXT", type=text, action="append", default=[], help="end before this text; may be repeated")
-    add(
-        "-e", "--escape", action="store_true", help="read \\n \\r \\t \\\\ \\' \\\" and \\xHH (a byte) in these texts"
-    )  # fmt: skip
-    add("--bos", action=argparse.BooleanOptionalAction, help="put BOS before the prompt (default: as the model says)")
-    add("--eos", action=argparse.BooleanOptionalAction, help="put EOS behind the prompt (default: as the model says)")
-    add("--padding-ids", action="store_true", help="let ids beyond the tokenizer's pieces be drawn, too")
-    add(
-        "-c",
-        "--ctx-size",
-        metavar="N",
-        type=whole(1, 2**31),
-        help="context in tokens (default: the model's own, at most 4096)",
-    )
-    add_execution(parser)
-    add("--echo", action="store_true", help="print the prompt too")
-    add("--json", action="store_true", help="print one JSON object at the end")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from npllama.commands.checkpoint_facts import checkpoint_facts
 from npllama.commands.terminal import Notes, ProgressLine, add_model, model_of, put
 from npllama.errors import UsageError
+from npllama.measure.checkpoint_facts import checkpoint_facts
 from npllama.version import __version__
 
 NAME = "info"

@@ -22,7 +22,7 @@ from npllama.store.model_cache import (
 from npllama.store.opening import OpenModel, Progress, open_model
 from npllama.store.sources import Source, is_checkpoint, source_of
 
-MOST_TRIES = 10
+MAX_TRIES = 10
 
 
 def open_source(path: object, dtype: str | None = None, progress: Progress | None = None) -> OpenModel:
@@ -53,7 +53,7 @@ def _open_exported(source: Source, given: Path, dtype: str | None, progress: Pro
     """The model that a checkpoint was exported to, held in the folder while it is open; exported now if need be."""
     entry = Entry(models_directory(), source.key(dtype))
     error: ModelError | None = None
-    for _ in range(MOST_TRIES):
+    for _ in range(MAX_TRIES):
         if not entry.is_whole:
             make_models_directory(given)
             _export(entry, source, given, dtype, progress)

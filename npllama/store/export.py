@@ -50,7 +50,7 @@ from npllama.version import FIRST_READER, NEEDS, version_of
 from npllama.weights import KINDS, kind_shapes, tensor_names
 
 BLOCK_BYTES = 4 << 20
-"""SourceTensor are read in blocks of this many bytes: large enough for the disk's speed, small beside any matrix."""
+"""Rows are read in blocks of this many bytes: large enough for the disk's speed, small beside any matrix."""
 
 SLACK_BYTES = 1 << 20
 """Left free for headers, manifest and directory when free space is compared with what is needed."""
@@ -152,7 +152,7 @@ class _StoredTensor(NamedTuple):
         return self.stored.shape
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """SourceTensor start .. stop-1 as they are stored: a view of the map."""
+        """Rows start .. stop-1 as they are stored: a view of the map."""
         return self.stored[start:stop]
 
 
@@ -345,7 +345,7 @@ def _blocks(source: Source, kind: str, number_format: NumberFormat) -> Iterator[
 def encode(
     number_format: NumberFormat, block: np.ndarray, dtype: str, name: str, first_row: int
 ) -> dict[str, np.ndarray]:
-    """SourceTensor of a tensor -> the arrays that store them. Rounds to nearest, half to even; float64 by way of float32.
+    """Rows of a tensor -> the arrays that store them. Rounds to nearest, half to even; float64 by way of float32.
 
     Raises CheckpointError, naming tensor, index and value, for a number that the format cannot hold.
     """

@@ -27,7 +27,7 @@ PARENTS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 """What is taken from the folder above where there is none beside the weights."""
 COMMON_NAME = re.compile(r"(model|pytorch_model|consolidated|ckpt|checkpoint|weights)\b.*")
 HUB_REPOSITORY = re.compile(r"models--.*--([^/]+)/snapshots/[^/]+")
-LONGEST_TITLE = 60
+MAX_TITLE = 60
 DIGITS = 12
 
 FileState = tuple[str, str, int, int]
@@ -49,7 +49,7 @@ class Source(NamedTuple):
         repository = HUB_REPOSITORY.search(path.as_posix())
         name = path.name if path.is_dir() else path.stem
         title = re.sub(r"[^A-Za-z0-9_.-]+", "-", repository[1] if repository and path.is_dir() else name)
-        return title[:LONGEST_TITLE].strip(".-") or "model"
+        return title[:MAX_TITLE].strip(".-") or "model"
 
     @property
     def tokenizer_bytes(self) -> int:

@@ -1,8 +1,10 @@
 """Files of torch.save, read without torch.
 
-archive.py  which bytes of a zip file belong to which entry
-opcodes.py  the few pickle opcodes that describe plain tensors, and no others
-reader.py   both formats of torch.save, as an object tree with a View for each tensor
+Files, in the order in which to read them:
+
+    reader.py   both formats of torch.save, as an object tree with a View for each tensor
+    archive.py  which bytes of a zip file belong to which entry
+    opcodes.py  the few pickle opcodes that describe plain tensors, and no others
 """
 
 from npllama.checkpoints.pytorch.opcodes import Opaque

@@ -2,8 +2,8 @@
 
     y[t, n] = w_factor[n] * sum_g (sum_k w_code[n, g, k] * x_code[t, g, k]) * (w_scale[n, g] * x_scale[t, g])
 
-The inner sum is exact. The outer one runs over g in ascending order, for each y on its own: a row of y has the same
-bits in every batch and chunk, on any number of threads, and in NumPy.
+The inner sum is exact. The outer one runs over g in ascending order, for each y on its own; why that matters is said
+in kernels/__init__.py.
 
 A tile is a block (16 rows of w) times M tokens. A format brings functions for one group of a block: see
 `register_grouped`.
