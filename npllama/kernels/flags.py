@@ -10,7 +10,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-SERIAL: dict[str, Any] = {"error_model": "numpy", "fastmath": False, "boundscheck": False, "nogil": True}
+SERIAL: dict[str, Any] = {
+    "error_model": "numpy",
+    "fastmath": False,
+    "boundscheck": False,
+    "nogil": True,
+    "forceinline": False,
+}
 # For a kernel that only kernels call: it has no entry from Python.
 INNER: dict[str, Any] = {**SERIAL, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 PARALLEL: dict[str, Any] = {**SERIAL, "parallel": True}
