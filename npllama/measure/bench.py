@@ -30,7 +30,7 @@ class Measurement:
 
     Rates in tokens per second: avg_ts, stddev_ts, samples_ts (one per repetition), median_ts. gb_per_s: weights and
     cache read per second of generation, in 10^9 bytes; share_of_bandwidth: of what this machine could read just before
-    and after, the median over repetitions, because on a shared machine it changes from one second to the next.
+    and after, which changes all the time on a shared machine; the median over repetitions.
     gflops: 10^9 operations of matrix products per second. ttft_s: seconds from the prompt to the first logits.
     """
 

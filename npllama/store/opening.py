@@ -1,7 +1,7 @@
 """Open a model directory: which files make up a model, and are they all exactly what they must be?
 
     npllama.json      the manifest: config, number format of every weight, file/shape/dtype/sha256 of every array;
-                      how it may grow is said in format_version.py
+                      how it may grow is said in version.py
     tokenizer.model   SentencePiece
     *.npy             one file per kind of weight, its layers stacked (or one per part, where a format has parts)
 
