@@ -17,7 +17,7 @@ from npllama.execution import compiled_code
 from npllama.execution.compiled_sources import compiled_sources
 
 PACKAGE = Path(npllama.__file__).parent
-STAMP = "from npllama import compiled_code; print(compiled_code.stamp())"
+STAMP = "from npllama.execution import compiled_code; print(compiled_code.stamp())"
 
 
 @pytest.fixture
