@@ -3,8 +3,8 @@
 Axes: L layers, N sequences, G key/value heads, S slots, E head size.
 
 Why a cache: a token's keys and values never change once computed, so each is computed once and kept. Why a ring: memory
-is bounded, and position p simply replaces position p - ring; the order of slots does not matter to attention, because
-every key is stored rotated by its own position. One rule decides what a query at position p sees:
+is bounded, and position p replaces position p - ring. The order of slots does not matter to attention, because every
+key is stored rotated by its own position. One rule decides what a query at position p sees:
 
     visible(p, s)  =  0 <= pos[s] <= p   and   (pos[s] > p - window  or  pos[s] < n_sink)
 
@@ -45,10 +45,10 @@ KV_DTYPES = ("f32", "f16", "q8")
 class KVCache(NamedTuple):
     """Keys and values of all layers and sequences, and which position each slot holds.
 
-    k, v (L, N, G, S, E) in any of the formats; pos (L, N, S) int64, EMPTY where nothing is stored: of each layer,
-    because a chunk that laps the ring is written piece by piece within the layer. Slots 0 .. n_sink-1 are pinned to
-    the first positions, the other S - n_sink >= window slots are the ring. Whatever the format, a query sees every key
-    and value as stored, its own included: so a result does not depend on how the tokens were cut into calls.
+    k, v (L, N, G, S, E) in any of the formats; pos (L, N, S) int64, EMPTY where nothing is stored. It is kept for each
+    layer, because a chunk that laps the ring is written piece by piece within a layer. Slots 0 .. n_sink-1 are pinned
+    to the first positions, the other S - n_sink >= window slots are the ring. A query sees every key and value as
+    stored, its own too, so a result does not depend on how the tokens were cut into calls.
     """
 
     k: Stored
@@ -114,8 +114,8 @@ def slots_and_window(context: int, sliding_window: int | None, chunk: int) -> tu
 def check_fits(cache: KVCache, n_layers: int, n_kv_heads: int, head_dim: int, kv_dtype: str) -> None:
     """Raise UsageError unless this is a cache for such a model, and laid out as kernels address it.
 
-    Checked are the type, shape, number format and layout (C-contiguous, aligned, writable) of every array, and that
-    sinks and window fit into the slots: kernels compute addresses from all of these, and check none.
+    Kernels compute addresses from all that is checked here: type, shape, number format and layout (C-contiguous,
+    aligned, writable) of every array, and whether sinks and window fit into the slots.
     """
     if type(cache) is not KVCache or type(cache.pos) is not np.ndarray or cache.pos.ndim != 3:
         found = f" with pos {_described(cache.pos)}" if type(cache) is KVCache else ""
@@ -250,8 +250,8 @@ def store(cache: KVCache, l: int, n: int, pos: np.ndarray, k: np.ndarray, v: np.
 def run_stop(cache: KVCache, pos: np.ndarray, seq: np.ndarray, start: int, most: int) -> int:
     """End of the longest run of rows from `start` that may be written to the cache before its rows look at it.
 
-    A run is of one sequence, has at most `most` rows, and overwrites nothing that its first row still sees:
-    writing p replaces p - ring, which the row at first needs unless p - ring <= first - window.
+    A run is of one sequence, has at most `most` rows, and overwrites nothing that its first row still sees. Writing p
+    replaces p - ring, which the row at position `first` needs unless p - ring <= first - window.
     """
     n_slots = cache.pos.shape[2]
     last = max(n_slots - 1, pos[start] + (n_slots - cache.n_sink) - cache.window)

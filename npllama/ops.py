@@ -3,8 +3,8 @@
 Axes: T tokens in this call, D model width, H query heads, G key/value heads, E head size, F feed-forward width,
 V vocabulary, L layers, N sequences, S cache slots. Activations are float32 between any two steps.
 
-Within rms_norm, attend and swiglu they are float64, so that the float32 that a step hands on is, but for the rarest
-ties, the one nearest to its equation: the same in NumPy and in a kernel that adds in another order.
+Within rms_norm, attend and swiglu they are float64. The float32 that a step hands on is then the one nearest to its
+equation, but for the rarest ties: the same in NumPy and in a kernel that adds in another order.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Parser(argparse.ArgumentParser):
     """A parser, its commands' included, whose errors are one line like all others, without the list of all options.
 
-    texts: options of a command whose value is taken as it is, though argparse would take "---" for an option, and loses
-    a "--"; None for the parser of all commands, which leaves their arguments to them.
+    texts: options of a command whose value is taken as it is; argparse would take "---" for an option, and lose a "--".
+    None for the parser of all commands, which leaves their arguments to them.
     """
 
     texts: Mapping[str, str] | None = None

@@ -1,8 +1,8 @@
 """Keep the threads of a compiled call on CPUs of their own while other programs compete for them.
 
 Linux balances how many threads wait for each CPU. With two other programs on two CPUs it may put both threads of a call
-on the one and both programs on the other, and leaves it so: then every step of the model waits for the scheduler's next
-turn. Shorter time slices (sched_setattr) do not change that, threads tied to one CPU each do.
+on one CPU and both programs on the other, and leave it so. Every step of the model then waits for the scheduler.
+Shorter time slices (sched_setattr) do not change that; threads tied to one CPU each do.
 
 They are tied only where threads are as many as CPUs, and only while other programs interrupt them. The caller's own
 thread is moved but not tied: that would outlast the call, in every process that it starts.

@@ -30,7 +30,7 @@ class Measurement:
 
     Rates in tokens per second: avg_ts, stddev_ts, samples_ts (one per repetition), median_ts. gb_per_s: weights and
     cache read per second of generation, in 10^9 bytes; share_of_bandwidth: of what this machine could read just before
-    and after, the median over repetitions, because on a shared machine it changes from one second to the next.
+    and after, which changes all the time on a shared machine; the median over repetitions.
     gflops: 10^9 operations of matrix products per second. ttft_s: seconds from the prompt to the first logits.
     """
 
@@ -204,35 +204,48 @@ def measure(
     bench = Bench(llama)
     peak_before = peak_rss_mb()
     bandwidth = Yardstick(llama.engine)
-    for n_prompt, n_gen, depth in tests:
+    for test in tests:
+        n_prompt, n_gen, depth = test
         found = list(beside(bench.seconds(n_prompt, n_gen, depth, repetitions), bandwidth))
-        n = n_prompt + n_gen
-        rates = [n / taken for taken, _ in found]
-        median = statistics.median(taken for taken, _ in found)
-        in_cache = depth + n_prompt + n_gen / 2
-        per_token = weight_bytes(llama.engine.weights) + in_cache * llama.engine.cache_bytes_per_position
-        read = n_gen * per_token if n_prompt == 0 else 0.0
-        outputs = n_gen + (1 if n_prompt else 0)
-        yield Measurement(
-            n_prompt=n_prompt,
-            n_gen=n_gen,
-            n_depth=depth,
-            n_threads=llama.engine.threads,
-            avg_ts=statistics.mean(rates),
-            stddev_ts=statistics.stdev(rates) if len(rates) > 1 else 0.0,
-            median_ts=n / median,
-            samples_ts=rates,
-            backend=llama.backend,
-            dtype=start.dtype,
-            kv_dtype=llama.engine.kv_dtype,
-            shape=start.shape,
-            gb_per_s=read / median / 1e9,
-            bandwidth_gb_per_s=statistics.median(b for _, b in found) / 1e9,
-            share_of_bandwidth=statistics.median(read / taken / b for taken, b in found),
-            gflops=operations(llama, outputs, n) / median / 1e9,
-            ttft_s=median if n_gen == 0 else statistics.median(bench.seconds(max(1, n_prompt), 0, depth, repetitions)),
-            import_s=start.import_s,
-            compile_s=start.compile_s,
-            load_s=start.load_s,
-            peak_rss_mb=max(peak_before, peak_rss_mb() - bandwidth.nbytes / 1e6),  # the tests', not the yardstick's
-        )
+        first = (taken for taken, _ in found) if n_gen == 0 else bench.seconds(max(1, n_prompt), 0, depth, repetitions)
+        ttft_s = statistics.median(first)
+        peak = max(peak_before, peak_rss_mb() - bandwidth.nbytes / 1e6)  # the tests', not the yardstick's
+        yield _measurement(llama, start, test, found, ttft_s, peak)
+
+
+def _measurement(
+    llama: Llama,
+    start: Start,
+    test: tuple[int, int, int],
+    found: list[tuple[float, float]],
+    ttft_s: float,
+    peak_rss_mb: float,
+) -> Measurement:
+    """What a test has found: for each repetition its seconds, and the bandwidth beside it."""
+    n_prompt, n_gen, depth = test
+    n = n_prompt + n_gen
+    rates = [n / taken for taken, _ in found]
+    median = statistics.median(taken for taken, _ in found)
+    weights_read = weight_bytes(llama.engine.weights)
+    per_token = weights_read + (depth + n_prompt + n_gen / 2) * llama.engine.cache_bytes_per_position
+    read = n_gen * per_token if n_prompt == 0 else 0.0
+    outputs = n_gen + (1 if n_prompt else 0)
+    return Measurement(
+        n_prompt=n_prompt,
+        n_gen=n_gen,
+        n_depth=depth,
+        n_threads=llama.engine.threads,
+        avg_ts=statistics.mean(rates),
+        stddev_ts=statistics.stdev(rates) if len(rates) > 1 else 0.0,
+        median_ts=n / median,
+        samples_ts=rates,
+        backend=llama.backend,
+        kv_dtype=llama.engine.kv_dtype,
+        gb_per_s=read / median / 1e9,
+        bandwidth_gb_per_s=statistics.median(b for _, b in found) / 1e9,
+        share_of_bandwidth=statistics.median(read / taken / b for taken, b in found),
+        gflops=operations(llama, outputs, n) / median / 1e9,
+        ttft_s=ttft_s,
+        peak_rss_mb=peak_rss_mb,
+        **asdict(start),
+    )

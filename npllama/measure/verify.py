@@ -1,8 +1,7 @@
 """Does this copy compute LLaMA? Every step of every layer in NumPy against its compiled kernel, on the user's weights.
 
-The model runs step by step through the same model.py. Each step gets the same inputs twice, once in NumPy (for
-quantized weights: the definition of ops.linear) and once in its kernel, and NumPy's result goes on to the next step, so
-that errors do not add up and every kernel is judged alone.
+The model runs step by step through the same model.py. Each step runs twice on the same inputs: in NumPy, and in its
+kernel. NumPy's result goes on to the next step, so errors do not add up and every kernel is judged alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Make a directory appear whole or not at all, whatever happens on the way.
 
 The files are written into OUT.partial-<8 hex digits> beside OUT and forced to the disk; then one rename makes the
-directory OUT. A process that is killed leaves OUT as it was (absent, or the old one), and perhaps a partial directory,
-which the next one for the same OUT removes: it knows by a lock, which ends with its process, whether the owner lives.
+directory OUT. A process that is killed leaves OUT as it was (absent, or the old one), and perhaps a partial directory.
+The next process for the same OUT removes it: a lock, which ends with its process, tells whether the owner lives.
 Nothing is ever deleted but files whose names the caller knows as its own.
 
 File systems lack parts of this. Where directories cannot be renamed (overlays, network shares), their files are moved
