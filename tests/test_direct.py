@@ -323,6 +323,18 @@ def test_without_a_home_directory_the_line_says_what_to_do(
     assert not (tmp_path / "none").exists()
 
 
+def test_a_disk_too_full_for_the_record_is_an_error_of_the_family(
+    checkpoint: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    with pytest.raises(ModelError, match=r"models: cannot be written \(No space left on device\)"):
+        npllama.load(checkpoint)
+    assert os.listdir(models) == []
+
+
 def test_the_folder_is_in_the_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert models_directory() == tmp_path / "models"
     monkeypatch.delenv("NPLLAMA_MODELS_DIR")

@@ -18,6 +18,7 @@ from npllama.store.model_cache import (
     models_directory,
     remove_outdated,
     swept,
+    unwritable,
 )
 from npllama.store.opening import OpenModel, Progress, open_model
 from npllama.store.sources import Source, is_checkpoint, source_of
@@ -81,9 +82,9 @@ def _held(entry: Entry) -> Lock | None:
     """The lock of an entry, held shared; None in a folder that nobody can write, so that nothing goes there."""
     try:
         lock = entry.lock()
+        lock.shared(lambda: log.warning(f"{entry.path}: another process is at it; waiting ..."))
     except OSError:
         return None
-    lock.shared(lambda: log.warning(f"{entry.path}: another process is at it; waiting ..."))
     if lock.is_current:
         return lock
     lock.close()
@@ -115,6 +116,8 @@ def _export(entry: Entry, source: Source, given: Path, dtype: str | None, progre
             lock.alone(lambda: log.warning(f"{given}: another process is exporting it; waiting ..."))
             if lock.is_current and not entry.is_whole:
                 _export_alone(entry, lock, source, given, dtype, progress)
+    except OSError as error:
+        raise unwritable(entry.folder, given, error) from error
     finally:
         swept(entry, ours=True)
     remove_outdated(entry)

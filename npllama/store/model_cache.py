@@ -18,13 +18,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from npllama.errors import ModelError, UsageError, quote
-from npllama.store.locks import Lock
+from npllama.store.locks import Lock, alone_in
 from npllama.store.opening import MANIFEST, is_model_file
 from npllama.store.staging import remove, remove_leftovers
 from npllama.system import strict_json
@@ -67,11 +66,16 @@ def make_models_directory(source: Path) -> Path:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(0, "no permission to write")
     except OSError as error:
-        raise ModelError(
-            f"{folder}: cannot be written ({error.strerror or error}), and a checkpoint is exported there before it "
-            f"is run; set {FOLDER} to a directory of your own, or export it yourself: npllama export {source} OUT"
-        ) from error
+        raise unwritable(folder, source, error) from error
     return folder
+
+
+def unwritable(folder: Path, source: Path, error: OSError) -> ModelError:
+    """What to do where the folder cannot be written."""
+    return ModelError(
+        f"{folder}: cannot be written ({error.strerror or error}), and a checkpoint is exported there before it is "
+        f"run; set {FOLDER} to a directory of your own, or export it yourself: npllama export {source} OUT"
+    )
 
 
 def largest_bytes() -> int | None:
@@ -214,7 +218,7 @@ def make_room(entry: Entry, lock: Lock, record: Record) -> None:
     the disk has it not; nothing is removed then.
     """
     needed, limit = record.size_bytes + SLACK_BYTES, largest_bytes()
-    with _alone_in(entry.folder), ExitStack() as held:
+    with alone_in(entry.folder), ExitStack() as held:
         others = [(other, other.size_bytes()) for other in reversed(entries()) if other != entry]
         excess = 0 if limit is None else sum(size for _, size in others) + needed - limit
         victims: list[tuple[Entry, Lock]] = []
@@ -229,23 +233,6 @@ def make_room(entry: Entry, lock: Lock, record: Record) -> None:
             other.remove(other_lock)
             log.warning(f"{other.path}: removed, as the one used longest ago, for the limit of {LIMIT}")
         entry.write_record(lock, record)
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Of processes that make room in a folder, one at a time, where directories can be locked."""
-    from npllama.store import locks
-
-    if locks.fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            locks.fcntl.flock(descriptor, locks.fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _taken(entry: Entry) -> Lock | None:

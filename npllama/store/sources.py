@@ -23,8 +23,8 @@ SMALL = re.compile(
     CONFIGS.pattern + r"|.*config\.json|.*token.*\.(json|model|bin)|vocab\.json|merges\.txt|chat_template.*"
 )
 """Files beside the weights that may say how they are read, or how texts are."""
-PARENTS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
-"""What is taken from the folder above where there is none beside the weights."""
+TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
+"""They may lie in the folder above, too."""
 COMMON_NAME = re.compile(r"(model|pytorch_model|consolidated|ckpt|checkpoint|weights)\b.*")
 HUB_REPOSITORY = re.compile(r"models--.*--([^/]+)/snapshots/[^/]+")
 MAX_TITLE = 60
@@ -54,7 +54,7 @@ class Source(NamedTuple):
     @property
     def tokenizer_bytes(self) -> int:
         """About what the tokenizer will take in a model directory, where it is a file of its own."""
-        return sum(max(size, 0) for name, _, size, _ in self.files if "token" in name)
+        return sum(max(size, 0) for name, _, size, _ in self.files if name in TOKENIZERS)
 
     def key(self, dtype: str | None) -> str:
         """What an export to this number format (None: the checkpoint's own) is called: other files, another name."""
@@ -89,7 +89,7 @@ def source_of(path: Path) -> Source:
     part = _without_digits(path.name)
     taken = [n for n in names if SMALL.fullmatch(n) or (WEIGHTS.fullmatch(n) if whole else _without_digits(n) == part)]
     files = [_state(folder, name) for name in taken]
-    files += [_state(folder.parent, name, "../") for name in PARENTS]
+    files += [_state(folder.parent, name, "../") for name in TOKENIZERS]
     return Source(folder if os.path.isdir(path) else folder / path.name, tuple(files))
 
 
