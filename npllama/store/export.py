@@ -136,7 +136,6 @@ def quantize_model(
     with open_model(model) as opened:
         source = OpenedSource(opened)
         return write_model(source, target, number_format, opened.tokenizer_path, force, progress, opened.sampling)
-        return write_model(source, target, dtype, opened.tokenizer_path, force, progress, opened.sampling)
 
 
 class _Rows(NamedTuple):
