@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,13 @@ def test_many_processes_at_once_make_one_model(checkpoint: Path) -> None:
     assert [process.returncode for process in processes] == [0] * 4
     assert sum("exporting it once" in err for err in ends) == 1
     assert len(entries()) == 1
+
+
+@needs_locks
+def test_threads_of_one_process_make_one_model(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(name_of, [checkpoint] * 4))) == 1
+    assert sum("exporting it once" in line for line in caplog.messages) == 1
 
 
 @needs_locks
