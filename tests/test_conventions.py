@@ -24,6 +24,7 @@ LAYERS = (
     {"errors"},
     {"quant", "config", "strict_json", "version", "machine", "places", "sampling"},
     {"checkpoints", "tokenizer", "staging"},
+    {"text"},
     {"cache", "weights"},
     {"ops"},
     {"model"},
@@ -154,7 +155,7 @@ def test_nothing_in_the_package_executes_data(file: str) -> None:
         assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), "allow_pickle"
 
 
-READERS = each("checkpoints/", "weights.py", "tokenizer.py", "config.py", "strict_json.py", "export.py")
+READERS = each("checkpoints/", "text/", "weights.py", "tokenizer.py", "config.py", "strict_json.py", "export.py")
 
 
 @pytest.mark.parametrize("file", READERS)

@@ -1,0 +1,203 @@
+"""A vocabulary as files of a model directory: what reading its source file took seconds for, ready to be used.
+
+    tokenizer.rules.json    Rules
+    tokenizer.bytes.npy     uint8, the bytes of all tokens in a row
+    tokenizer.lengths.npy   int32 (V,), how many each has
+    tokenizer.merges.npy    int32 (M, 4): left, right, rank, result
+
+`save` returns an entry for the manifest with the sha256 of each; `load` checks them, and then what the files say: a
+manifest comes from strangers, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npllama import strict_json
+from npllama.checkpoints.files import read_whole
+from npllama.errors import CheckpointError, ModelError, UsageError, quote
+from npllama.text.added import AddedToken
+from npllama.text.bpe import MAX_IDS
+from npllama.text.splitting import PATTERNS
+from npllama.text.vocabulary import MARK, Rules, Vocabulary, problem
+
+RULES, BYTES, LENGTHS, MERGES = (
+    "tokenizer.rules.json",
+    "tokenizer.bytes.npy",
+    "tokenizer.lengths.npy",
+    "tokenizer.merges.npy",
+)
+FILES = (RULES, BYTES, LENGTHS, MERGES)
+MAX_FILE_BYTES = 32 << 20
+AGAIN = "export the checkpoint again."
+
+
+def save(vocabulary: Vocabulary, folder: Path) -> dict[str, Any]:
+    """Write a vocabulary into a folder; returns its entry for the manifest: kind, size, sha256 of each file."""
+    tokens = vocabulary.tokens
+    data = {
+        RULES: json.dumps(dataclasses.asdict(vocabulary.rules), indent=1).encode("ascii"),
+        BYTES: _npy(np.frombuffer(b"".join(tokens), np.uint8)),
+        LENGTHS: _npy(np.array([len(token) for token in tokens], "<i4")),
+        MERGES: _npy(np.ascontiguousarray(vocabulary.merges, "<i4")),
+    }
+    for name, content in data.items():
+        (folder / name).write_bytes(content)
+    return {
+        "kind": "bpe",
+        "size": len(tokens),
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in data.items()},
+    }
+
+
+def load(folder: Path, entry: Mapping[str, Any]) -> Vocabulary:
+    """Read what `save` wrote; entry is what it returned. Raises ModelError for a file that is missing or changed."""
+    if entry.get("kind") != "bpe" or not isinstance(entry.get("sha256"), dict) or set(entry["sha256"]) != set(FILES):
+        raise ModelError(f"{folder}: the manifest's entry of the tokenizer is not one of kind bpe; {AGAIN}")
+    data = {name: _read(folder / name, entry["sha256"][name]) for name in FILES}
+    lengths, spelled, merges = (
+        _array(folder / name, data[name], dtype, shape)
+        for name, dtype, shape in ((LENGTHS, "<i4", (-1,)), (BYTES, "|u1", (-1,)), (MERGES, "<i4", (-1, 4)))
+    )
+    rules = _rules(folder / RULES, data[RULES])
+    n = len(lengths)
+    if n != entry.get("size") or (n and lengths.min() < 0) or lengths.sum(dtype=np.int64) != len(spelled):
+        raise ModelError(f"{folder / LENGTHS}: its {n:,} lengths do not add up to {BYTES} and the manifest; {AGAIN}")
+    joined = spelled.tobytes()
+    tokens = [joined[start:end] for start, end in pairwise(accumulate(lengths.tolist(), initial=0))]
+    vocabulary = Vocabulary(rules, tokens, merges)
+    if found := problem(vocabulary):
+        raise ModelError(f"{folder}: found {found} in the tokenizer; {AGAIN}")
+    return vocabulary
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def _read(path: Path, sha256: object) -> bytes:
+    """A file with the sha256 that the manifest says."""
+    try:
+        data = read_whole(path, MAX_FILE_BYTES)
+    except CheckpointError as error:
+        raise ModelError(f"{path}: {error}; {AGAIN}") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ModelError(f"{path}: is not what was exported (its sha256 differs from the manifest); {AGAIN}")
+    return data
+
+
+def _array(path: Path, data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of a dtype, and of a shape whose -1 is any size."""
+    header = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(header)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+        found, fortran, stored = read(header) if read else ((), False, None)
+    except (ValueError, TypeError, SyntaxError, OverflowError) as error:
+        raise ModelError(f"{path}: is no array of NumPy; {AGAIN}") from error
+    fits = len(found) == len(shape) and all(n in (-1, m) for n, m in zip(shape, found, strict=True))
+    if not fits or fortran or stored != np.dtype(dtype):
+        raise ModelError(f"{path}: holds {quote((found, str(stored)))}; {dtype} of shape {shape} is needed; {AGAIN}")
+    body = data[header.tell() :]
+    if len(body) != int(np.prod(found, dtype=object)) * np.dtype(dtype).itemsize:
+        raise ModelError(f"{path}: is shorter or longer than its shape {found} says; {AGAIN}")
+    return np.frombuffer(body, dtype).reshape(found)
+
+
+# ---------------------------------------------------------------- rules
+
+
+def _rules(path: Path, data: bytes) -> Rules:
+    """Rules from JSON; ModelError for what is missing, of another kind, or not known."""
+    try:
+        found = strict_json.parse_object(data, MAX_FILE_BYTES)
+    except UsageError as error:
+        raise ModelError(f"{path}: {error}; {AGAIN}") from error
+    fields = {field.name: str(field.type) for field in dataclasses.fields(Rules)}
+    if set(found) != set(fields):
+        raise ModelError(f"{path}: has keys {quote(sorted(found))}; those of this version are needed; {AGAIN}")
+    values: dict[str, Any] = {}
+    for name, kind in fields.items():
+        value = _READ[kind](found[name])
+        if value is None and "None" not in kind:
+            raise ModelError(f"{path}: {name} is {quote(found[name])}, which cannot be; {AGAIN}")
+        values[name] = value
+    rules = Rules(**values)
+    if not all(map(_is_stage, rules.stages)) or not all(map(_is_normalizer, rules.normalizer)):
+        raise ModelError(f"{path}: has a pre-tokenizer or normalizer that this version does not know; {AGAIN}")
+    return rules
+
+
+def _is_stage(stage: tuple[str, ...]) -> bool:
+    match stage:
+        case ("pattern", pattern):
+            return pattern in PATTERNS
+        case ("metaspace", mark, scheme, split):
+            return mark == MARK and scheme in ("always", "first", "never") and split in ("split", "")
+    return stage == ("prefix", " ")
+
+
+def _is_normalizer(step: tuple[str, ...]) -> bool:
+    return (len(step) == 2 and step[0] == "prepend") or (len(step) == 3 and step[0] == "replace" and step[1] != "")
+
+
+def _id(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value < MAX_IDS else None
+
+
+def _ids(value: object) -> tuple[int, ...] | None:
+    return tuple(value) if isinstance(value, list) and all(_id(i) is not None for i in value) else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value) else None
+
+
+def _steps(value: object) -> tuple[tuple[str, ...], ...] | None:
+    if not isinstance(value, list) or not all(isinstance(step, list) and step for step in value):
+        return None
+    if not all(_text(item) is not None for step in value for item in step):
+        return None
+    return tuple(map(tuple, value))
+
+
+def _names(value: object) -> dict[str, int] | None:
+    return value if isinstance(value, dict) and all(_id(i) is not None for i in value.values()) else None
+
+
+def _added(value: object) -> tuple[AddedToken, ...] | None:
+    """Added tokens: an id, a content, and flags."""
+    fields = [field.name for field in dataclasses.fields(AddedToken)]
+    if not isinstance(value, list):
+        return None
+    for token in value:
+        if not isinstance(token, dict) or set(token) != set(fields):
+            return None
+        if _id(token["id"]) is None or not _text(token["content"]):
+            return None
+        if not all(isinstance(token[name], bool) for name in fields[2:]):
+            return None
+    return tuple(AddedToken(**token) for token in value)
+
+
+_READ = {
+    "bool": lambda value: value if isinstance(value, bool) else None,
+    "int | None": _id,
+    "str": _text,
+    "tuple[int, ...]": _ids,
+    "tuple[tuple[str, ...], ...]": _steps,
+    "tuple[AddedToken, ...]": _added,
+    "dict[str, int]": _names,
+}
+"""How a field of Rules is read, by its type; None for what it cannot be."""

@@ -1,0 +1,143 @@
+"""The tokenizer of a byte pair vocabulary, whichever file it was read from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from npllama.errors import ModelError, UsageError, quote
+from npllama.text import decoding
+from npllama.text.added import LeftmostLongest, LongestFirst
+from npllama.text.protocol import check_text
+from npllama.text.vocabulary import MARK, Rules, Vocabulary
+from npllama.text.words import Words
+
+_BYTE = re.compile(rb"<0x([0-9A-F]{2})>\Z")
+
+
+class BpeTokenizer:
+    """Byte pair encoding over bytes or characters: see text/protocol.py for what a tokenizer promises.
+
+    vocab_size is the number of ids that the model has, by default the number of tokens. Raises ModelError for a
+    vocabulary that is larger than that.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, vocab_size: int | None = None) -> None:
+        rules = vocabulary.rules
+        self.vocabulary = vocabulary
+        self.n_pieces = len(vocabulary.tokens)
+        self.vocab_size = self.n_pieces if vocab_size is None else vocab_size
+        if self.vocab_size < self.n_pieces:
+            raise ModelError(
+                f"the tokenizer has {self.n_pieces} pieces, but the model only {vocab_size} ids: they do not belong "
+                f"together. Use the tokenizer that came with the checkpoint."
+            )
+        self.bos_id, self.eos_id = rules.bos_id, rules.eos_id
+        self.control_ids = frozenset(rules.control) - {rules.unknown}
+        self.breaks: frozenset[int] = frozenset()
+        self.whole_replacement = rules.byte_level
+        self._pieces = _pieces(vocabulary)
+        self._split = _Pipeline(rules)
+        self._words = Words(vocabulary)
+
+    def encode(self, text: str, bos: bool = True, start: bool = True) -> list[int]:
+        """The ids of a text; with what stands around it unless bos is False: see Tokenizer.encode."""
+        ids: list[int] = []
+        for part in self._split(check_text(text), start):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids.extend(self._words.ids(part))
+        assert self.control_ids.isdisjoint(ids)
+        rules = self.vocabulary.rules
+        return [*rules.prefix, *ids, *rules.suffix] if bos else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids: see Tokenizer.decode."""
+        return decoding.decode(self, ids)
+
+    def piece(self, token: int) -> bytes:
+        """What an id adds inside a text. Raises UsageError for an id out of range."""
+        try:
+            if 0 <= token < self.vocab_size:
+                return self._pieces[token] if token < self.n_pieces else b""
+        except TypeError:
+            pass
+        raise UsageError(
+            f"the id {quote(token)} is not in the vocabulary; whole numbers from 0 to {self.vocab_size - 1} are needed."
+        )
+
+    def first_piece(self, token: int) -> tuple[bytes, bool]:
+        """What an id adds at the very start of a text, and whether the next id is still at the start."""
+        piece = self.piece(token)
+        if self.vocabulary.rules.strip and piece.startswith(b" "):
+            return piece[1:], False
+        return piece, not piece
+
+    def special(self, name: str) -> int:
+        """The id of a control or added token by its name. Raises UsageError for a name that is none."""
+        names = self.vocabulary.rules.names
+        if isinstance(name, str) and name in names:
+            return names[name]
+        some = ", ".join(map(quote, sorted(names, key=names.__getitem__)[:6]))
+        raise UsageError(
+            f"there is no special token {quote(name)}; this tokenizer has {len(names)}, such as {some or 'none'}. "
+            f"Name one of them, or encode it as text."
+        )
+
+
+def _pieces(vocabulary: Vocabulary) -> list[bytes]:
+    """What each id adds to a text."""
+    rules = vocabulary.rules
+    pieces = list(vocabulary.tokens)
+    if not rules.byte_level:
+        mark = MARK.encode()
+        pieces = [piece.replace(mark, b" ") for piece in pieces]
+        if rules.byte_fallback:
+            for i, piece in enumerate(pieces):
+                if len(piece) == 6 and (found := _BYTE.match(piece)):
+                    pieces[i] = bytes([int(found[1], 16)])
+    for token in rules.control:
+        pieces[token] = b""
+    return pieces
+
+
+class _Pipeline:
+    """From a text to the words that merge: added tokens, normalizer, pre-tokenizer."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._normalizer = rules.normalizer
+        kind = LongestFirst if rules.longest_first else LeftmostLongest
+        self._raw = kind([(token.content, token) for token in rules.added if not token.normalized])
+        self._normalized = kind([(self._normal(token.content), token) for token in rules.added if token.normalized])
+        self._metaspace = rules.stages[0][1:] if rules.stages and rules.stages[0][0] == "metaspace" else None
+
+    def __call__(self, text: str, start: bool) -> Iterator[str | int]:
+        """The parts of a text in order: words as strings, and ids of added tokens."""
+        for part in self._raw.cut(text):
+            if isinstance(part, int):
+                yield part
+            else:
+                for piece in self._normalized.cut(self._normal(part)):
+                    if isinstance(piece, int) or self._metaspace is None:
+                        yield piece
+                    else:
+                        yield from _metaspace(piece, start, *self._metaspace)
+                    start = False
+            start = False
+
+    def _normal(self, text: str) -> str:
+        for kind, what, *replacement in self._normalizer:
+            if kind == "replace":
+                text = text.replace(what, replacement[0])
+            elif text:
+                text = what + text
+        return text
+
+
+def _metaspace(text: str, start: bool, mark: str, scheme: str, split: str) -> list[str]:
+    """Spaces as marks, one in front of the text where the scheme says so; each mark begins a piece if it splits."""
+    text = text.replace(" ", mark)
+    if (scheme == "always" or (scheme == "first" and start)) and not text.startswith(mark):
+        text = mark + text
+    return re.findall(f"{re.escape(mark)}?[^{re.escape(mark)}]+|{re.escape(mark)}", text) if split else [text]
