@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
-import numpy as np
-
 from npllama.text.bpe import WordCache, merge, merge_table
+from npllama.text.cuts import cutter
 from npllama.text.splitting import Splitter, is_about_words
-from npllama.text.vocabulary import MARK, Rules, Vocabulary
+from npllama.text.vocabulary import Rules, Vocabulary
 
 GAP = -1
 """The symbol of what is left out but keeps its neighbours apart: it merges with nothing."""
-
-_BEFORE_MARKS = re.compile(f"{MARK}*[^{MARK}]+|{MARK}+")
 
 
 class Words:
@@ -27,8 +23,8 @@ class Words:
         self._symbols = ByteSymbols(vocabulary) if rules.byte_level else CharacterSymbols(vocabulary)
         self._whole = _whole_words(vocabulary) if rules.whole_words else {}
         self._stages, self._later = _stages(rules)
-        if nothing_merges_across_marks(vocabulary):
-            self._stages.append(_BEFORE_MARKS.findall)
+        if not rules.byte_level and not self._later and (cut := cutter(vocabulary)) is not None:
+            self._stages.append(cut)
         self._cache = WordCache(self._encode)
 
     def ids(self, text: str) -> Iterable[int]:
@@ -68,22 +64,6 @@ def _cut(pieces: list[str], stages: Sequence[Stage]) -> list[str]:
     for stage in stages:
         pieces = stage(pieces[0]) if len(pieces) == 1 else list(chain.from_iterable(map(stage, pieces)))
     return pieces
-
-
-def nothing_merges_across_marks(vocabulary: Vocabulary) -> bool:
-    """Whether text may be cut in front of a mark that follows something else: no merge ever joins the two.
-
-    Without that the whole text is one word. A vocabulary trained on words apart, as LLaMA's, has only merges that keep
-    a mark at the front, or join marks.
-    """
-    rules, mark = vocabulary.rules, MARK.encode()
-    if rules.byte_level or rules.whole_words or mark not in vocabulary.tokens:
-        return False
-    letters = [letter.encode() for letter in rules.letters]
-    starts = np.array([token.startswith(mark) for token in (*vocabulary.tokens, *letters)])
-    ends = np.array([token.endswith(mark) for token in (*vocabulary.tokens, *letters)])
-    left, right = vocabulary.merges[:, 0], vocabulary.merges[:, 1]
-    return not bool(np.any(starts[right] & ~ends[left]))
 
 
 def _whole_words(vocabulary: Vocabulary) -> dict[bytes, int]:
