@@ -186,8 +186,6 @@ def _byte_level(source: _Source) -> Vocabulary:
         )
     around = source.around(None, None, pre in _WITH_BOS)
     tokens, odd = alphabet.tokens_of(source.tokens)
-    for token in around["added"]:
-        tokens[token.id] = token.content.encode("utf-8")
     taken = {*around["control"], *source.of_kind(USER_DEFINED)}
     rules = Rules(
         byte_level=True,

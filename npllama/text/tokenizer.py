@@ -9,7 +9,7 @@ from npllama.errors import ModelError, UsageError, quote
 from npllama.text import decoding
 from npllama.text.added import LeftmostLongest, LongestFirst
 from npllama.text.protocol import check_text
-from npllama.text.vocabulary import MARK, Rules, Vocabulary
+from npllama.text.vocabulary import MARK, Rules, Vocabulary, normalize
 from npllama.text.words import Words
 
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>\Z")
@@ -90,6 +90,9 @@ def _pieces(vocabulary: Vocabulary) -> list[bytes]:
     """What each id adds to a text."""
     rules = vocabulary.rules
     pieces = list(vocabulary.tokens)
+    for token in rules.added:
+        spelled = normalize(token.content, rules.normalizer) if token.normalized else token.content
+        pieces[token.id] = spelled.encode("utf-8")
     if not rules.byte_level:
         mark = MARK.encode()
         pieces = [piece.replace(mark, b" ") for piece in pieces]
@@ -97,8 +100,8 @@ def _pieces(vocabulary: Vocabulary) -> list[bytes]:
             for i, piece in enumerate(pieces):
                 if len(piece) == 6 and (found := _BYTE.match(piece)):
                     pieces[i] = bytes([int(found[1], 16)])
-    for token in rules.control:
-        pieces[token] = b""
+    for i in rules.control:
+        pieces[i] = b""
     return pieces
 
 
@@ -109,7 +112,8 @@ class _Pipeline:
         self._normalizer = rules.normalizer
         kind = LongestFirst if rules.longest_first else LeftmostLongest
         self._raw = kind([(token.content, token) for token in rules.added if not token.normalized])
-        self._normalized = kind([(self._normal(token.content), token) for token in rules.added if token.normalized])
+        spelled = [(normalize(token.content, rules.normalizer), token) for token in rules.added if token.normalized]
+        self._normalized = kind(spelled)
         self._metaspace = rules.stages[0][1:] if rules.stages and rules.stages[0][0] == "metaspace" else None
 
     def __call__(self, text: str, start: bool) -> Iterator[str | int]:
@@ -118,21 +122,13 @@ class _Pipeline:
             if isinstance(part, int):
                 yield part
             else:
-                for piece in self._normalized.cut(self._normal(part)):
+                for piece in self._normalized.cut(normalize(part, self._normalizer)):
                     if isinstance(piece, int) or self._metaspace is None:
                         yield piece
                     else:
                         yield from _metaspace(piece, start, *self._metaspace)
                     start = False
             start = False
-
-    def _normal(self, text: str) -> str:
-        for kind, what, *replacement in self._normalizer:
-            if kind == "replace":
-                text = text.replace(what, replacement[0])
-            elif text:
-                text = what + text
-        return text
 
 
 def _metaspace(text: str, start: bool, mark: str, scheme: str, split: str) -> list[str]:

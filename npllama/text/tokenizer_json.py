@@ -98,8 +98,6 @@ def _assembled(
     ids = {name: i for i, name in enumerate(shape.names)}
     extra = [token.content for token in added if token.id >= len(shape.names)]
     tokens, odd = _spelled(shape.names, extra, shape.byte_level)
-    for token in added:
-        tokens[token.id] = token.content.encode("utf-8")
     special = {token.id for token in added if token.special}
     if byte_fallback:  # what stands for a byte of a text is text
         special -= {i for i in special if _BYTE_TOKEN.match((shape.names + extra)[i])}

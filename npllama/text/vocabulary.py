@@ -66,6 +66,16 @@ class Vocabulary:
     merges: np.ndarray
 
 
+def normalize(text: str, normalizer: tuple[tuple[str, ...], ...]) -> str:
+    """A text after the steps of Rules.normalizer."""
+    for kind, what, *replacement in normalizer:
+        if kind == "replace":
+            text = text.replace(what, replacement[0])
+        elif text:
+            text = what + text
+    return text
+
+
 def problem(vocabulary: Vocabulary) -> str | None:
     """What is wrong with a vocabulary, in words; None where every id in it is one of its tokens."""
     rules, n = vocabulary.rules, len(vocabulary.tokens)
