@@ -61,7 +61,7 @@ def ranges(characters: Iterable[str]) -> str:
 
 
 def constant(name: str, characters: Iterable[str], meaning: str) -> str:
-    lines = textwrap.wrap(ranges(characters), 116)
+    lines = textwrap.wrap(ranges(characters), 116, break_on_hyphens=False)
     return f'{name} = """\n' + "\n".join(lines) + f'\n"""\nr"""{meaning}"""\n'
 
 

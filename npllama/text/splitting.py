@@ -94,8 +94,9 @@ def character_class(name: str, below: int = 0x110000) -> str:
 
 def translate(pattern: str, below: int = 0x110000) -> str:
     r"""A pattern of PATTERNS for Python's `re`, for texts whose characters are all below a code point."""
-    # Without regard to case, s is also U+017F, the long s.
+    # Without regard to case, s is also U+017F, the long s. The end of a line is an end, too.
     pattern = pattern.replace(_ANY_CASE, "'(?:[sS\u017f]|[tTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])")
+    pattern = pattern.replace("$", r"(?=\n|\Z)")
 
     def spelled(found: re.Match[str]) -> str:
         token = found[0]
