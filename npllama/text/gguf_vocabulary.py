@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from npllama.errors import CheckpointError, quote
+from npllama.errors import CheckpointError, quote, whole_number
 from npllama.text import alphabet
 from npllama.text.added import AddedToken
 from npllama.text.bpe import MAX_IDS
@@ -97,10 +97,11 @@ class _Source:
 
     def id(self, key: str, default: int | None) -> int | None:
         """A special id; the default where the file does not give it."""
-        found = self.metadata.get(f"{_P}{key}_token_id", default)
-        if found is not None and (isinstance(found, bool) or not 0 <= int(found) < len(self.tokens)):
-            raise self.error(f"{_P}{key}_token_id is {quote(found)} among {len(self.tokens):,} tokens")
-        return None if found is None else int(found)
+        given = self.metadata.get(f"{_P}{key}_token_id", default)
+        found = whole_number(given)
+        if given is not None and (found is None or not 0 <= found < len(self.tokens)):
+            raise self.error(f"{_P}{key}_token_id is {quote(given)} among {len(self.tokens):,} tokens")
+        return found
 
     def flag(self, key: str, default: bool) -> bool:
         found = self.metadata.get(_P + key, default)
