@@ -10,6 +10,7 @@ a crash or a hunger for memory is seen and named. Exit status 1 when a case fail
 from __future__ import annotations
 
 import argparse
+import hashlib
 import multiprocessing
 import random
 import re
@@ -23,15 +24,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from helpers import write_model_directory, write_tokenizer  # noqa: E402
+from tiny_bpe import byte_level, characters, tiktoken_file, written  # noqa: E402
 from torch_files import torch_legacy, write_hugging_face, write_llama2c, write_meta  # noqa: E402
 
 from npllama.checkpoints import open_checkpoint  # noqa: E402
 from npllama.errors import NpllamaError  # noqa: E402
+from npllama.text import (  # noqa: E402
+    BpeTokenizer,
+    Vocabulary,
+    load,
+    read_tiktoken,
+    read_tokenizer_json,
+    save,
+)
 from npllama.tokenizer import Tokenizer  # noqa: E402
 from npllama.weights import open_model  # noqa: E402
 
@@ -63,6 +74,27 @@ def read_tokenizer(folder: Path) -> None:
     tokenizer.decode(tokenizer.encode("Once upon a time, é漢\n"))
 
 
+def use(vocabulary: Vocabulary) -> None:
+    """Encode and decode with a vocabulary."""
+    tokenizer = BpeTokenizer(vocabulary)
+    tokenizer.decode(tokenizer.encode("Once upon a time, é漢\n </s><|eot_id|> 2024"))
+    tokenizer.decode(range(tokenizer.n_pieces))
+
+
+def read_vocabulary(folder: Path) -> None:
+    """Load a vocabulary of a model directory whose manifest vouches for every file as it is."""
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("tokenizer.*")}
+    use(load(folder, {"kind": "bpe", "size": 409, "sha256": digests}))
+
+
+def _vocabulary(folder: Path) -> object:
+    return save(read_tokenizer_json(written(byte_level())), folder)
+
+
+def _tokenizer_json(file: dict[str, Any]) -> Callable[[Path], object]:
+    return lambda folder: (folder / "tokenizer.json").write_bytes(written(file))
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of input: how to write a sound folder, which file of it is damaged, what reads it."""
@@ -92,6 +124,25 @@ KINDS = {
         lambda f: write_model_directory(f / "m"), "m/npllama.json", lambda f: read_model(f / "m"), True
     ),
     "npy": Kind(lambda f: write_model_directory(f / "m"), "m/wq.npy", lambda f: read_model(f / "m")),
+    "tokenizer.json": Kind(
+        _tokenizer_json(byte_level()),
+        "tokenizer.json",
+        lambda f: use(read_tokenizer_json((f / "tokenizer.json").read_bytes())),
+        text=True,
+    ),
+    "tokenizer.json-2": Kind(
+        _tokenizer_json(characters()),
+        "tokenizer.json",
+        lambda f: use(read_tokenizer_json((f / "tokenizer.json").read_bytes())),
+        text=True,
+    ),
+    "tiktoken": Kind(
+        lambda f: (f / "tokenizer.model").write_bytes(tiktoken_file()),
+        "tokenizer.model",
+        lambda f: use(read_tiktoken((f / "tokenizer.model").read_bytes())),
+    ),
+    "rules.json": Kind(_vocabulary, "tokenizer.rules.json", read_vocabulary, text=True),
+    "merges.npy": Kind(_vocabulary, "tokenizer.merges.npy", read_vocabulary),
     "tokenizer.model": Kind(lambda f: write_tokenizer(f / "tokenizer.model", 300), "tokenizer.model", read_tokenizer),
 }
 

@@ -15,6 +15,10 @@ from npllama.text.splitting import character_class, member
 _SPACES = re.compile(f"[{character_class(chr(92) + 's')}]*")
 
 
+MAX_LENGTH = 256
+"""Most characters of an added token: what bounds the work at each place of a text."""
+
+
 @dataclass(frozen=True)
 class AddedToken:
     """A token of the list added_tokens of a tokenizer.json.
@@ -42,11 +46,9 @@ class LeftmostLongest:
             self._tokens.setdefault(spelled, token)
         # Without a token that is text, nothing is cut.
         self._idle = all(token.special for token in self._tokens.values())
-        self._lengths: dict[str, list[int]] = {}
+        self._lengths: dict[str, dict[int, None]] = {}  # of the tokens that begin with a character, the longest first
         for spelled in sorted(self._tokens, key=len, reverse=True):
-            lengths = self._lengths.setdefault(spelled[0], [])
-            if len(spelled) not in lengths:
-                lengths.append(len(spelled))
+            self._lengths.setdefault(spelled[0], {})[len(spelled)] = None
         first = "".join(map(re.escape, self._lengths))
         self._first = re.compile(f"[{first}]") if first else None
 

@@ -51,7 +51,7 @@ def _pattern(joined: set[tuple[str, str]]) -> str:
     """A pattern whose matches cover a text: marks, and after them characters that are joined, directly or in steps."""
     parts = sorted(map(sorted, _components(joined)), key=len, reverse=True)
     runs = [part for part in parts if len(part) > 1 or (part[0], part[0]) in joined]
-    alone = [part[0] for part in parts if part not in runs]  # joined with a mark in front only
+    alone = sorted(set(chain(*parts)).difference(*runs))  # joined with a mark in front only
     classes = [*runs[:_MOST_CLASSES], list(chain(*runs[_MOST_CLASSES:]))]
     choices = [f"[{''.join(map(re.escape, part))}]+" for part in classes if part]
     choices += [f"[{''.join(map(re.escape, alone))}]"] if alone else []
@@ -62,10 +62,11 @@ def _components(joined: set[tuple[str, str]]) -> list[set[str]]:
     """The characters of merges but for the mark, in sets: any two that are joined are in the same."""
     found: dict[str, set[str]] = {}
     for a, b in joined:
-        small, large = sorted((found.get(a, {a}), found.get(b, {b})), key=len)
         if a == MARK:
             found.setdefault(b, {b})
-        elif small is not large:
+            continue
+        small, large = sorted((found.setdefault(a, {a}), found.setdefault(b, {b})), key=len)
+        if small is not large:
             large |= small
-            found.update(dict.fromkeys(large, large))
-    return list({id(part): part for character, part in found.items() if character != MARK}.values())
+            found.update(dict.fromkeys(small, large))
+    return list({id(part): part for part in found.values()}.values())

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 from npllama import strict_json
 from npllama.checkpoints.files import read_whole
 from npllama.errors import CheckpointError, ModelError, UsageError, quote
-from npllama.text.added import AddedToken
+from npllama.text.added import MAX_LENGTH, AddedToken
 from npllama.text.bpe import MAX_IDS
 from npllama.text.splitting import PATTERNS
 from npllama.text.vocabulary import MARK, Rules, Vocabulary, problem
@@ -38,6 +39,7 @@ RULES, BYTES, LENGTHS, MERGES = (
 )
 FILES = (RULES, BYTES, LENGTHS, MERGES)
 MAX_FILE_BYTES = 32 << 20
+MAX_RULES_BYTES = 8 << 20
 AGAIN = "export the checkpoint again."
 
 
@@ -65,8 +67,8 @@ def load(folder: Path, entry: Mapping[str, Any]) -> Vocabulary:
         raise ModelError(f"{folder}: the manifest's entry of the tokenizer is not one of kind bpe; {AGAIN}")
     data = {name: _read(folder / name, entry["sha256"][name]) for name in FILES}
     lengths, spelled, merges = (
-        _array(folder / name, data[name], dtype, shape)
-        for name, dtype, shape in ((LENGTHS, "<i4", (-1,)), (BYTES, "|u1", (-1,)), (MERGES, "<i4", (-1, 4)))
+        _array(folder / name, data[name], dtype, columns)
+        for name, dtype, columns in ((LENGTHS, "<i4", None), (BYTES, "|u1", None), (MERGES, "<i4", 4))
     )
     rules = _rules(folder / RULES, data[RULES])
     n = len(lengths)
@@ -97,22 +99,23 @@ def _read(path: Path, sha256: object) -> bytes:
     return data
 
 
-def _array(path: Path, data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of a dtype, and of a shape whose -1 is any size."""
-    header = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(header)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-        found, fortran, stored = read(header) if read else ((), False, None)
-    except (ValueError, TypeError, SyntaxError, OverflowError) as error:
-        raise ModelError(f"{path}: is no array of NumPy; {AGAIN}") from error
-    fits = len(found) == len(shape) and all(n in (-1, m) for n, m in zip(shape, found, strict=True))
-    if not fits or fortran or stored != np.dtype(dtype):
-        raise ModelError(f"{path}: holds {quote((found, str(stored)))}; {dtype} of shape {shape} is needed; {AGAIN}")
-    body = data[header.tell() :]
-    if len(body) != int(np.prod(found, dtype=object)) * np.dtype(dtype).itemsize:
-        raise ModelError(f"{path}: is shorter or longer than its shape {found} says; {AGAIN}")
-    return np.frombuffer(body, dtype).reshape(found)
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([^']+)', 'fortran_order': False, 'shape': \((\d{1,9}),(?: (\d))?\), \} *\n",
+    re.DOTALL,
+)
+
+
+def _array(path: Path, data: bytes, dtype: str, columns: int | None) -> np.ndarray:
+    """An array of a dtype with so many columns, or of one axis. Only what np.save writes is read."""
+    found = _HEADER.match(data)
+    fits = found is not None and found[1].decode("latin-1") == dtype and found[3] == (columns and b"%d" % columns)
+    if found is None or not fits or int.from_bytes(data[8:10], "little") != found.end() - 10:
+        what = quote(data[:80].decode("latin-1"))
+        raise ModelError(f"{path}: begins with {what}; an array of {dtype}, columns {columns}, is needed; {AGAIN}")
+    if len(data) - found.end() != int(found[2]) * (columns or 1) * np.dtype(dtype).itemsize:
+        raise ModelError(f"{path}: is shorter or longer than its shape says; {AGAIN}")
+    array = np.frombuffer(data, dtype, offset=found.end())
+    return array.reshape(-1, columns) if columns else array
 
 
 # ---------------------------------------------------------------- rules
@@ -121,7 +124,7 @@ def _array(path: Path, data: bytes, dtype: str, shape: tuple[int, ...]) -> np.nd
 def _rules(path: Path, data: bytes) -> Rules:
     """Rules from JSON; ModelError for what is missing, of another kind, or not known."""
     try:
-        found = strict_json.parse_object(data, MAX_FILE_BYTES)
+        found = strict_json.parse_object(data, MAX_RULES_BYTES)
     except UsageError as error:
         raise ModelError(f"{path}: {error}; {AGAIN}") from error
     fields = {field.name: str(field.type) for field in dataclasses.fields(Rules)}
@@ -184,7 +187,7 @@ def _added(value: object) -> tuple[AddedToken, ...] | None:
     for token in value:
         if not isinstance(token, dict) or set(token) != set(fields):
             return None
-        if _id(token["id"]) is None or not _text(token["content"]):
+        if _id(token["id"]) is None or not _text(token["content"]) or len(token["content"]) > 2 * MAX_LENGTH:
             return None
         if not all(isinstance(token[name], bool) for name in fields[2:]):
             return None

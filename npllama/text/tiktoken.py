@@ -15,7 +15,7 @@ from npllama.errors import CheckpointError, quote
 from npllama.text.splitting import NAMED
 from npllama.text.vocabulary import Rules, Vocabulary, splits
 
-MAX_BYTES = 16 << 20
+MAX_BYTES = 4 << 20
 """Largest file that is read (Llama 3's has 2 MB)."""
 MAX_TOKENS = 128_000
 """What Llama 3's has. Larger ones (Llama 4: 200,000) cut text by other rules."""
@@ -75,15 +75,15 @@ def _tokens(data: bytes, file: str) -> list[bytes]:
         raise CheckpointError(_malformed(file, f"{len(data):,} bytes (up to {MAX_BYTES:,} are read)"))
     tokens: list[bytes] = []
     for number, line in enumerate(data.splitlines()):
+        if number == MAX_TOKENS:
+            raise CheckpointError(
+                f"{file}: has more tokens than Llama 3's {MAX_TOKENS:,}: another family's, which cuts text by rules "
+                f"that the file does not tell. Use the tokenizer.json of the checkpoint."
+            )
         entry = _entry(line)
         if entry is None or entry[1] != number:
             raise CheckpointError(_malformed(file, f"{quote(line.decode('latin-1'))} as line {number + 1}"))
         tokens.append(entry[0])
-    if len(tokens) > MAX_TOKENS:
-        raise CheckpointError(
-            f"{file}: has {len(tokens):,} tokens, which are not Llama 3's {MAX_TOKENS:,}: text is cut by other rules, "
-            f"that the file does not tell. Use the tokenizer.json of the checkpoint."
-        )
     longest, total = max(map(len, tokens), default=0), sum(map(len, tokens))
     if longest > MAX_LENGTH or total > MAX_TOKEN_BYTES:
         raise CheckpointError(_malformed(file, f"tokens of {longest:,} bytes, {total:,} in all"))

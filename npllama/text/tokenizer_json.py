@@ -18,7 +18,7 @@ import numpy as np
 from npllama import strict_json
 from npllama.errors import CheckpointError, UsageError, quote
 from npllama.text import alphabet
-from npllama.text.added import AddedToken
+from npllama.text.added import MAX_LENGTH, AddedToken
 from npllama.text.bpe import MAX_IDS
 from npllama.text.components import (
     PartError,
@@ -32,8 +32,11 @@ from npllama.text.components import (
 )
 from npllama.text.vocabulary import Rules, Vocabulary, problem
 
-MAX_BYTES = 48 << 20
+MAX_BYTES = 36 << 20
 """Largest tokenizer.json that is read (Llama 3's has 9 MB, with merges as pairs 17 MB)."""
+MAX_VALUES, MAX_LISTS = 3_000_000, 1_200_000
+"""Most commas and opening brackets: what bounds the memory that a file takes."""
+MAX_ADDED = 1 << 16
 
 FILE_KEYS = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor"}
 FILE_KEYS |= {"decoder", "model"}
@@ -57,6 +60,8 @@ def read_tokenizer_json(
     file itself does not, and which token ends one. Raises CheckpointError for what is malformed, or not supported.
     """
     try:
+        if data.count(b",") > MAX_VALUES or data.count(b"[") + data.count(b"{") > MAX_LISTS:
+            raise PartError(f"has more than {MAX_VALUES:,} values or {MAX_LISTS:,} lists; no vocabulary has that many")
         return _vocabulary(strict_json.parse_object(data, MAX_BYTES), settings or {})
     except (PartError, UsageError) as error:
         raise CheckpointError(f"{file}: {error}") from error
@@ -73,7 +78,7 @@ def _vocabulary(file: dict[str, Any], settings: Mapping[str, Any]) -> Vocabulary
         if model.get(name) not in (None, "", 0):
             raise PartError(f"model: {name} is {quote(model[name])}, which is not supported; it must be null")
     names = _names(model.get("vocab"))
-    added = _added(file.get("added_tokens"), names)
+    added = _added(file.get("added_tokens"), model["vocab"])
     stages, byte_level = pre_tokenizer(file.get("pre_tokenizer"))
     shape = _Shape(names, byte_level, stages, normalizer(file.get("normalizer")))
     return _assembled(file, model, settings, shape, added)
@@ -95,7 +100,7 @@ def _assembled(
     byte_fallback = flag("model", model, "byte_fallback", False)
     if byte_fallback and shape.byte_level:
         raise PartError("model: byte_fallback with the pre-tokenizer ByteLevel; one of the two is supported")
-    ids = {name: i for i, name in enumerate(shape.names)}
+    ids = model["vocab"]
     extra = [token.content for token in added if token.id >= len(shape.names)]
     tokens, odd = _spelled(shape.names, extra, shape.byte_level)
     special = {token.id for token in added if token.special}
@@ -199,21 +204,22 @@ def _unknown(model: dict[str, Any], ids: dict[str, int]) -> int | None:
 # ---------------------------------------------------------------- added tokens
 
 
-def _added(entries: object, names: list[str]) -> list[AddedToken]:
+def _added(entries: object, ids: dict[str, int]) -> list[AddedToken]:
     """The added tokens; each has the id that vocab gives it, or the next one beyond vocab."""
-    if not isinstance(entries, list) or len(entries) + len(names) > MAX_IDS:
-        if entries is None:
-            return []
-        raise PartError("added_tokens is no list, or too long; the file is damaged")
-    of_vocab = {name: i for i, name in enumerate(names)} if entries else {}
+    if entries is None:
+        return []
+    if not isinstance(entries, list) or len(entries) > MAX_ADDED:
+        raise PartError(f"added_tokens is no list, or has more than {MAX_ADDED:,}; the file is damaged")
     found: dict[str, AddedToken] = {}
-    beyond = len(names)
+    beyond = len(ids)
     for entry in entries:
         if not isinstance(entry, dict):
             raise PartError(f"added_tokens has {quote(entry)}; an object is needed")
         content = text_of("added_tokens", entry, "content")
         check_keys("added_tokens", entry, ADDED_KEYS)
-        expected = of_vocab.get(content, beyond)
+        if len(content) > MAX_LENGTH:
+            raise PartError(f"added_tokens has one of {len(content):,} characters; at most {MAX_LENGTH} are read")
+        expected = ids.get(content, beyond)
         if type(entry.get("id")) is not int or entry["id"] != expected or content in found:
             raise PartError(
                 f"added_tokens gives {quote(content)} the id {quote(entry.get('id'))}, where {expected} is its id or "
