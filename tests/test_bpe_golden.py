@@ -10,10 +10,13 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
+from hypothesis import given, settings
 from test_bpe_files import gguf_of
+from test_bpe_tokenizer_json import COUNT, TEXTS
 
 from npllama.text import BpeTokenizer, Vocabulary, load, read_gguf_vocabulary, read_tiktoken, read_tokenizer_json, save
 
@@ -116,3 +119,20 @@ def test_a_real_vocabulary_of_gguf_cuts_texts_where_sentencepiece_merges_nothing
     for _ in range(1500):
         text = "".join(rng.choice(rng.choice((characters, pieces, " etaoin"))) for _ in range(rng.randrange(20)))
         assert ours.encode(text, bos=False) == theirs.encode(text), ascii(text)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "smollm2", "deepseek-llm", "llama3", "mistral"])
+def both(request: pytest.FixtureRequest, shared_data: Path) -> tuple[BpeTokenizer, Any]:
+    """A real tokenizer.json here and in the package tokenizers, which takes special tokens in a text for text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    path = shared_data / "family" / request.param / "tokenizer.json"
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    theirs.encode_special_tokens = True
+    return BpeTokenizer(read_tokenizer_json(path.read_bytes())), theirs
+
+
+@settings(max_examples=COUNT)
+@given(text=TEXTS)
+def test_random_texts_give_the_ids_of_tokenizers(both: tuple[BpeTokenizer, Any], text: str) -> None:
+    ours, theirs = both
+    assert ours.encode(text, bos=False) == theirs.encode(text, add_special_tokens=False).ids

@@ -1,9 +1,13 @@
-"""tokenizer.json: the ids of the package tokenizers for any text, or a refusal that names what is not supported."""
+"""tokenizer.json: the ids of the package tokenizers for any text, or a refusal that names what is not supported.
+
+NPLLAMA_TEXT_COUNT sets the number of random texts for each file.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +31,8 @@ TEXTS = st.lists(
     st.one_of(st.sampled_from(NASTY), st.text("aeionrst ", max_size=8), st.characters(exclude_categories=["Cs"])),
     max_size=12,
 ).map("".join)
+
+COUNT = int(os.environ.get("NPLLAMA_TEXT_COUNT", "100"))
 
 METASPACE = {"type": "Metaspace", "replacement": tiny.MARK, "prepend_scheme": "always", "split": False}
 NO_FALLBACK = {"type": "Sequence", "decoders": [tiny.MARKS_TO_SPACES, {"type": "Fuse"}, tiny.STRIP]}
@@ -100,6 +106,7 @@ def both(request: pytest.FixtureRequest) -> tuple[BpeTokenizer, Any]:
     return BpeTokenizer(read_tokenizer_json(data)), theirs
 
 
+@settings(max_examples=COUNT)
 @given(text=TEXTS)
 def test_the_ids_are_those_of_tokenizers(both: tuple[BpeTokenizer, Any], text: str) -> None:
     ours, theirs = both
