@@ -278,6 +278,7 @@ RULES = "tokenizer.rules.json"
     ("change", "message"),
     [
         ({"stages": [["pattern", ".*"]]}, "has a pre-tokenizer or normalizer that this version does not know"),
+        ({"stages": [["prefix", " "], ["metaspace", tiny.MARK, "first", ""]]}, "has a pre-tokenizer or normalizer"),
         ({"normalizer": [["replace", "", "x"]]}, "has a pre-tokenizer or normalizer that this version does not know"),
         ({"control": [-1]}, "control is '.*', which cannot be"),
         ({"control": [5000]}, "found the id 5000 among 409 tokens"),
@@ -316,6 +317,26 @@ def test_arrays_that_do_not_fit_are_refused(file: str, array: np.ndarray, messag
     entry = save(VOCABULARIES["bytes"](), tmp_path)
     np.save(tmp_path / f"tokenizer.{file}.npy", array)
     with pytest.raises(ModelError, match=message):
+        load(tmp_path, vouched(tmp_path, entry))
+
+
+def test_a_token_of_characters_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    entry = save(VOCABULARIES["characters"](), tmp_path)
+    path = tmp_path / "tokenizer.bytes.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(ModelError, match="found a token that is not UTF-8 in the tokenizer"):
+        load(tmp_path, vouched(tmp_path, entry))
+
+
+@pytest.mark.parametrize("token", [3 + 10, 0])
+def test_a_control_token_that_text_gives_is_refused(token: int, tmp_path: Path) -> None:
+    """The token of a byte, and an added one that is no control token itself."""
+    file = tiny.characters()
+    file["added_tokens"][0]["special"] = token != 0
+    entry = save(read_tokenizer_json(tiny.written(file)), tmp_path)
+    rules = json.loads((tmp_path / RULES).read_text())
+    (tmp_path / RULES).write_text(json.dumps({**rules, "control": [token]}))
+    with pytest.raises(ModelError, match="found a control token that text gives in the tokenizer"):
         load(tmp_path, vouched(tmp_path, entry))
 
 

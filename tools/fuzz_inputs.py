@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import multiprocessing
 import random
 import re
@@ -83,12 +84,17 @@ def use(vocabulary: Vocabulary) -> None:
 
 def read_vocabulary(folder: Path) -> None:
     """Load a vocabulary of a model directory whose manifest vouches for every file as it is."""
+    entry = json.loads((folder / "entry.json").read_bytes())
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("tokenizer.*")}
-    use(load(folder, {"kind": "bpe", "size": 409, "sha256": digests}))
+    use(load(folder, {**entry, "sha256": digests}))
 
 
-def _vocabulary(folder: Path) -> object:
-    return save(read_tokenizer_json(written(byte_level())), folder)
+def _vocabulary(file: dict[str, Any]) -> Callable[[Path], object]:
+    def write(folder: Path) -> object:
+        entry = save(read_tokenizer_json(written(file)), folder)
+        return (folder / "entry.json").write_text(json.dumps(entry))
+
+    return write
 
 
 def _tokenizer_json(file: dict[str, Any]) -> Callable[[Path], object]:
@@ -141,8 +147,10 @@ KINDS = {
         "tokenizer.model",
         lambda f: use(read_tiktoken((f / "tokenizer.model").read_bytes())),
     ),
-    "rules.json": Kind(_vocabulary, "tokenizer.rules.json", read_vocabulary, text=True),
-    "merges.npy": Kind(_vocabulary, "tokenizer.merges.npy", read_vocabulary),
+    "rules.json": Kind(_vocabulary(byte_level()), "tokenizer.rules.json", read_vocabulary, text=True),
+    "rules.json-2": Kind(_vocabulary(characters()), "tokenizer.rules.json", read_vocabulary, text=True),
+    "merges.npy": Kind(_vocabulary(byte_level()), "tokenizer.merges.npy", read_vocabulary),
+    "bytes.npy": Kind(_vocabulary(characters()), "tokenizer.bytes.npy", read_vocabulary),
     "tokenizer.model": Kind(lambda f: write_tokenizer(f / "tokenizer.model", 300), "tokenizer.model", read_tokenizer),
 }
 

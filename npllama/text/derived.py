@@ -137,7 +137,8 @@ def _rules(path: Path, data: bytes) -> Rules:
             raise ModelError(f"{path}: {name} is {quote(found[name])}, which cannot be; {AGAIN}")
         values[name] = value
     rules = Rules(**values)
-    if not all(map(_is_stage, rules.stages)) or not all(map(_is_normalizer, rules.normalizer)):
+    late = any(stage[0] == "metaspace" for stage in rules.stages[1:])
+    if late or not all(map(_is_stage, rules.stages)) or not all(map(_is_normalizer, rules.normalizer)):
         raise ModelError(f"{path}: has a pre-tokenizer or normalizer that this version does not know; {AGAIN}")
     return rules
 

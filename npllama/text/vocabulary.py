@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -86,6 +87,13 @@ def problem(vocabulary: Vocabulary) -> str | None:
     ids += [token for token in (rules.bos_id, rules.eos_id, rules.unknown) if token is not None]
     if not all(0 <= token < n for token in ids):
         return f"the id {next(token for token in ids if not 0 <= token < n)} among {n:,} tokens"
+    if not rules.byte_level and not all(map(_is_utf8, vocabulary.tokens)):
+        return "a token that is not UTF-8"
+    control = set(rules.control)
+    if any(token.id in control and not token.special for token in rules.added) or (
+        rules.byte_fallback and any(_BYTE_TOKEN.match(vocabulary.tokens[i]) for i in control)
+    ):
+        return "a control token that text gives"
     merges = vocabulary.merges
     if len(merges) and not (
         merges.min() >= 0 and merges[:, :2].max() < n + len(rules.letters) and merges[:, 3].max() < n
@@ -94,6 +102,17 @@ def problem(vocabulary: Vocabulary) -> str | None:
     if np.isin(merges[:, 3], np.array(rules.control, dtype=np.int64)).any():
         return "a merge that makes a control token"
     return None
+
+
+_BYTE_TOKEN = re.compile(rb"<0x[0-9A-F]{2}>\Z")
+
+
+def _is_utf8(token: bytes) -> bool:
+    try:
+        token.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 Spelled = TypeVar("Spelled", str, bytes)
