@@ -8,7 +8,7 @@ INTERRUPTED = 130
 def run() -> int:
     """Run the command line; returns the exit code."""
     try:
-        from npllama.cli import main
+        from npllama.commands.cli import main
 
         return main()
     except KeyboardInterrupt:

@@ -7,11 +7,13 @@ Every function here raises UsageError; a caller who knows the file adds its name
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from npllama.errors import UsageError, quote
+from npllama.version import unknown_key
 
 LARGEST = {
     "dim": 1 << 16,
@@ -30,12 +32,17 @@ META_CONTEXT = 4096
 
 MOST_EOS_TOKENS = 256
 
+LATER = {"add_bos_token": True, "add_eos_token": False}
+"""Fields that came after format version 1, and what their absence means."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape and the constants of one model; complete and consistent when it exists.
 
     Units: tokens for max_seq_len, elements for the others; norm_eps stands inside the root; rope_theta is RoPE's base.
+    bos_token_id: None where a text has no begin. add_bos_token, add_eos_token: whether a text gets BOS in front and EOS
+    behind it.
     Raises UsageError. Source: Touvron et al. 2023, arXiv:2307.09288, and Meta's ModelArgs.
     """
 
@@ -49,8 +56,10 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     max_seq_len: int
-    bos_token_id: int = 1
+    bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
+    add_bos_token: bool = True
+    add_eos_token: bool = False
 
     def __post_init__(self) -> None:
         for name, largest in LARGEST.items():
@@ -71,22 +80,30 @@ class ModelConfig:
             raise UsageError(
                 f"eos_token_ids is {_show(self.eos_token_ids)}, but a tuple of at most {MOST_EOS_TOKENS} ids is needed"
             )
-        for name, token in [("bos_token_id", self.bos_token_id), *(("eos_token_ids", t) for t in self.eos_token_ids)]:
+        bos = [] if self.bos_token_id is None else [self.bos_token_id]
+        for name, token in [*(("bos_token_id", t) for t in bos), *(("eos_token_ids", t) for t in self.eos_token_ids)]:
             _whole(name, token, 0, self.vocab_size - 1)
+        for name in LATER:
+            if type(getattr(self, name)) is not bool:
+                raise UsageError(f"{name} is {_show(getattr(self, name))}, but true or false is needed")
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object; `from_json` reads it back."""
-        return {**dataclasses.asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+        """The fields as a JSON object, without later ones that have their default; `from_json` reads it back."""
+        values = {**dataclasses.asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+        return {key: value for key, value in values.items() if LATER.get(key) is not value}
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> ModelConfig:
-        """The config that `to_json` wrote; UsageError for an unknown or missing key or a value out of range."""
-        needed = {field.name for field in dataclasses.fields(cls)}
-        if values.keys() != needed:
-            key = sorted(values.keys() ^ needed)[0]
-            what = "is missing from" if key in needed else "is not known in"
-            raise UsageError(f"key {quote(key)} {what} the config; export the model again")
-        ids = values["eos_token_ids"]
+        """The config that `to_json` wrote, by this version or an older one: an absent key has its field's default.
+
+        Raises UsageError for an unknown key, a missing one without a default, or a value out of range.
+        """
+        fields = dataclasses.fields(cls)
+        if unknown := sorted(values.keys() - {field.name for field in fields}):
+            raise UsageError(f"key {quote(unknown[0])} is not known in the config: {unknown_key(unknown[0])}")
+        if missing := sorted({f.name for f in fields if f.default is dataclasses.MISSING} - values.keys()):
+            raise UsageError(f"key {quote(missing[0])} is missing from the config; export the model again")
+        ids = values.get("eos_token_ids", list(cls.eos_token_ids))
         if not isinstance(ids, list):
             raise UsageError(
                 f"eos_token_ids is {_show(ids)}, but a list of token ids is needed; export the model again"
@@ -199,10 +216,43 @@ def from_hugging_face(config: Mapping[str, object], generation: Mapping[str, obj
     )
 
 
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+
+
+def usable_ids(
+    source: Mapping[str, object], file: str, vocab_size: object, warn: Callable[[str], None]
+) -> dict[str, object]:
+    """BOS and EOS ids of config.json or generation_config.json that can be used; `warn` gets a line for others.
+
+    An EOS id of -1 means none. In generation_config.json, whose ids no weight depends on, whatever is no id of the
+    vocabulary is left out too; in config.json it is refused by `from_hugging_face`. Raises UsageError for too many.
+    """
+    found: dict[str, object] = {}
+    for key in ("bos_token_id", "eos_token_id"):
+        value = source.get(key)
+        several = isinstance(value, list) and key == "eos_token_id"
+        ids: Any = value if several else [] if value is None else [value]
+        kept = [token for token in ids if _usable_id(token, key, file, vocab_size)]
+        if len(kept) > MOST_EOS_TOKENS:
+            raise UsageError(f"{file}: {key} lists {len(kept):,} ids, but at most {MOST_EOS_TOKENS} are supported")
+        if len(kept) < len(ids):
+            lost = [_show(token) for token in ids if not _usable_id(token, key, file, vocab_size)]
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            warn(f"{file}: {key} {', '.join(lost[:3])}{more} dropped: no id of the vocabulary of {vocab_size}")
+        if kept:
+            found[key] = kept if several else kept[0]
+    return found
+
+
+def _usable_id(token: object, key: str, file: str, vocab_size: object) -> bool:
+    if file == CONFIG or type(vocab_size) is not int:
+        return key != "eos_token_id" or type(token) is not int or token != -1
+    return type(token) is int and 0 <= token < vocab_size
+
+
 HUGGING_FACE_REFUSED = {
     "attention_bias": "biases in attention",
     "mlp_bias": "biases in the feed-forward network",
-    "quantization_config": "quantized weights",
     "auto_map": "code that comes with the checkpoint",
 }
 
@@ -219,10 +269,28 @@ def _check_architecture(config: Mapping[str, object]) -> str:
         if not isinstance(name, str) or name.lower() not in ("llamaforcausallm", "mistralforcausallm"):
             raise UsageError(f"architectures names {_show(name)}, but LlamaForCausalLM is needed; use a language model")
     _refuse_set(config, HUGGING_FACE_REFUSED)
+    if not _quantizes_nothing(config.get("quantization_config")):
+        _refuse_set(config, {"quantization_config": "quantized weights"})
     activation = _get(config, "hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UsageError(f"hidden_act is {_show(activation)}, but LLaMA 2 uses 'silu'; use a LLaMA 2 checkpoint")
     return str(kind)
+
+
+QUANTIZATION_IS_IDLE = re.compile(
+    r"quant_method|bnb_4bit_.*|llm_int8_.*|modules_to_not_convert|ignore|format|.*version|.*status|.*compression_ratio"
+)
+"""Settings of quantization_config that say how, not whether, weights are quantized."""
+
+
+def _quantizes_nothing(settings: object) -> bool:
+    """Whether a quantization_config switches nothing on, as one of bitsandbytes without load_in_8bit or _4bit."""
+    if not isinstance(settings, dict):
+        return not settings
+    method = _get(settings, "quant_method", "none")
+    switches = {key: value for key, value in settings.items() if not QUANTIZATION_IS_IDLE.fullmatch(key)}
+    on = [key for key, value in switches.items() if value and not (key == "bits" and value in (16, 32))]
+    return method in ("none", "bitsandbytes", "compressed-tensors") and not on
 
 
 def _check_window(config: Mapping[str, object], kind: str, context: int) -> None:
@@ -245,19 +313,42 @@ def _rope_theta(config: Mapping[str, object]) -> Any:
         rope = _get(config, key, {})
         if not isinstance(rope, dict):
             raise UsageError(f"{key} is {_show(rope)}, but an object is needed; the config is damaged")
-        for name in ("rope_type", "type"):
-            kind = _get(rope, name, "default")
-            if kind != "default":
-                raise UsageError(f"{key} asks for rotary positions of type {_show(kind)}, which are not supported")
-        unknown = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if unknown or _get(rope, "partial_rotary_factor", 1.0) != 1.0:
-            raise UsageError(f"{key} sets {_show(sorted(unknown or ['partial_rotary_factor'])[0])}: not supported")
+        if not _changes_nothing(rope):
+            _check_rope(key, rope)
         found += [rope["rope_theta"]] if rope.get("rope_theta") is not None else []
     if _get(config, "partial_rotary_factor", 1.0) != 1.0:
         raise UsageError(f"partial_rotary_factor is {_show(config['partial_rotary_factor'])}: not supported")
     if any(theta != found[0] for theta in found):
         raise UsageError(f"rope_theta is said twice, {_show(found[0])} and {_show(found[-1])}; keep the right one")
     return found[0] if found else 10000.0
+
+
+SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3")
+SCALED_BY_FACTOR = {"original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"}
+SCALED_BY_FACTOR |= {"mscale", "mscale_all_dim", "truncate", "finetuned"}
+"""Numbers that only say how a factor other than 1 works. Source: transformers, modeling_rope_utils.py."""
+
+
+def _changes_nothing(rope: Mapping[str, object]) -> bool:
+    """Whether rotary positions are "scaled" by a factor of 1."""
+    known = all(_get(rope, name, "default") in SCALINGS for name in ("rope_type", "type"))
+    one = all(_is_one(_get(rope, name, 1.0)) for name in ("factor", "attention_factor", "partial_rotary_factor"))
+    others = rope.keys() - SCALED_BY_FACTOR - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    return _is_one(rope.get("factor")) and one and known and others <= {"factor", "attention_factor"}
+
+
+def _is_one(value: object) -> bool:
+    return not isinstance(value, bool) and value == 1
+
+
+def _check_rope(key: str, rope: Mapping[str, object]) -> None:
+    for name in ("rope_type", "type"):
+        kind = _get(rope, name, "default")
+        if kind != "default":
+            raise UsageError(f"{key} asks for rotary positions of type {_show(kind)}, which are not supported")
+    unknown = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if unknown or _get(rope, "partial_rotary_factor", 1.0) != 1.0:
+        raise UsageError(f"{key} sets {_show(sorted(unknown or ['partial_rotary_factor'])[0])}: not supported")
 
 
 def _head_dim(config: Mapping[str, object], dim: int, n_heads: int) -> Any:

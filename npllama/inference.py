@@ -16,12 +16,15 @@ import numpy as np
 
 from npllama.cache import KVCache, clear
 from npllama.config import ModelConfig
-from npllama.engine import Engine
 from npllama.errors import ContextError, UsageError, quote, whole_number
-from npllama.sampling import PENALTY_WINDOW, SEEDS, SamplingOptions, sample
-from npllama.streaming import StopStrings, StreamDecoder, stop_texts
-from npllama.tokenizer import Tokenizer
-from npllama.weights import OpenModel, open_model
+from npllama.execution.engine import Engine
+from npllama.generation.sampling import PENALTY_WINDOW, SEEDS, Allowed, sample
+from npllama.generation.streaming import StopStrings, stop_texts
+from npllama.options import SamplingOptions, chosen_sampling
+from npllama.store.opening import OpenModel, open_model
+from npllama.store.tokenizers import open_tokenizer
+from npllama.text.decoding import StreamDecoder
+from npllama.text.protocol import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 MOST_CONTEXT_UNASKED = 4096
@@ -84,6 +87,7 @@ class Request:
     seed: int
     stop: tuple[str, ...]
     echo: bool
+    padding_ids: bool
 
 
 class Llama:
@@ -113,47 +117,59 @@ class Llama:
         self,
         prompt: Prompt | Sequence[Prompt],
         max_tokens: int | None = 256,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         echo: bool = False,
         *,
+        sampling: str | SamplingOptions = "default",
+        bos: bool | None = None,
+        eos: bool | None = None,
+        padding_ids: bool = False,
         max_new_tokens: int | None = None,
         repetition_penalty: float | None = None,
     ) -> Result | list[Result]:
         """Continue a prompt, or each of a list of prompts (a list of results, in order).
 
-        prompt: text (BOS is put before it), or token ids (taken as they are). max_tokens: None or -1 until the
-        context is full, 0 reads the prompt only. temperature 0 is greedy; the sampling order is repetition penalty
-        (over the last 64 tokens), top-k, top-p, min-p, temperature. seed None: random, see Result.seed. stop: texts
-        that end the generation and are not returned. max_new_tokens and repetition_penalty are other names.
+        prompt: text (which gets BOS and EOS as the model says, or as bos= and eos= do), or token ids (taken as they
+        are). max_tokens: None or -1 until the context is full, 0 reads the prompt only. temperature 0 is greedy; the
+        sampling order is repetition penalty (over the last 64 tokens), top-k, top-p, min-p, temperature; those left out
+        (None) come from sampling: "default", "model" (what its makers suggest), or SamplingOptions. seed None: random,
+        see Result.seed. stop: texts that end the generation and are not returned. padding_ids: ids beyond the
+        tokenizer's pieces may come too. max_new_tokens and repetition_penalty are other names.
         Raises UsageError for values out of range, ContextError for a prompt that does not fit.
         """
         max_tokens = _either("max_tokens", max_tokens, 256, "max_new_tokens", max_new_tokens)
-        penalty = _either("repeat_penalty", repeat_penalty, 1.0, "repetition_penalty", repetition_penalty)
-        request = _request(max_tokens, (temperature, top_k, top_p, min_p, penalty), seed, stop, echo)
+        penalty = _either("repeat_penalty", repeat_penalty, None, "repetition_penalty", repetition_penalty)
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repeat_penalty": penalty}
+        options = chosen_sampling(sampling, self._opened.sampling, given)
+        request = _request(max_tokens, options, seed, stop, echo, bos=bos, eos=eos, padding_ids=padding_ids)
         if _is_one(prompt):
-            return Stream(self, self._ids(prompt), request, 0).run()  # type: ignore[arg-type]
-        streams = [Stream(self, self._ids(one), request, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
+            return Stream(self, self._ids(prompt, bos, eos), request, 0).run()  # type: ignore[arg-type]
+        streams = [Stream(self, self._ids(one, bos, eos), request, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
         return [stream.run() for stream in streams]
 
     def stream(
         self,
         prompt: Prompt,
         max_tokens: int | None = 256,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repeat_penalty: float | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         echo: bool = False,
         *,
+        sampling: str | SamplingOptions = "default",
+        bos: bool | None = None,
+        eos: bool | None = None,
+        padding_ids: bool = False,
         max_new_tokens: int | None = None,
         repetition_penalty: float | None = None,
     ) -> Stream:
@@ -162,11 +178,13 @@ class Llama:
         The texts of the pieces, joined, are the text that `generate` returns.
         """
         max_tokens = _either("max_tokens", max_tokens, 256, "max_new_tokens", max_new_tokens)
-        penalty = _either("repeat_penalty", repeat_penalty, 1.0, "repetition_penalty", repetition_penalty)
-        request = _request(max_tokens, (temperature, top_k, top_p, min_p, penalty), seed, stop, echo)
+        penalty = _either("repeat_penalty", repeat_penalty, None, "repetition_penalty", repetition_penalty)
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repeat_penalty": penalty}
+        options = chosen_sampling(sampling, self._opened.sampling, given)
+        request = _request(max_tokens, options, seed, stop, echo, bos=bos, eos=eos, padding_ids=padding_ids)
         if not _is_one(prompt):
             raise UsageError("stream takes one prompt (text or a list of ids); generate takes a list of prompts.")
-        return Stream(self, self._ids(prompt), request, 0)
+        return Stream(self, self._ids(prompt, bos, eos), request, 0)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of the next token after each of the ids: (T, V) float32. Nothing is added to the ids."""
@@ -206,11 +224,20 @@ class Llama:
         if not self._spare and not self._closed:
             self._spare.append(cache)
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Prompt, bos: bool | None = None, eos: bool | None = None) -> list[int]:
         """The token ids of one prompt, validated against the vocabulary."""
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, bos=True)
+            ids = self.tokenizer.encode(prompt, bos, eos)
+            if not ids:
+                raise UsageError(
+                    "the prompt is empty and gets no BOS here, so there is no token; give text"
+                    + (", or bos=True." if self.tokenizer.bos_id is not None else ".")
+                )
+            return ids
         _check_kind(prompt)
+        for name, asked in (("bos", bos), ("eos", eos)):
+            if asked:
+                raise UsageError(f"{name}=True is for a prompt of text; ids are taken as they are: put it among them.")
         ids = []
         for item in prompt:
             number = whole_number(item)
@@ -312,12 +339,14 @@ class Stream:
             logits = llama.read(cache, self._ids, start)
         self._prompt_s = time.perf_counter() - started
         started = time.perf_counter()
-        ends = {*llama.config.eos_token_ids, llama.config.bos_token_id, llama.tokenizer.bos_id}
+        ends = {*llama.config.eos_token_ids, llama.config.bos_token_id, llama.tokenizer.bos_id}  # each may be None
+        n_ids = llama.config.vocab_size if request.padding_ids else llama.tokenizer.n_pieces
+        allowed = Allowed(n_ids, llama.config.eos_token_ids)
         for i in range(self._most):
             position = self._n_prompt + i
-            recent = self._ids[-PENALTY_WINDOW:]
+            recent = allowed.places(self._ids[-PENALTY_WINDOW:])
             drawn = request.sampling, request.seed, self._completion, position
-            token = sample(logits[0], recent, *drawn, llama.engine.largest)
+            token = allowed.id(sample(allowed.logits(logits[0]), recent, *drawn, llama.engine.top_k))
             if token in ends:
                 self._finish_reason = "stop"
                 break
@@ -370,10 +399,11 @@ def _either(name: str, value: Any, default: object, alias: str, other: Any) -> A
 
 def _request(
     max_tokens: int | None,
-    options: tuple[float, int, float, float, float],
+    sampling: SamplingOptions,
     seed: int | None,
-    stop: str | Sequence[str],
+    stop: str | Sequence[str] | None,
     echo: bool,
+    **flags: bool | None,
 ) -> Request:
     """Check the options of a call; UsageError names what is out of range."""
     n_new = whole_number(-1 if max_tokens is None else max_tokens)
@@ -386,13 +416,16 @@ def _request(
         raise UsageError(
             f"seed={quote(seed)}: needs a whole number from 0 to 2^64 - 1, or None (or -1) for a random one."
         )
-    temperature, top_k, top_p, min_p, repeat_penalty = options
+    for name, value in flags.items():
+        if not (isinstance(value, bool) or (value is None and name != "padding_ids")):
+            raise UsageError(f"{name}={quote(value)}: needs True or False.")
     return Request(
         max_tokens=None if n_new == -1 else n_new,
-        sampling=SamplingOptions(temperature, top_k, top_p, min_p, repeat_penalty),
+        sampling=sampling,
         seed=secrets.randbits(32) if key == -1 else key,
         stop=stop_texts(stop),
         echo=bool(echo),
+        padding_ids=bool(flags["padding_ids"]),
     )
 
 
@@ -411,6 +444,18 @@ def load(
     container's quota, whichever is least; context: positions, None: the checkpoint's own, at most 4096 (n_ctx is
     another name); kv_dtype "f32", "f16" or "q8": how the cache keeps keys and values. Raises ModelError for a directory
     that is not a sound model, UsageError for values out of range.
+
+    What this changes in the process:
+    - NumPy execution: how many threads NumPy's OpenBLAS uses, until the last model is closed. Not where
+      OPENBLAS_NUM_THREADS or OMP_NUM_THREADS is set, unless threads is given.
+    - both: glibc keeps up to 128 MB of freed memory; closing the last model gives it back. malloc's thresholds stay,
+      because glibc does not say what they were. Not where a MALLOC_ variable or GLIBC_TUNABLES is set.
+    - compiled execution: numba is imported and stays; GOMP_SPINCOUNT is set while OpenMP loads. On CPUs with AMX Linux
+      is asked for the permission to use it, which cannot be given back. While other programs compete for the CPUs,
+      OpenMP's threads are tied to one each; they are let go when nobody does, or when the Python thread that
+      computed closes the model. numba.set_num_threads is as before after each call.
+    - a fork waits for calls that are under way. After a compiled call a forked child gets an error; before it, or in
+      NumPy, it computes as its parent does.
     """
     if model is not None and not isinstance(model, (str, os.PathLike)):
         raise UsageError(f"model={quote(model)}: needs the path of a model directory, or None for the demo model.")
@@ -420,13 +465,14 @@ def load(
         raise UsageError(f"context={quote(context)}: needs a number of positions, 1 or more.")
     opened = open_model(DEMO if model is None else model)
     try:
-        tokenizer = Tokenizer(opened.tokenizer_path, opened.config.vocab_size)
-        if tokenizer.eos_id not in opened.config.eos_token_ids:
+        c = opened.config
+        tokenizer = open_tokenizer(opened.path, opened.manifest, c)
+        if tokenizer.eos_id is not None and tokenizer.eos_id not in opened.config.eos_token_ids:
             log.warning(
                 f"the tokenizer ends a text with id {tokenizer.eos_id}, which is not among the model's end-of-text ids "
                 f"{list(opened.config.eos_token_ids)}; texts end at the model's"
             )
-        if tokenizer.bos_id != opened.config.bos_token_id:
+        if tokenizer.bos_id is not None and tokenizer.bos_id != opened.config.bos_token_id:
             log.warning(
                 f"the tokenizer begins a text with id {tokenizer.bos_id}, the model's config says "
                 f"{opened.config.bos_token_id}; using the tokenizer's"

@@ -13,8 +13,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from npllama.cache import KVCache, read, run_stop, slot, write
-from npllama.quant import Coded, Grouped, Weight, grouped, quantize_rows, widen, widen_rows
+from npllama.cache import KVCache, read, run_stop, store
+from npllama.numbers import Weight, format_of, widen_rows
+from npllama.numbers.activations import quantize_rows
+from npllama.numbers.groups import Grouped
 
 # Scores of one attention step: at most this many, so that memory does not grow with T x S.
 MOST_SCORES = 1 << 21
@@ -28,9 +30,7 @@ def layer(w: W, l: int) -> W:
     """Layer l of stacked weights: (L, rows, columns) -> (rows, columns), a view, in the same number format."""
     if isinstance(w, np.ndarray):
         return w[l]
-    if isinstance(w, Coded):
-        return type(w)(w.codes[l], w.scales[l], w.factors[l], w.rows, w.columns)
-    return type(w)(*(part[l] for part in w))
+    return type(w)(*(part[l] if isinstance(part, np.ndarray) else part for part in w))
 
 
 def embed(table: Weight, tokens: np.ndarray) -> np.ndarray:
@@ -64,29 +64,28 @@ def linear(x: np.ndarray, w: Weight) -> np.ndarray:
     x (T, K) float32, w (N, K) in any format. Returns (T, N) float32, new. With a grouped format (q8, q6, q4) the x of
     the equation is x rounded to 8 bits, and the products are of integers: see `_grouped_linear`.
     """
-    if isinstance(w, Coded):
-        return _grouped_linear(x, grouped(w))
+    w = w if isinstance(w, Grouped) else format_of(w).for_products(w)
     if isinstance(w, Grouped):
         return _grouped_linear(x, w)
-    return x @ widen(w).T
+    return x @ w.T
 
 
 def _grouped_linear(x: np.ndarray, w: Grouped) -> np.ndarray:
-    """Multiply rows, rounded by quant.quantize_rows, by a matrix in a grouped format.
+    """Multiply rows, rounded by activations.quantize_rows, by a quantized matrix of Q groups of columns.
 
-        y[t, n] = factor[n] * sum_g (sum_k level[n, g, k] * code[t, g, k]) * (scale[n, g] * x_scale[t, g])
+        y[t, n] = factor[n] * sum_q (sum_k level[n, q, k] * code[t, q, k]) * (scale[n, q] * x_scale[t, q])
 
-    The inner sum is of integers below 2^24: exact in float32, in whatever order it is added. The outer one runs over g
+    The inner sum is of integers below 2^24: exact in float32, in whatever order it is added. The outer one runs over q
     in ascending order, each operation rounded to float32: so a kernel that does the same gives the same bits.
     """
-    codes, x_scales = (np.moveaxis(a, 1, 0) for a in quantize_rows(x))  # (T, G, GROUP) -> (G, T, GROUP), (G, T)
-    (G, T), N = x_scales.shape, len(w.factors)
+    codes, x_scales = (np.moveaxis(a, 1, 0) for a in quantize_rows(x))  # (T, Q, GROUP) -> (Q, T, GROUP), (Q, T)
+    (Q, T), N = x_scales.shape, len(w.factors)
     y = np.zeros((T, N), np.float32)
     step = max(1, MOST_COUNTS // max(1, T * N))
-    for g in range(0, G, step):
-        some = slice(g, g + step)
-        counts = codes[some].astype(np.float32) @ w.levels[some]  # (g, T, GROUP) @ (g, GROUP, N) -> (g, T, N)
-        with np.errstate(invalid="ignore"):  # infinity times 0: of a row that is not finite nothing is
+    for q in range(0, Q, step):
+        some = slice(q, q + step)
+        counts = codes[some].astype(np.float32) @ w.levels[some]  # (q, T, GROUP) @ (q, GROUP, N) -> (q, T, N)
+        with np.errstate(invalid="ignore"):  # infinity times 0, in a row that is not finite anyway
             counts *= w.scales[some, None, :] * x_scales[some, :, None]
         for product in counts:
             y += product
@@ -172,22 +171,10 @@ def attend(
     while start < T:
         stop = run_stop(cache, pos, seq, start, most)
         rows, n = slice(start, stop), seq[start]
-        _store(cache, l, n, pos[rows], k[rows], v[rows])
+        store(cache, l, n, pos[rows], k[rows], v[rows])
         y[rows] = _attend_run(q[rows], q_sink[rows], cache, l, n, pos[rows])
         start = stop
     return y
-
-
-def _store(cache: KVCache, l: int, n: int, pos: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
-    """Write the keys and values (T, G, E) of ascending positions into layer l of sequence n."""
-    first, last = slot(cache, int(pos[0])), slot(cache, int(pos[-1]))
-    if last - first == len(pos) - 1:
-        at: slice | list[int] = slice(first, last + 1)
-    else:
-        at = [slot(cache, p) for p in pos.tolist()]
-    write(cache.k, l, n, at, k)
-    write(cache.v, l, n, at, v)
-    cache.pos[l, n, at] = pos
 
 
 def _attend_run(q: np.ndarray, q_sink: np.ndarray, cache: KVCache, l: int, n: int, pos: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,17 @@ def run(*arguments: object, stdin: bytes | None = None, cwd: Path | None = None,
         timeout=300,
     )
     return Done(done.returncode, done.stdout, done.stderr.decode())
+
+
+def share_compiled(cache: Path) -> None:
+    """Let the other tests of the run load what a test has had compiled into a cache directory of its own."""
+    shared = Path(os.environ["NPLLAMA_CACHE_DIR"])
+    shared.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for file in cache.iterdir():
+        if not (shared / file.name).exists():
+            new = shared / f"new-{file.name}-{os.getpid()}"
+            shutil.copyfile(file, new)
+            os.replace(new, shared / file.name)  # at once: others may be loading
 
 
 class Done:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import tiny_sentencepiece
+from command_line import Done
 from hypothesis import settings
+
+from npllama.commands import cli
 
 # Seeded, and without a time limit: a busy machine is no failure.
 settings.register_profile("npllama", derandomize=True, deadline=None, database=None)
@@ -26,18 +31,26 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("NPLLAMA_CACHE_DIR")))
 
 
+# Files whose tests compile the longest, in this order before all others: while one process compiles whole models for
+# the first, which all later tests load, another has products to compile.
+COMPILING = ("test_same_bits.py", "test_kernels_quantized.py", "test_verify.py", "test_ops.py", "test_engine.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what compiles the longest first."""
+    order = {name: place for place, name in enumerate(COMPILING)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which kernels the run has compiled."""
     if os.environ.get("NPLLAMA_BACKEND") == "numpy" or importlib.util.find_spec("numba") is None:
         return
-    from npllama.engine import import_numba
-
-    import_numba()
-    from npllama.kernels import codes, matrix_unit, vector
+    from npllama.execution.kernels import amx, int8_dot, target
 
     terminalreporter.write_line(
-        f"kernels: vectors of {vector.WIDTH}, products of codes {codes.DOT}, matrix unit {matrix_unit.USED}, "
-        f"FMA {vector.FMA}, F16C {vector.HALF}"
+        f"kernels: vectors of {target.WIDTH}, products of codes {int8_dot.DOT}, AMX {amx.USED}, "
+        f"FMA {target.FMA}, F16C {target.HAS_F16}"
     )
 
 
@@ -56,3 +69,22 @@ def tiny_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(tiny_sentencepiece.trained())
     return path
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run a command in this process; stdin is given as bytes, or "terminal", or None where it is closed."""
+
+    def call(*arguments: object, stdin: bytes | str | None = b"") -> Done:
+        capfd.readouterr()
+        if stdin is None:
+            stream = None
+        else:
+            stream = io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else b"not to be read"))
+            stream.isatty = lambda: stdin == "terminal"
+        monkeypatch.setattr(sys, "stdin", stream)
+        code = cli.main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return Done(code, out.encode(), err)
+
+    return call

@@ -6,14 +6,15 @@ import hashlib
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tiny_sentencepiece import BYTES, NORMAL, USUAL, written
 
 from npllama.config import ModelConfig
-from npllama.export import quantize_model
-from npllama.quant import bf16_bits
-from npllama.weights import GROUPED
+from npllama.numbers import FORMATS, named
+from npllama.numbers.bf16 import bf16_bits
+from npllama.store.export import quantize_model
 
 TINY = ModelConfig(
     dim=24,
@@ -78,14 +79,24 @@ def write_safetensors_checkpoint(
 
 
 def write_model_directory(
-    folder: Path, config: ModelConfig = TINY, seed: int = 0, dtype: str = "f32", tied: bool = False
+    folder: Path,
+    config: ModelConfig = TINY,
+    seed: int = 0,
+    dtype: str = "f32",
+    tied: bool = False,
+    n_pieces: int | None = None,
+    weights: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Write a model directory with np.save, not with the exporter; returns its weights by Meta's names, float32."""
-    weights = random_weights(config, seed, tied)
+    """Write a model directory with np.save, not with the exporter; returns its weights by Meta's names, float32.
+
+    n_pieces of the tokenizer: by default as many as there are rows of the embedding.
+    """
+    weights = random_weights(config, seed, tied) if weights is None else weights
+    n_pieces = config.vocab_size if n_pieces is None else n_pieces
     folder.mkdir(parents=True)
-    write_tokenizer(folder / "tokenizer.model", config.vocab_size)
+    write_tokenizer(folder / "tokenizer.model", n_pieces)
     digest = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
-    tokenizer = {"file": "tokenizer.model", "size": config.vocab_size, "sha256": digest}
+    tokenizer = {"file": "tokenizer.model", "size": n_pieces, "sha256": digest}
     tensors = {kind: _save_kind(folder, kind, w, dtype) for kind, w in stacked(weights, config.n_layers).items()}
     manifest = {
         "format": "npllama",
@@ -100,11 +111,17 @@ def write_model_directory(
 
 def write_any_model(folder: Path, dtype: str, config: ModelConfig = TINY) -> None:
     """A tiny random model directory in any number format; the quantized ones are made of float32 by the exporter."""
-    if dtype not in GROUPED:
+    if not FORMATS[dtype].quantized:
         write_model_directory(folder, config, dtype=dtype)
         return
     write_model_directory(folder.with_name(f"{folder.name}-f32"), config)
     quantize_model(folder.with_name(f"{folder.name}-f32"), folder, dtype)
+
+
+def quantize(w: np.ndarray, number_format: str) -> Any:
+    """float32 (..., N, K) as the NamedTuple of a quantized format."""
+    found = named(number_format, quantized_only=True)
+    return found.assemble(found.encode(w, "f32"), w.shape)
 
 
 def stacked(weights: dict[str, np.ndarray], n_layers: int) -> dict[str, np.ndarray]:

@@ -1,17 +1,18 @@
-"""A program for tests: prints how this process multiplies quantized weights, and digests of what comes out."""
+"""How this process multiplies quantized weights, and digests of what comes out: a module, and a program."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
+from helpers import quantize
 
 
 def products() -> dict[str, np.ndarray]:
     """Products of all formats, of awkward sizes, with a zero group."""
-    from npllama.kernels.single import linear_alone
-    from npllama.quant import quantize
+    from npllama.execution.kernels.per_op import linear_alone
 
     rng, found = np.random.default_rng(0), {}
     for rows, columns in ((300, 172), (1030, 288)):
@@ -24,10 +25,14 @@ def products() -> dict[str, np.ndarray]:
     return found
 
 
-if __name__ == "__main__":
-    from npllama.kernels.codes import DOT
-    from npllama.kernels.matrix_unit import USED
+def report() -> dict[str, Any]:
+    """How products are multiplied here, and digests of the products."""
+    from npllama.execution.kernels.amx import USED
+    from npllama.execution.kernels.int8_dot import DOT
 
-    y = products()
-    digests = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in y.items()}
-    print(json.dumps({"dot": DOT, "matrix_unit": USED, "digests": digests}))
+    digests = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in products().items()}
+    return {"dot": DOT, "matrix_unit": USED, "digests": digests}
+
+
+if __name__ == "__main__":
+    print(json.dumps(report()))

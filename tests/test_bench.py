@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import jsonschema
 import numpy as np
 import pytest
-from command_line import run
+from command_line import run, share_compiled
 from helpers import write_model_directory
 
 import npllama
-from npllama import bench
-from npllama.engine import Engine
 from npllama.errors import ContextError
-from npllama.weights import open_model
+from npllama.execution.engine import Engine
+from npllama.measure import bench
+from npllama.store.opening import open_model
 
 needs_numba = pytest.mark.skipif(
     os.environ.get("NPLLAMA_BACKEND") == "numpy", reason="compiled execution: not in the run of NumPy's"
@@ -153,6 +153,7 @@ def test_what_was_warmed_up_starts_without_compiling(folder: Path, tmp_path: Pat
     first = run("warmup", folder, "--kv-dtype", "q8", NPLLAMA_CACHE_DIR=str(tmp_path))
     assert first.code == 0, first.err
     assert "compiling" in first.err
+    share_compiled(tmp_path)
     arguments = ("generate", "-m", folder, "-p", "a", "-n", "1", "--kv-dtype", "q8", "--backend", "numba")
     second = run(*arguments, NPLLAMA_CACHE_DIR=str(tmp_path))
     assert second.code == 0

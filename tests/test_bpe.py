@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npllama.text import bpe
-from npllama.text.bpe import WordCache, merge, merge_table
+from npllama.text.bpe import merging as bpe
+from npllama.text.bpe.merging import WordCache, merge, merge_table
 
 
 def table(*merges: tuple[int, int, int, int]) -> bpe.MergeTable:

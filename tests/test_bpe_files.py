@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import random
-from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,15 @@ from hypothesis import strategies as st
 from test_bpe_tokenizer_json import TEXTS
 
 from npllama.errors import CheckpointError, ModelError, UsageError
-from npllama.text import (
-    BpeTokenizer,
-    Tokenizer,
-    is_tiktoken,
-    load,
-    read_gguf_vocabulary,
-    read_tiktoken,
-    read_tokenizer_json,
-    save,
-)
+from npllama.text.bpe.splitting import Splitter
+from npllama.text.bpe.tokenizer import BpeTokenizer
 from npllama.text.decoding import StreamDecoder
-from npllama.text.splitting import Splitter
-from npllama.tokenizer import BREAK, bytes_of
-from npllama.tokenizer import Tokenizer as SentencePiece
+from npllama.text.derived import files_of, vocabulary_of
+from npllama.text.protocol import Tokenizer
+from npllama.text.readers.gguf_vocabulary import read_gguf_vocabulary
+from npllama.text.readers.tiktoken import is_tiktoken, read_tiktoken
+from npllama.text.readers.tokenizer_json import read_tokenizer_json
+from npllama.text.sentencepiece import SentencePieceTokenizer
 
 # --- tiktoken's format
 
@@ -107,7 +101,7 @@ def test_a_malformed_tiktoken_file_is_refused(data: bytes, message: str) -> None
 
 
 def test_a_tiktoken_file_of_another_family_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("npllama.text.tiktoken.MAX_TOKENS", 300)
+    monkeypatch.setattr("npllama.text.readers.tiktoken.MAX_TOKENS", 300)
     with pytest.raises(CheckpointError, match="another family's, which cuts text by rules"):
         read_tiktoken(FILE)
 
@@ -250,25 +244,12 @@ VOCABULARIES = {
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_a_vocabulary_comes_back_from_a_model_directory_as_it_was(name: str, tmp_path: Path) -> None:
     vocabulary = VOCABULARIES[name]()
-    entry = json.loads(json.dumps(save(vocabulary, tmp_path)))
-    found = load(tmp_path, entry)
+    found = vocabulary_of(files_of(vocabulary), tmp_path)
     assert (found.rules, found.tokens, found.merges.tolist()) == (
         vocabulary.rules,
         vocabulary.tokens,
         vocabulary.merges.tolist(),
     )
-
-
-@pytest.mark.parametrize("file", ["rules.json", "bytes.npy", "lengths.npy", "merges.npy"])
-def test_a_changed_or_missing_file_of_a_model_directory_is_named(file: str, tmp_path: Path) -> None:
-    entry = save(VOCABULARIES["bytes"](), tmp_path)
-    path = tmp_path / f"tokenizer.{file}"
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with pytest.raises(ModelError, match=rf"tokenizer\.{file}: is not what was exported .*; export the checkpoint"):
-        load(tmp_path, entry)
-    path.unlink()
-    with pytest.raises(ModelError, match=rf"tokenizer\.{file}: .*; export the checkpoint again"):
-        load(tmp_path, entry)
 
 
 RULES = "tokenizer.rules.json"
@@ -288,17 +269,10 @@ RULES = "tokenizer.rules.json"
     ],
 )
 def test_a_manifest_that_vouches_for_nonsense_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    entry = save(VOCABULARIES["bytes"](), tmp_path)
-    path = tmp_path / RULES
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    files = files_of(VOCABULARIES["bytes"]())
+    files[RULES] = json.dumps({**json.loads(files[RULES]), **change}).encode()
     with pytest.raises(ModelError, match=message):
-        load(tmp_path, vouched(tmp_path, entry))
-
-
-def vouched(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry with the sha256 of the files as they are now."""
-    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in entry["sha256"]}
-    return {**entry, "sha256": digests}
+        vocabulary_of(files, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -314,18 +288,17 @@ def vouched(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(file: str, array: np.ndarray, message: str, tmp_path: Path) -> None:
-    entry = save(VOCABULARIES["bytes"](), tmp_path)
-    np.save(tmp_path / f"tokenizer.{file}.npy", array)
+    files, saved = files_of(VOCABULARIES["bytes"]()), io.BytesIO()
+    np.save(saved, array)
     with pytest.raises(ModelError, match=message):
-        load(tmp_path, vouched(tmp_path, entry))
+        vocabulary_of({**files, f"tokenizer.{file}.npy": saved.getvalue()}, tmp_path)
 
 
 def test_a_token_of_characters_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    entry = save(VOCABULARIES["characters"](), tmp_path)
-    path = tmp_path / "tokenizer.bytes.npy"
-    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    files = files_of(VOCABULARIES["characters"]())
+    files["tokenizer.bytes.npy"] = files["tokenizer.bytes.npy"][:-1] + b"\xff"
     with pytest.raises(ModelError, match="found a token that is not UTF-8 in the tokenizer"):
-        load(tmp_path, vouched(tmp_path, entry))
+        vocabulary_of(files, tmp_path)
 
 
 @pytest.mark.parametrize("token", [3 + 10, 0])
@@ -333,45 +306,13 @@ def test_a_control_token_that_text_gives_is_refused(token: int, tmp_path: Path) 
     """The token of a byte, and an added one that is no control token itself."""
     file = tiny.characters()
     file["added_tokens"][0]["special"] = token != 0
-    entry = save(read_tokenizer_json(tiny.written(file)), tmp_path)
-    rules = json.loads((tmp_path / RULES).read_text())
-    (tmp_path / RULES).write_text(json.dumps({**rules, "control": [token]}))
+    files = files_of(read_tokenizer_json(tiny.written(file)))
+    files[RULES] = json.dumps({**json.loads(files[RULES]), "control": [token]}).encode()
     with pytest.raises(ModelError, match="found a control token that text gives in the tokenizer"):
-        load(tmp_path, vouched(tmp_path, entry))
+        vocabulary_of(files, tmp_path)
 
 
 # --- what all of them promise
-
-
-class BehindTheProtocol:
-    """A SentencePiece model as text/protocol.py has it: what it lacks is only another spelling of what it knows."""
-
-    def __init__(self, path: Path) -> None:
-        self._model = SentencePiece(path)
-        self.n_pieces, self.vocab_size = self._model.n_pieces, self._model.vocab_size
-        self.bos_id, self.eos_id = self._model.bos_id, self._model.eos_id
-        self.control_ids = self.breaks = self._model.control_ids
-        self.whole_replacement = False
-
-    def encode(self, text: str, bos: bool = True, start: bool = True) -> list[int]:
-        return self._model.encode(text, bos)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._model.decode(ids)
-
-    def piece(self, token: int) -> bytes:
-        return self._bytes(self._model.piece(token))
-
-    def first_piece(self, token: int) -> tuple[bytes, bool]:
-        piece, at_start = self._model.first_piece(token)
-        return self._bytes(piece), at_start
-
-    def special(self, name: str) -> int:
-        raise UsageError(name)
-
-    @staticmethod
-    def _bytes(piece: str) -> bytes:
-        return b"" if piece == BREAK else bytes_of(piece)
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -380,9 +321,9 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def test_sentencepiece_fits_behind_the_protocol(tiny_tokenizer_file: Path) -> None:
-    tokenizer, rng = BehindTheProtocol(tiny_tokenizer_file), random.Random(1)
+    tokenizer, rng = SentencePieceTokenizer(tiny_tokenizer_file, vocab_size=410), random.Random(1)
     for _ in range(2000):
-        ids = [rng.choice((rng.randrange(400), rng.randrange(3), 3 + rng.choice(b"\xe6\xbc\xa2a"))) for _ in range(9)]
+        ids = [rng.choice((rng.randrange(410), rng.randrange(3), 3 + rng.choice(b"\xe6\xbc\xa2a"))) for _ in range(9)]
         assert streamed(tokenizer, ids) == tokenizer.decode(ids)
 
 

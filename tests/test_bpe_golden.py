@@ -18,7 +18,12 @@ from hypothesis import given, settings
 from test_bpe_files import gguf_of
 from test_bpe_tokenizer_json import COUNT, TEXTS
 
-from npllama.text import BpeTokenizer, Vocabulary, load, read_gguf_vocabulary, read_tiktoken, read_tokenizer_json, save
+from npllama.text.bpe.tokenizer import BpeTokenizer
+from npllama.text.derived import files_of, vocabulary_of
+from npllama.text.readers.gguf_vocabulary import read_gguf_vocabulary
+from npllama.text.readers.tiktoken import read_tiktoken
+from npllama.text.readers.tokenizer_json import read_tokenizer_json
+from npllama.text.vocabulary import Vocabulary
 
 
 def from_json(name: str, folder: Path) -> Vocabulary:
@@ -104,7 +109,7 @@ def test_a_real_vocabulary_comes_back_from_a_model_directory(
     golden: tuple[str, BpeTokenizer, Path], tmp_path: Path
 ) -> None:
     _, tokenizer, _ = golden
-    found = load(tmp_path, save(tokenizer.vocabulary, tmp_path))
+    found = vocabulary_of(files_of(tokenizer.vocabulary), tmp_path)
     assert (found.rules, found.tokens) == (tokenizer.vocabulary.rules, tokenizer.vocabulary.tokens)
     assert (found.merges == tokenizer.vocabulary.merges).all()
 

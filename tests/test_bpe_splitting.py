@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npllama.text import splitting
-from npllama.text.splitting import NAMED, PATTERNS, Splitter
+from npllama.text.bpe import splitting
+from npllama.text.bpe.splitting import NAMED, PATTERNS, Splitter
 
 CHARACTERS = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF)
 NASTY = [

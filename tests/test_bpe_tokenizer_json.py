@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from tiny_bpe import added, byte_level, characters, sequence, size, written
 
 from npllama.errors import CheckpointError, UsageError
-from npllama.text import BpeTokenizer, read_tokenizer_json
+from npllama.text.bpe.tokenizer import BpeTokenizer
+from npllama.text.readers.tokenizer_json import read_tokenizer_json
 
 NASTY = [
     *["</s>", "<s>", "<unk>", "<|eot_id|>", "<|begin_of_text|>", "<0x0A>", "[INST]", "\u2581", "\u2581\u2581"],
@@ -167,7 +168,7 @@ def template(*names: str, ids: dict[str, list[int]]) -> dict[str, Any]:
 def test_the_template_says_what_stands_around_a_text() -> None:
     file = characters(post_processor=template("<s>", "A", "</s>", ids={"<s>": [1], "</s>": [2]}))
     ours = BpeTokenizer(read_tokenizer_json(written(file)))
-    plain = ours.encode("to", bos=False)
+    plain = ours.encode("to", bos=False, eos=False)
     assert ours.encode("to") == [1, *plain, 2]
     assert ours.encode("") == [1, 2]
     assert ours.bos_id == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -13,11 +12,11 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from command_line import COMMAND, Done, environment, run
+from command_line import COMMAND, environment, run
 from helpers import TINY, write_model_directory, write_safetensors_checkpoint
 
 import npllama
-from npllama import cli
+from npllama.commands import cli
 from npllama.commands.terminal import Notes, ProgressLine
 
 GREEDY = ("--temp", "0", "-n", "12")
@@ -63,25 +62,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "checkpoint"
     write_safetensors_checkpoint(path, seed=3)
     return path
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Run a command in this process; stdin is given as bytes, or "terminal", or None where it is closed."""
-
-    def call(*arguments: object, stdin: bytes | str | None = b"") -> Done:
-        capfd.readouterr()
-        if stdin is None:
-            stream = None
-        else:
-            stream = io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else b"not to be read"))
-            stream.isatty = lambda: stdin == "terminal"
-        monkeypatch.setattr(sys, "stdin", stream)
-        code = cli.main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        return Done(code, out.encode(), err)
-
-    return call
 
 
 def continuation(model: Path, prompt: str, **options: object) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 def test_code_that_holds_an_address_of_this_process_is_not_kept(tmp_path: Path) -> None:
     """numba.get_num_threads in a kernel is such code: in the next process it ends in a segmentation fault."""
     numba = pytest.importorskip("numba")
-    from npllama.kernels.entry import DiskCache
+    from npllama.execution.disk_cache import DiskCache
 
     @numba.njit
     def kernel() -> int:
@@ -38,8 +41,8 @@ def test_what_only_compiled_code_calls_becomes_machine_code_once(monkeypatch: py
     numba = pytest.importorskip("numba")
     from numba.core import codegen
 
-    from npllama.kernels.deferred import compiled_as_one
-    from npllama.kernels.flags import INNER, SERIAL
+    from npllama.execution.kernels.flags import INNER, SERIAL
+    from npllama.execution.kernels.numba_internals import compile_once
 
     numba.njit(**SERIAL)(lambda x: x).compile((numba.float64,))  # and with it, once, Numba's own run-time library
     assembled: list[str] = []
@@ -63,8 +66,7 @@ def test_what_only_compiled_code_calls_becomes_machine_code_once(monkeypatch: py
     def whole(x: float) -> float:
         return inner(x) + innermost(x)
 
-    with compiled_as_one():
-        whole.compile((numba.float64,))
+    assert not compile_once(whole, (numba.float64,), None)
     assert whole(3.0) == 19.0
     assert [name.rsplit(".", 1)[-1] for name in assembled] == ["whole"]
     (compiled,) = whole.overloads.values()
@@ -78,16 +80,16 @@ def test_code_from_a_file_runs_its_own_functions_and_not_others_of_the_same_name
     program = """
 import sys
 import numba
-from npllama.kernels.deferred import compiled_as_one
-from npllama.kernels.entry import DiskCache
-from npllama.kernels.flags import INNER, SERIAL
-from npllama.kernels.vector import keep_apart
+from npllama.execution.kernels.numba_internals import compile_once
+from npllama.execution.disk_cache import DiskCache
+from npllama.execution.kernels.flags import INNER, SERIAL
+from npllama.execution.kernels.simd import noinline
 from pathlib import Path
 
 def make(number):
     @numba.njit(**INNER)
     def inner(x):
-        keep_apart()
+        noinline()
         return x + number
 
     @numba.njit(**SERIAL)
@@ -98,10 +100,9 @@ def make(number):
 
 for number in map(int, sys.argv[2:]):
     function = make(number)
-    function._cache = DiskCache(Path(sys.argv[1], f"forward-{number}-0-0"), print)
-    with compiled_as_one():
-        function.compile((numba.int64,))
-    print(function(0), function._cache.loaded)
+    cache = DiskCache(Path(sys.argv[1], f"forward-{number}-0-0"), print)
+    compile_once(function, (numba.int64,), cache)
+    print(function(0), cache.loaded)
 """
 
     def run(*numbers: int) -> list[str]:
@@ -116,35 +117,36 @@ for number in map(int, sys.argv[2:]):
 def test_the_kernels_compiled_are_those_asked_for() -> None:
     """NPLLAMA_PLAIN_KERNELS=1 in the environment of the whole run: no instruction of one family of CPUs is used."""
     pytest.importorskip("numba")
-    from npllama.kernels import codes, vector
+    from npllama.execution.kernels import int8_dot, target
 
     if os.environ.get("NPLLAMA_PLAIN_KERNELS", "0") != "0":
-        assert (codes.DOT, vector.WIDTH, vector.FMA, vector.HALF) == ("plain", 8, False, False)
+        assert (int8_dot.DOT, target.WIDTH, target.FMA, target.HAS_F16) == ("plain", 8, False, False)
         return
-    features = vector.FEATURES.split(",")
+    features = target.FEATURES.split(",")
     forms = {"vnni": "+avx512vnni", "avxvnni": "+avxvnni", "avx2": "+avx2"}
     best = [dot for dot, needed in forms.items() if needed in features]
-    assert [*best, "plain"][0] == codes.DOT
-    assert ("+fma" in features or vector.ARM64) == vector.FMA
-    assert ("+f16c" in features or vector.ARM64) == vector.HALF
+    assert [*best, "plain"][0] == int8_dot.DOT
+    assert ("+fma" in features or target.ARM64) == target.FMA
+    assert ("+f16c" in features or target.ARM64) == target.HAS_F16
 
 
 def test_code_for_the_matrix_unit_is_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that the system does not let use it must not load what another has compiled for it."""
     pytest.importorskip("numba")
-    from npllama.kernels import entry, matrix_unit
+    from npllama.execution.kernels import amx
+    from npllama.execution.kernels import compile as compiler
 
     def target(used: bool) -> str:
-        monkeypatch.setattr(matrix_unit, "USED", used)
-        return entry.target()
+        monkeypatch.setattr(amx, "USED", used)
+        return compiler.target()
 
     assert target(True) != target(False)
 
 
 def test_two_hundred_flipped_bits_and_cut_files_cost_a_compilation_each(tmp_path: Path) -> None:
     numba = pytest.importorskip("numba")
-    from npllama.kernels.entry import DiskCache
-    from npllama.kernels.flags import SERIAL
+    from npllama.execution.disk_cache import DiskCache
+    from npllama.execution.kernels.flags import SERIAL
 
     file, said = tmp_path / "forward-f32-0-0", []
 
@@ -166,3 +168,53 @@ def test_two_hundred_flipped_bits_and_cut_files_cost_a_compilation_each(tmp_path
         assert len(said) == 1, "one warning"
         said.clear()
         assert answer() == (26, True), "the file is replaced"
+
+
+@pytest.fixture
+def keep(tmp_path: Path) -> Callable[[], tuple[int, list[str]]]:
+    """Compile a small kernel that is to be kept in tmp_path: what it returns, and what was said."""
+    numba = pytest.importorskip("numba")
+    from npllama.execution.disk_cache import DiskCache
+    from npllama.execution.kernels.flags import SERIAL
+
+    def keep() -> tuple[int, list[str]]:
+        said: list[str] = []
+        kernel = numba.njit(**SERIAL)(lambda x: x * x + 1)
+        kernel._cache = DiskCache(tmp_path / "forward-f32-0-0", said.append)
+        return kernel(5), said
+
+    return keep
+
+
+@pytest.mark.parametrize("call", ["fdopen", "replace"])
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EROFS", "EXDEV", "ENOTSUP"])
+def test_code_that_cannot_be_kept_is_one_warning_and_leaves_no_file(
+    tmp_path: Path, keep: Callable[[], tuple[int, list[str]]], monkeypatch: pytest.MonkeyPatch, call: str, code: str
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(os, call, refuse)
+    number, (line,) = keep()
+    assert number == 26
+    assert "cannot keep compiled code" in line
+    assert os.strerror(getattr(errno, code)) in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_old_files_that_cannot_be_removed_do_not_make_the_new_one_unkept(
+    tmp_path: Path, keep: Callable[[], tuple[int, list[str]]]
+) -> None:
+    (tmp_path / "forward-f32-1-0").mkdir()  # unlink fails
+    assert keep() == (26, [])
+    assert (tmp_path / "forward-f32-0-0").is_file()
+
+
+def test_what_a_process_that_was_killed_has_left_is_removed_after_an_hour(
+    tmp_path: Path, keep: Callable[[], tuple[int, list[str]]]
+) -> None:
+    for name, age_s in (("new-old", 4000), ("new-young", 60)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, times=(time.time() - age_s,) * 2)
+    keep()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["forward-f32-0-0", "new-young"]

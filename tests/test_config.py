@@ -9,9 +9,9 @@ import math
 import pytest
 from helpers import TINY, hugging_face_config
 
-from npllama import strict_json
 from npllama.config import META_CONTEXT, ModelConfig, feed_forward_width, from_hugging_face, from_llama2c, from_meta
 from npllama.errors import UsageError
+from npllama.system import strict_json
 
 SEVEN = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
 SEVENTY = {**SEVEN, "dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_layers": 80}
@@ -235,6 +235,41 @@ def test_end_of_text_is_one_id_or_several_and_the_generation_config_comes_first(
 def test_configs_that_are_impossible_or_not_supported_are_refused(change: dict[str, object], reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         hugging_face(**change)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"type": "linear", "factor": 1.0},
+        {"type": "dynamic", "factor": 1},
+        {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.0, "beta_fast": 32.0, "mscale": 0.7},
+        {"rope_type": "llama3", "factor": 1.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192},
+        {"factor": 1.0},
+    ],
+)
+def test_positions_scaled_by_one_are_not_scaled(said: dict[str, object]) -> None:
+    assert hugging_face(rope_scaling=said) == hugging_face()
+    assert hugging_face(rope_theta=None, rope_parameters={**said, "rope_theta": 1e4}) == hugging_face()
+    for change in ({"factor": 1.5}, {"factor": True}, {"attention_factor": 1.1}, {"type": "longrope"}, {"new": 1}):
+        with pytest.raises(UsageError, match=r"^rope_scaling (asks for|sets)"):
+            hugging_face(rope_scaling={**said, **change})
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"load_in_8bit": False, "load_in_4bit": False},
+        {"quant_method": "bitsandbytes", "load_in_4bit": False, "bnb_4bit_compute_dtype": "float16"},
+        {"quant_method": "none", "bits": 16},
+        {"quant_method": "compressed-tensors", "config_groups": {}, "format": "dense", "global_compression_ratio": 1.0},
+    ],
+)
+def test_a_quantization_config_that_switches_nothing_on_is_none(said: dict[str, object]) -> None:
+    assert hugging_face(quantization_config=said) == hugging_face()
+    for change in ({"load_in_8bit": True}, {"quant_method": "gptq"}, {"bits": 8}, {"config_groups": {"group_0": {}}}):
+        with pytest.raises(UsageError, match="quantization_config is a dict: quantized weights"):
+            hugging_face(quantization_config={**said, **change})
 
 
 def test_mistral_is_accepted_where_it_has_no_window() -> None:

@@ -16,13 +16,16 @@ import pytest
 from conftest import ROOT
 from helpers import TINY, as_dtype, random_weights, stacked, write_safetensors_checkpoint, write_tokenizer
 
-from npllama import export as module
 from npllama.errors import CheckpointError, NpllamaError, UsageError
-from npllama.export import encode, export
-from npllama.quant import BF16, F16, widen
-from npllama.weights import Weights, check_hashes, open_model
+from npllama.numbers import FORMATS, widen
+from npllama.numbers.bf16 import BF16
+from npllama.numbers.f16 import F16
+from npllama.store import export as module
+from npllama.store.export import encode, export
+from npllama.store.opening import check_hashes, open_model
+from npllama.weights import Weights
 
-FORMATS = ("f32", "f16", "bf16")
+PLAIN_FORMATS = ("f32", "f16", "bf16")
 
 
 @pytest.fixture
@@ -46,8 +49,8 @@ def files(folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("target", FORMATS)
-@pytest.mark.parametrize("source", [*FORMATS, "f64"])
+@pytest.mark.parametrize("target", PLAIN_FORMATS)
+@pytest.mark.parametrize("source", [*PLAIN_FORMATS, "f64"])
 def test_every_weight_arrives_rounded_once_to_the_format_asked_for(tmp_path: Path, source: str, target: str):
     weights = write_safetensors_checkpoint(tmp_path / "c", dtype=source)
     export(tmp_path / "c", tmp_path / "m", dtype=target)
@@ -127,7 +130,7 @@ def test_a_number_that_is_not_finite_is_found_without_conversion_too(tmp_path: P
 
 def test_the_largest_float16_is_accepted():
     block = np.array([[65504.0, -65519.0]], np.float32)
-    bits = encode("f16", block, "f32", "w", 0)["bits"]
+    bits = encode(FORMATS["f16"], block, "f32", "w", 0)["bits"]
     assert bits.view(np.float16).tolist() == [[65504.0, -65504.0]]
 
 
@@ -162,7 +165,7 @@ def test_numpy_reads_the_files(tmp_path: Path, checkpoint: Path):
         np.testing.assert_array_equal(np.load(tmp_path / "m" / f"{kind}.npy"), expected)
 
 
-@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("target", PLAIN_FORMATS)
 def test_memory_stays_below_twice_the_largest_tensor(tmp_path: Path, target: str):
     write_safetensors_checkpoint(tmp_path / "c", replace(TINY, n_layers=1, dim=600, hidden_dim=10_000))
     tracemalloc.start()
@@ -248,16 +251,50 @@ def test_a_tokenizer_with_more_pieces_than_the_vocabulary_is_refused(tmp_path: P
     )
 
 
-def test_a_tokenizer_with_far_too_few_pieces_is_refused(tmp_path: Path):
-    write_safetensors_checkpoint(tmp_path / "c", replace(TINY, vocab_size=365))
+@pytest.mark.parametrize("rows", [301, 320, 365, 713])
+def test_a_vocabulary_padded_by_any_number_of_rows_is_accepted_and_said(tmp_path: Path, rows: int):
+    write_safetensors_checkpoint(tmp_path / "c", replace(TINY, vocab_size=rows))
     write_tokenizer(tmp_path / "c" / "tokenizer.model", 300)
-    assert "which may be at most 64 more" in refusal(CheckpointError, tmp_path / "c", tmp_path / "m")
+    notes: list[str] = []
+    assert export(tmp_path / "c", tmp_path / "m", note=notes.append)["tokenizer"]["size"] == 300
+    assert notes[1:] == [f"vocabulary: the last {rows - 300} of {rows} rows have no piece in the tokenizer"]
+    with open_model(tmp_path / "m") as model:
+        assert model.config.vocab_size == rows
 
 
-def test_a_padded_vocabulary_is_accepted(tmp_path: Path):
-    write_safetensors_checkpoint(tmp_path / "c", replace(TINY, vocab_size=320))
-    write_tokenizer(tmp_path / "c" / "tokenizer.model", 300)
-    assert export(tmp_path / "c", tmp_path / "m")["tokenizer"]["size"] == 300
+def test_a_folder_asked_for_stands_for_its_tokenizer(tmp_path: Path, checkpoint: Path):
+    (checkpoint / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    (tmp_path / "empty").mkdir()
+    export(checkpoint, tmp_path / "m", tokenizer=tmp_path)
+    message = refusal(CheckpointError, checkpoint, tmp_path / "n", tokenizer=tmp_path / "empty")
+    assert f"(looked for {tmp_path / 'empty' / 'tokenizer.model'})" in message
+
+
+def test_a_folder_with_another_kind_of_tokenizer_is_told_which_one_to_take(tmp_path: Path, checkpoint: Path):
+    (checkpoint / "tokenizer.model").rename(checkpoint / "spiece.model")
+    assert "which may be 'spiece.model'" in refusal(CheckpointError, checkpoint, tmp_path / "m")
+    (checkpoint / "spiece.model").unlink()
+    (checkpoint / "tokenizer.json").write_text('{"version": "1.0"}')
+    message = refusal(CheckpointError, checkpoint, tmp_path / "m")
+    assert "tokenizer.json is another kind: take tokenizer.model of the model that this one was made from" in message
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b' {"version": "1.0"}', "JSON, as tokenizer.json of Hugging Face's tokenizers library is"),
+        (b"IQ== 0\nIg== 1\n", "a list of tiktoken's, as LLaMA 3's tokenizer.model is"),
+        (b"\x1b\0\0\0" + bytes(4) + b"\5\0\0\0<unk>", "a tokenizer.bin of llama2.c"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git-LFS pointer, not the file itself"),
+        (b"\xef\xbb\xbf\n <Html>", "a web page"),
+        (b"GGUF\3\0\0\0", "a GGUF file"),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_named(tmp_path: Path, checkpoint: Path, data: bytes, what: str):
+    (tmp_path / "other").write_bytes(data)
+    message = refusal(NpllamaError, checkpoint, tmp_path / "m", tokenizer=tmp_path / "other")
+    assert message.startswith(f"other: found {what}")
+    assert "a SentencePiece tokenizer.model with <s> and </s> as control pieces is needed" in message
 
 
 def test_a_file_that_is_no_tokenizer_is_refused_before_anything_is_written(tmp_path: Path, checkpoint: Path):

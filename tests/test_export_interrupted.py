@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from helpers import TINY, write_model_directory, write_safetensors_checkpoint
 
-from npllama import export as module
-from npllama import staging
 from npllama.errors import ModelError
-from npllama.export import export
-from npllama.weights import check_hashes, is_model_file, open_model
+from npllama.store import export as module
+from npllama.store import staging
+from npllama.store.export import export
+from npllama.store.opening import check_hashes, is_model_file, open_model
 
 SIZE = 95_712  # bytes of the numbers of TINY in float32
 
@@ -116,7 +116,7 @@ def test_a_trailing_slash_and_a_place_inside_the_checkpoint_are_fine(checkpoint:
 
 
 def test_a_name_that_the_disk_refuses_is_an_error_of_the_family(tmp_path: Path, checkpoint: Path):
-    message = refusal(checkpoint, tmp_path / ("m" * 250))
+    message = refusal(checkpoint, tmp_path / ("m" * 256))
     assert "cannot be written (File name too long), and nothing was left behind" in message
 
 
@@ -172,7 +172,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 def test_a_disk_that_takes_no_more_bytes_leaves_the_old_model(tmp_path: Path, checkpoint: Path):
     write_model_directory(tmp_path / "m", seed=5)
     script = (
-        "import resource, sys; from npllama.export import export\n"
+        "import resource, sys; from npllama.store.export import export\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "try: export(sys.argv[1], sys.argv[2], force=True)\n"
         "except Exception as error: print(type(error).__name__, error)"
@@ -198,8 +198,8 @@ def run(script: str, *arguments: object) -> str:
 # over the whole export: that says the moment exactly, where a clock would not.
 STOPPING = """
 import os, signal, sys
-from npllama.export import export
-from npllama.weights import check_hashes
+from npllama.store.export import export
+from npllama.store.opening import check_hashes
 
 checkpoint, out, how, force, moments = *sys.argv[1:4], sys.argv[4] == "force", int(sys.argv[5])
 SOURCES = ("export.py", "staging.py", "weights.py")

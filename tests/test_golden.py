@@ -13,7 +13,7 @@ import pytest
 from command_line import run
 
 import npllama
-from npllama.export import export
+from npllama.store.export import export
 
 # Largest error of a logit (the largest is 22). float32 differs by the order of summation; the narrower formats by
 # what rounding the weights to 11 and 8 significant bits does, measured: 0.017 and 0.14.

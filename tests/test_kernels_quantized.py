@@ -12,17 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quantized_products
+from helpers import quantize
 
 numba = pytest.importorskip("numba", reason="compiled kernels: numba is not installed")
 
 # E402: these import numba, which may not be there.
 from npllama import ops  # noqa: E402
-from npllama.kernels import matrix_unit, quantized  # noqa: E402
-from npllama.kernels.codes import DOT  # noqa: E402
-from npllama.kernels.flags import SERIAL  # noqa: E402
-from npllama.kernels.single import linear_alone  # noqa: E402
-from npllama.kernels.vector import FEATURES, X86  # noqa: E402
-from npllama.quant import Q4, Q6, Q8, Coded, quantize, quantize_rows  # noqa: E402
+from npllama.execution.kernels import amx, int8_input, int8_linear  # noqa: E402
+from npllama.execution.kernels.flags import SERIAL  # noqa: E402
+from npllama.execution.kernels.int8_dot import DOT  # noqa: E402
+from npllama.execution.kernels.per_op import linear_alone  # noqa: E402
+from npllama.execution.kernels.target import FEATURES, TRIPLE  # noqa: E402
+from npllama.numbers.activations import quantize_rows  # noqa: E402
+from npllama.numbers.q4 import Q4  # noqa: E402
+from npllama.numbers.q6 import Q6  # noqa: E402
+from npllama.numbers.q8 import Q8  # noqa: E402
 
 SHAPES = [(1, 1), (7, 8), (16, 32), (17, 33), (512, 64), (64, 172), (172, 64), (48, 288)]
 MANY = 43
@@ -38,7 +43,7 @@ def _same_number_of_threads() -> Iterator[None]:
     numba.set_num_threads(before)
 
 
-def problem(number_format: str, rows: int, columns: int, tokens: int) -> tuple[np.ndarray, Coded]:
+def problem(number_format: str, rows: int, columns: int, tokens: int) -> tuple[np.ndarray, Q8 | Q6 | Q4]:
     rng = np.random.default_rng(rows * 1000 + columns)
     w = rng.standard_normal((rows, columns), dtype=np.float32)
     return rng.standard_normal((tokens, columns), dtype=np.float32), quantize(w, number_format)
@@ -83,7 +88,7 @@ def test_zero_groups_of_weights_add_nothing(number_format):
     assert np.array_equal(linear_alone(x, w), ops.linear(x, w))
 
 
-def extreme_codes(number_format: str) -> tuple[np.ndarray, Coded]:
+def extreme_codes(number_format: str) -> tuple[np.ndarray, Q8 | Q6 | Q4]:
     """The largest codes of either sign on both sides: where sums of 16 bits would overflow if any did."""
     x = np.where(np.random.default_rng(0).random((MANY, 64)) < 0.5, np.float32(-1), np.float32(1))
     x[:2] = [[1], [-1]]
@@ -136,8 +141,8 @@ def test_a_layer_of_stacked_weights_is_multiplied_where_it_lies(number_format):
 
 
 @numba.njit(**SERIAL)
-def quantize_all_tiles(x, shift, into):
-    quantized.quantize_tiles(x, shift, into, 0, quantized.n_tiles(len(x)))
+def quantize_all_tiles(x, lowest, into):
+    int8_input.quantize_tiles(x, lowest, into, 0, int8_input.n_tiles(len(x)))
 
 
 @pytest.mark.parametrize("columns", [32, 40, 172])
@@ -146,7 +151,9 @@ def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
     x[1, :5] = [127, 0.5, 1.5, 2.5, -0.5]  # halves, where the row's scale is 1
     x[2] = 0
     G = -(-columns // 32)
-    into = quantized.Input(np.empty(16 * G * 32, np.int8), np.empty(16 * G, np.float32), np.empty(16 * G, np.int32))
+    into = int8_input.QuantizedInput(
+        np.empty(16 * G * 32, np.int8), np.empty(16 * G, np.float32), np.empty(16 * G, np.int32)
+    )
     quantize_all_tiles(x, np.int32(-3), into)
 
     def wide(a, *end):
@@ -155,7 +162,7 @@ def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
     codes, scales = quantize_rows(x)
     assert np.array_equal(wide(into.codes, 32), codes)
     assert np.array_equal(wide(into.scales), scales)
-    assert np.array_equal(wide(into.starts), -3 * codes.sum(axis=-1, dtype=np.int32))
+    assert np.array_equal(wide(into.corrections), -3 * codes.sum(axis=-1, dtype=np.int32))
 
 
 # ---------------------------------------------------------------- the same bits
@@ -175,7 +182,7 @@ def test_one_thread_and_two_give_the_same_bits(number_format):
     if numba.config.NUMBA_NUM_THREADS < 2:
         pytest.skip("one processor: there is no second thread")
     x, w = problem(number_format, 1030, 288, 70)
-    assert len(x) * 1030 * 288 > quantized.LEAST_PARALLEL
+    assert len(x) * 1030 * 288 > int8_linear.SERIAL_BELOW
     found = []
     for n_threads in (1, 2):
         numba.set_num_threads(n_threads)
@@ -204,14 +211,13 @@ def without(*unwanted: str) -> str:
 
 
 # How codes are multiplied, by vectors and by a matrix unit, in a process with these variables.
-HERE = (DOT, matrix_unit.USED)
+HERE = (DOT, amx.USED)
 ELSEWHERE: dict[str, tuple[tuple[str, bool], dict[str, str]]] = {
-    "here": (HERE, {}),
     "four threads": (HERE, {"NUMBA_NUM_THREADS": "4"}),
     "plain": (("plain", False), {"NPLLAMA_PLAIN_KERNELS": "1"}),
     "generic": (("plain", False), {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}),
 }
-if X86 and "+avx2" in FEATURES:
+if TRIPLE.startswith(("x86", "i386", "i686")) and "+avx2" in FEATURES:
     ELSEWHERE["avx2"] = (
         ("avx2", False),
         {
@@ -220,14 +226,16 @@ if X86 and "+avx2" in FEATURES:
             "NPLLAMA_PLAIN_KERNELS": "0",
         },
     )
-if matrix_unit.USED:
+if amx.USED:
     ELSEWHERE["no matrix unit"] = ((DOT, False), {"NUMBA_CPU_FEATURES": without("amx")})
 
 
 def test_other_threads_and_other_instructions_give_the_same_bits():
+    here = quantized_products.report()
+    assert (here["dot"], here["matrix_unit"]) == HERE
     with ThreadPoolExecutor(2) as pool:  # compiling is most of their work
         running = {name: pool.submit(run_elsewhere, **variables) for name, (_, variables) in ELSEWHERE.items()}
     found = {name: process.result() for name, process in running.items()}
     for name, (form, _) in ELSEWHERE.items():
         assert (found[name]["dot"], found[name]["matrix_unit"]) == form, name
-        assert found[name]["digests"] == found["here"]["digests"], name
+        assert found[name]["digests"] == here["digests"], name

@@ -27,7 +27,8 @@ from torch_files import (
 
 from npllama.checkpoints import Checkpoint, open_checkpoint
 from npllama.errors import CheckpointError
-from npllama.quant import BF16, widen
+from npllama.numbers import widen
+from npllama.numbers.bf16 import BF16
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 
@@ -381,8 +382,43 @@ def test_end_of_text_ids_come_from_the_generation_config(tmp_path: Path) -> None
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.config.eos_token_ids == (5, 6)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 300}')
-    refused(tmp_path, r"^config\.json: eos_token_ids is 300")
+    assert checkpoint.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("said", "eos", "dropped"),
+    [
+        ([2, 99999, -1], (2,), "eos_token_id 99999, -1 dropped: no id of the vocabulary of"),
+        (300, (2,), "eos_token_id 300 dropped"),
+        (-1, (2,), "eos_token_id -1 dropped"),
+        ([-1, 7], (7,), "eos_token_id -1 dropped"),
+        (["2", True, 3.0, 5], (5,), "eos_token_id '2', True, 3.0 dropped"),
+        ([-1, -2, -3, -4, -5], (2,), "eos_token_id -1, -2, -3 and 2 more dropped"),
+    ],
+)
+def test_ids_of_the_generation_config_that_cannot_be_used_are_dropped_with_its_name(
+    tmp_path: Path, said: object, eos: tuple[int, ...], dropped: str
+) -> None:
+    write_hugging_face(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said, "bos_token_id": 70000}))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert (checkpoint.config.eos_token_ids, checkpoint.config.bos_token_id) == (eos, 1)
+        bos, other = checkpoint.warnings
+    assert bos.startswith("generation_config.json: bos_token_id 70000 dropped")
+    assert other.startswith(f"generation_config.json: {dropped}")
+
+
+def test_minus_one_means_no_end_of_text_in_config_json_too(tmp_path: Path) -> None:
+    write_hugging_face(tmp_path, eos_token_id=[7, -1])
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.config.eos_token_ids == (7,)
+        assert checkpoint.warnings[0].startswith("config.json: eos_token_id -1 dropped")
+
+
+def test_too_many_ends_of_text_are_refused_with_the_name_of_their_file(tmp_path: Path) -> None:
+    write_hugging_face(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3] * 257}))
+    refused(tmp_path, r"^generation_config\.json: eos_token_id lists 257 ids, but at most 256")
 
 
 @pytest.mark.parametrize(
@@ -391,7 +427,9 @@ def test_end_of_text_ids_come_from_the_generation_config(tmp_path: Path) -> None
         ({"attention_bias": True}, "attention_bias is True: biases in attention"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary positions of type 'linear'"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
-        ({"quantization_config": {}}, "quantized weights"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights"),
+        ({"num_key_value_heads": 5}, "num_attention_heads is 6 and num_key_value_heads 5"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
     ],
 )
 def test_what_the_config_asks_for_and_is_not_built_is_refused(
@@ -435,7 +473,6 @@ def test_the_index_names_files_without_folders(tmp_path: Path, place: object) ->
     ("edit", "reason"),
     [
         (lambda p: p.update({"model.norm.weight": "absent.safetensors"}), r"^absent\.safetensors cannot be read"),
-        (lambda p: p.pop("model.norm.weight"), rf"tensor 'model\.norm\.weight' is not there according to {INDEX}"),
         (lambda p: p.update({"zoo": p["model.norm.weight"]}), rf"tensor 'zoo' is missing, though {INDEX} says"),
         (lambda p: p.clear(), rf"^{INDEX}: weight_map must give"),
         (lambda p: p.update({f"x{i}": f"f{i}" for i in range(1100)}), r"names 1,102 files, but at most 1,024"),
@@ -449,13 +486,19 @@ def test_an_index_that_contradicts_the_files_is_refused(
     refused(tmp_path, reason)
 
 
-def test_one_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [1e-7, np.nan, "bf16", "rows"])
+def test_one_tensor_in_two_files_is_refused_where_the_two_differ(tmp_path: Path, change: object) -> None:
     weights = write_hugging_face(tmp_path, files=2)
-    second = dict(list(hugging_face_tensors(weights).items())[1::2])
-    second["model.embed_tokens.weight"] = weights["tok_embeddings"]
-    data = safetensors_bytes({name: (w, "f32") for name, w in second.items()})
-    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(data)
-    refused(tmp_path, r"^model-00002-of-00002\.safetensors: tensor 'model\.embed_tokens\.weight' is not there")
+    second = {name: (w, "f32") for name, w in list(hugging_face_tensors(weights).items())[1::2]}
+    copy = weights["tok_embeddings"].copy()
+    if isinstance(change, float):
+        copy[299, 23] += change
+    second["model.embed_tokens.weight"] = (
+        copy[: 299 if change == "rows" else 300],
+        "bf16" if change == "bf16" else "f32",
+    )
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(safetensors_bytes(second))
+    refused(tmp_path, r"^model-00002-of-00002\.safetensors: tensor 'model\.embed_tokens\.weight' stands there twice")
 
 
 def test_files_of_a_download_cache_may_be_links_to_elsewhere(tmp_path: Path) -> None:
@@ -485,6 +528,16 @@ def test_two_checkpoints_in_one_folder_are_refused_until_one_is_named(tmp_path: 
     check(tmp_path / "consolidated.00.pth", meta)
     check(tmp_path / "model.safetensors", hugging_face)
     check(tmp_path / "ckpt.pt", llama2c, tied=True)
+
+
+def test_a_file_that_is_given_is_taken_whatever_lies_beside_it(tmp_path: Path) -> None:
+    whole = write_hugging_face(tmp_path, seed=1)
+    older = write_hugging_face(tmp_path, seed=2, suffix="bin")
+    parts = write_hugging_face(tmp_path, seed=3, files=2)
+    for name, weights in {"model.safetensors": whole, "pytorch_model.bin": older, INDEX: parts, "": whole}.items():
+        os.utime(tmp_path / name, (1, 1))  # files' times say nothing
+        check(tmp_path / name, weights)
+    check(tmp_path / "model-00001-of-00002.safetensors", parts)
 
 
 def test_any_file_of_a_checkpoint_opens_it(tmp_path: Path) -> None:
@@ -531,7 +584,12 @@ def test_the_state_of_an_optimizer_is_refused_by_name(tmp_path: Path) -> None:
         (["model.gguf", "README.md"], r"holds no checkpoint \('README\.md', 'model\.gguf'\)"),
         (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA adapter alone"),
         (["model-00001-of-00002.safetensors"], r"the index of model-00001-of-00002\.safetensors .* is missing"),
-        (["a.pt", "b.pt"], "holds no checkpoint"),
+        (["a.pt", "b.pt"], r"holds no checkpoint .*; if it is 'a\.pt', give that file"),
+        (["config.json", "model.fp16.safetensors", "training_args.bin"], r"if it is 'model\.fp16\.safetensors', give"),
+        (["adapter_model.bin"], "holds a LoRA adapter alone"),
+        (["adapters.npz", "config.json"], "holds a LoRA adapter alone"),
+        (["zero_to_fp32.py", "latest"], r"split; join it with its zero_to_fp32\.py"),
+        (["__0_0.distcp", ".metadata"], "split; join it with `accelerate merge-weights`"),
     ],
 )
 def test_a_folder_without_a_checkpoint_is_refused_with_what_it_holds(
@@ -546,6 +604,18 @@ def test_a_part_without_its_index_is_refused(tmp_path: Path) -> None:
     write_hugging_face(tmp_path, files=2)
     (tmp_path / INDEX).unlink()
     refused(tmp_path / "model-00001-of-00002.safetensors", rf"^{INDEX} is missing beside model-00001-of-00002")
+
+
+def test_a_variant_is_opened_by_any_of_its_files(tmp_path: Path) -> None:
+    weights = write_hugging_face(tmp_path, files=2)
+    text = (tmp_path / INDEX).read_text().replace("model-0", "model.fp16-0")
+    (tmp_path / INDEX).unlink()
+    (tmp_path / "model.safetensors.index.fp16.json").write_text(text)
+    for i in (1, 2):
+        part = tmp_path / f"model-0000{i}-of-00002.safetensors"
+        part.rename(tmp_path / f"model.fp16-0000{i}-of-00002.safetensors")
+    check(tmp_path / "model.safetensors.index.fp16.json", weights)
+    check(tmp_path / "model.fp16-00002-of-00002.safetensors", weights)
 
 
 def test_a_missing_config_json_is_named(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from conftest import ROOT
 from helpers import write_tokenizer
 
 from npllama.config import from_meta
-from npllama.export import export
-from npllama.quant import widen
-from npllama.weights import open_model
+from npllama.numbers import widen
+from npllama.store.export import export
+from npllama.store.opening import open_model
 
 PARAMS = {"dim": 24, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "multiple_of": 4, "norm_eps": 1e-5, "vocab_size": -1}
 

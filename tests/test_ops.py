@@ -9,10 +9,13 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
+from helpers import quantize
 
 from npllama import cache as kv
 from npllama import ops
-from npllama.quant import BF16, F16, bf16_bits, f16_bits, quantize, widen
+from npllama.numbers import widen
+from npllama.numbers.bf16 import BF16, bf16_bits
+from npllama.numbers.f16 import F16, f16_bits
 
 THETA = 10000.0
 # float32 sums of up to a few hundred products of ordinary numbers: relative to the largest value of the result.
@@ -23,10 +26,8 @@ def steps() -> list[Any]:
     """The NumPy steps always, the kernels in the run of the compiled execution."""
     found = [pytest.param(ops, id="numpy")]
     if os.environ.get("NPLLAMA_BACKEND") != "numpy":
-        single = pytest.importorskip("npllama.kernels.single")
-        found.append(
-            pytest.param(type("kernels", (), {k: staticmethod(f) for k, f in single.STEPS.items()}), id="numba")
-        )
+        single = pytest.importorskip("npllama.execution.kernels.per_op")
+        found.append(pytest.param(type("kernels", (), {k: staticmethod(f) for k, f in single.OPS.items()}), id="numba"))
     return found
 
 

@@ -16,7 +16,8 @@ from npllama.checkpoints.layouts import read_tree
 from npllama.checkpoints.opcodes import Opaque
 from npllama.checkpoints.tensors import LARGEST_READ, Tensor, View
 from npllama.errors import CheckpointError
-from npllama.quant import BF16, widen
+from npllama.numbers import widen
+from npllama.numbers.bf16 import BF16
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 BASE = (np.arange(24, dtype=np.float32) / 4 - 3).reshape(4, 6)
@@ -515,7 +516,14 @@ def test_another_legacy_protocol_or_no_byte_order_is_refused(tmp_path: Path) -> 
         (b"PK\5\6" + bytes(18), "is an empty zip archive"),
         (b"\0" * 257 + b"ustar" + b"\0" * 300, "is a tar file"),
         (b"\x80\x02}q\0.", "is a plain pickle"),
-        (b"hello, world", "begins with 'hello, w', which is no format"),
+        (b"\1\2hello, world", r"begins with '\\x01\\x02hello,', which is no format"),
+        (b"Access to this model is restricted.\nLog in.", "is a text that begins with 'Access to this model is restr"),
+        (b"\xef\xbb\xbf \r\n<!DocType HTML>", "is a web page"),
+        ("\ufeff<HTML>".encode("utf-16-le"), "is a web page"),
+        (b"<?xml version='1.0'?><Error/>", "is a web page"),
+        (b"# xet version 0\n", "is a Xet pointer"),
+        (struct.pack("<7i", 64, 172, 5, 8, 4, 512, 512) + bytes(64), "looks like a llama2.c run.c file"),
+        (struct.pack("<7i", 288, 768, 6, 6, 6, -32000, 256), "looks like a llama2.c run.c file"),
     ],
 )
 def test_other_formats_are_refused_by_name(tmp_path: Path, head: bytes, what: str) -> None:

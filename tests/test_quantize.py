@@ -8,11 +8,15 @@ import helpers
 import numpy as np
 import pytest
 
-from npllama.cli import main
+from npllama.commands.cli import main
 from npllama.errors import CheckpointError, ModelError, UsageError
-from npllama.export import export, quantize_model
-from npllama.quant import Q4, Q6, Q8, quantize, widen
-from npllama.weights import NORMS, check_hashes, open_model
+from npllama.numbers import widen
+from npllama.numbers.q4 import Q4
+from npllama.numbers.q6 import Q6
+from npllama.numbers.q8 import Q8
+from npllama.store.export import export, quantize_model
+from npllama.store.opening import check_hashes, open_model
+from npllama.weights import KINDS
 
 
 @pytest.fixture
@@ -28,12 +32,12 @@ def test_export_stores_what_quantizing_the_weights_gives(checkpoint: Path, tmp_p
     check_hashes(tmp_path / "model")
     with open_model(tmp_path / "model") as opened:
         for kind, stored in opened.weights._asdict().items():
-            if kind in NORMS:
+            if KINDS[kind].is_norm:
                 np.testing.assert_array_equal(stored, weights[kind])
                 continue
             stored_as = "q6" if dtype == "q4" and kind == "output" else dtype
             assert isinstance(stored, {"q8": Q8, "q6": Q6, "q4": Q4}[stored_as]), kind
-            again = quantize(weights[kind].astype(np.float32), stored_as)
+            again = helpers.quantize(weights[kind].astype(np.float32), stored_as)
             np.testing.assert_array_equal(widen(stored), widen(again))
 
 
@@ -63,7 +67,7 @@ def test_narrow_models_are_quantized_from_the_numbers_they_hold(tmp_path: Path, 
     helpers.write_model_directory(tmp_path / "narrow", dtype=dtype, tied=True)
     quantize_model(tmp_path / "narrow", tmp_path / "q8", "q8")
     with open_model(tmp_path / "narrow") as narrow, open_model(tmp_path / "q8") as q8:
-        expected = quantize(widen(narrow.weights.w1), "q8")
+        expected = helpers.quantize(widen(narrow.weights.w1), "q8")
         np.testing.assert_array_equal(widen(q8.weights.w1), widen(expected))
         assert q8.weights.output is q8.weights.tok_embeddings
 
@@ -80,7 +84,9 @@ def test_only_quantized_formats_are_accepted(tmp_path: Path) -> None:
         quantize_model(tmp_path, tmp_path / "out", "f16")
 
 
-@pytest.mark.parametrize(("value", "message"), [(np.nan, "must be a finite number"), (1e9, "at most")])
+@pytest.mark.parametrize(
+    ("value", "message"), [(np.nan, "must be a finite number"), (1e9, "largest number is 1,000,000")]
+)
 def test_numbers_that_cannot_be_quantized_are_refused_by_name(tmp_path: Path, value: float, message: str) -> None:
     weights = helpers.random_weights(helpers.TINY, 0)
     weights["layers.1.feed_forward.w2"][20, 3] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from npllama.checkpoints.files import InputFile, Pool
 from npllama.checkpoints.layouts import read_tree
 from npllama.checkpoints.tensors import Tensor, View
 from npllama.errors import CheckpointError
-from npllama.quant import BF16, widen
+from npllama.numbers import widen
+from npllama.numbers.bf16 import BF16
 
 BASE = (np.arange(24, dtype=np.float32) / 4 - 3).reshape(4, 6)
 POOL = Pool()
@@ -103,6 +105,61 @@ def test_padding_and_metadata_and_unknown_fields_are_accepted(tmp_path: Path) ->
 def test_headers_that_disagree_with_the_data_are_refused(tmp_path: Path, header: object, reason: str) -> None:
     with pytest.raises(CheckpointError, match=f"^model.safetensors: .*{reason}"):
         read(tmp_path, file_of(header, bytes(8)))
+
+
+def test_metadata_may_be_null_and_name_tensors_that_were_left_out(tmp_path: Path) -> None:
+    assert read(tmp_path, file_of({"x": entry(), "__metadata__": None}, bytes(8)))["x"].shape == (2,)
+    notes = {"y": "x", "z": "absent", "x": "x", "format": "pt"}
+    views = read(tmp_path, file_of({"x": entry(), "__metadata__": notes}, bytes(8)))
+    assert views.keys() == {"x", "y"}
+    assert views["x"] == views["y"]
+
+
+@pytest.mark.parametrize(
+    "note", ["x" * (6 << 20), '\\"' * (2 << 20), "\U0001f999" * (1 << 20), "{[" * (3 << 20)], ids=lambda note: note[:2]
+)
+def test_a_header_of_many_megabytes_takes_its_size_and_little_more(tmp_path: Path, note: str) -> None:
+    header = {"__metadata__": {"notes": note, "y": "x"}, "x": entry()}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(file_of(json.dumps(header, ensure_ascii=False).encode(), bytes(8), pad=1 << 20))
+    tracemalloc.start()
+    try:
+        tree = read_tree(InputFile(path, POOL))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert isinstance(tree, dict)
+    assert tree.keys() == {"x", "y"}
+    assert peak < path.stat().st_size + (8 << 20)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (b'{"x":{"dtype":"F32"' + b" " * 2000 + b"}}", "header: not JSON"),
+        (b'{"' + b"x" * 2000 + b'":1}', "a name of 2,002 bytes, but at most 1,024 are read"),
+        (b"{" + b",".join(b'"%d":{}' % i for i in range(65537)) + b"}", "more than 65,536 tensors"),
+        (b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(65537)) + b"}}", "more than 65,536 texts"),
+        (b"{" + b",".join(b'"%d":[1]' % i for i in range(1025)) + b"}", "more than 1,024 entries are no objects"),
+        (b'{"__metadata__":null,"__metadata__":null}', "key '__metadata__' stands twice"),
+        (b'{"__metadata__":{"a":null}}', "__metadata__ is no object of texts"),
+        (b'{"x":{},}', "a text in quotes is needed at byte 8"),
+        (b'{"x" {}}', "a colon is missing at byte 4"),
+        (b'{"x":{} "y":{}}', "a comma is missing"),
+        (b"{}{}", "something follows its end at byte 2"),
+        (b'{"x', "a text has no end"),
+        (b'{"x\\', "a text has no end"),
+        (b'{"\\x":1}', "not JSON"),
+    ],
+)
+def test_headers_beyond_their_bounds_are_refused(tmp_path: Path, header: bytes, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^model.safetensors: .*{reason}"):
+        read(tmp_path, file_of(header))
+
+
+def test_a_brace_inside_an_entry_is_no_end_of_it(tmp_path: Path) -> None:
+    views = read(tmp_path, file_of({"}": {**entry(), "a": "}", "b": {"c": ["{"]}}}, bytes(8)))
+    assert views["}"].shape == (2,)
 
 
 def test_a_header_longer_than_its_limit_is_refused_unread(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from npllama import sampling
 from npllama.errors import ModelError, UsageError
-from npllama.sampling import SamplingOptions, probabilities, sample, uniform
+from npllama.generation import sampling
+from npllama.generation.sampling import Allowed, probabilities, sample, uniform
+from npllama.options import SamplingOptions
 
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 ROUNDING = 1e-6  # of a probability: all V exponentials are float32 when top-k is off
@@ -284,3 +285,33 @@ def test_options_may_be_numbers_of_numpy() -> None:
 def test_options_may_be_fractions() -> None:
     assert SamplingOptions(Fraction(1, 2), 3, Fraction(1, 2)) == SamplingOptions(0.5, 3, 0.5)
     probabilities(some_logits(100, 7, 1.0, False), [], SamplingOptions(Fraction(1, 2)))
+
+
+# ---------------------------------------------------------------- ids that may be drawn
+
+
+def test_allowed_ids_are_the_first_and_the_named_ones_in_their_order() -> None:
+    logits = some_logits(100, 8, 1.0, False)
+    few = Allowed(90, beyond=[95, 2, 93])
+    ids = [*range(90), 93, 95]
+    assert np.array_equal(few.logits(logits), logits[ids])
+    assert [few.id(place) for place in range(92)] == ids
+    assert few.places([3, 95, 91, 89, 93, 99]) == [3, 91, 89, 90]
+    assert np.shares_memory(Allowed(90).logits(logits), logits)
+    assert np.array_equal(Allowed(100).logits(logits), logits)
+
+
+@pytest.mark.parametrize("beyond", [[], [299]])
+@pytest.mark.parametrize(
+    "options", [SamplingOptions(temperature=0), SamplingOptions(), SamplingOptions(temperature=3.0, **OFF)]
+)
+def test_a_draw_among_allowed_ids_is_the_draw_from_their_logits(beyond: list[int], options: SamplingOptions) -> None:
+    logits = some_logits(300, 9, 1.0, False)
+    logits[260:299] = 50.0  # what would always be drawn
+    few = Allowed(260, beyond)
+    ids = [*range(260), *beyond]
+    for position in range(50):
+        recent = few.places([*range(position), 280, 299])
+        found = few.id(sample(few.logits(logits), recent, options, 7, 0, position))
+        assert found in ids
+        assert found == ids[sample(logits[ids], recent, options, 7, 0, position)]

@@ -8,10 +8,10 @@ import helpers
 import numpy as np
 import pytest
 
-from npllama.engine import Engine
 from npllama.errors import UsageError
-from npllama.verify import largest_error, verify, whole_model_error
-from npllama.weights import open_model
+from npllama.execution.engine import Engine
+from npllama.measure.verify import largest_error, verify, whole_model_error
+from npllama.store.opening import open_model
 
 pytest.importorskip("numba")
 

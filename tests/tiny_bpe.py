@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from npllama.text import alphabet
-from npllama.text.splitting import LLAMA3
+from npllama.text.bpe import alphabet
+from npllama.text.bpe.splitting import LLAMA3
 
 MARK = "\u2581"
 CONTROLS = ["<unk>", "<s>", "</s>"]

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from npllama.config import ModelConfig  # noqa: E402
 from npllama.inference import DEMO  # noqa: E402
-from npllama.random_model import RandomCheckpoint, shape_config, write_random_model  # noqa: E402
+from npllama.measure.random_model import RandomCheckpoint, shape_config, write_random_model  # noqa: E402
 
 LLAMA_CPP = {"f32": "F32", "f16": "F16", "q8": "Q8_0", "q4": "Q4_0"}
 QUANTIZED = {"q8": 7, "q4": 2}  # llama.cpp's numbers of the formats
@@ -367,8 +367,8 @@ def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[
     import torch
     from torch.nn import functional
 
-    from npllama.quant import BF16
-    from npllama.weights import open_model
+    from npllama.numbers.bf16 import BF16
+    from npllama.store.opening import open_model
 
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)

@@ -35,11 +35,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from bench_peers import quantize_gguf, silence_llama_cpp, version, write_gguf  # noqa: E402
 
 import npllama  # noqa: E402
-from npllama.export import IN_LAYERS, quantize_model  # noqa: E402
 from npllama.inference import Llama  # noqa: E402
-from npllama.quality import log_softmax, windows  # noqa: E402
-from npllama.quant import widen  # noqa: E402
-from npllama.weights import ArraySpec, OpenModel, open_model  # noqa: E402
+from npllama.measure.quality import log_softmax, windows  # noqa: E402
+from npllama.numbers import ArraySpec, widen  # noqa: E402
+from npllama.store.export import quantize_model  # noqa: E402
+from npllama.store.opening import OpenModel, open_model  # noqa: E402
+from npllama.weights import KINDS, tensor_names  # noqa: E402
 
 NPLLAMA = ("q8", "q4")
 LLAMA_CPP = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # llama.cpp's numbers of the formats
@@ -161,7 +162,7 @@ def npllama_candidate(llama: Llama, name: str) -> Candidate:
             arrays = tensor["arrays"].values()
             n_bytes += sum(ArraySpec(array["dtype"], tuple(array["shape"])).size_bytes for array in arrays)
             n_weights += math.prod(tensor["shape"])
-            matrices[tensor["format"]] += llama.config.n_layers if kind in IN_LAYERS else 1
+            matrices[tensor["format"]] += len(tensor_names(kind, llama.config.n_layers))
     return Candidate("npllama", name, 8 * n_bytes / n_weights, dict(matrices), llama.logits)
 
 
@@ -184,11 +185,8 @@ def float32_tensors(opened: OpenModel) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor that a model directory stores, under Meta's name and in float32."""
     for kind in opened.manifest["tensors"]:
         values = widen(getattr(opened.weights, kind))
-        if kind not in IN_LAYERS:
-            yield kind, values
-            continue
-        for l, layer in enumerate(values):
-            yield IN_LAYERS[kind].format(l), layer
+        layers = values if KINDS[kind].in_layers else [values]
+        yield from zip(tensor_names(kind, opened.config.n_layers), layers, strict=True)
 
 
 def llama_cpp_candidate(path: Path, options: dict[str, Any], stack: ExitStack) -> Candidate:

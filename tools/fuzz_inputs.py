@@ -10,7 +10,6 @@ a crash or a hunger for memory is seen and named. Exit status 1 when a case fail
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import random
@@ -27,25 +26,33 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from helpers import write_model_directory, write_tokenizer  # noqa: E402
+from helpers import safetensors_bytes, write_model_directory, write_tokenizer  # noqa: E402
 from tiny_bpe import byte_level, characters, tiktoken_file, written  # noqa: E402
-from torch_files import torch_legacy, write_hugging_face, write_llama2c, write_meta  # noqa: E402
+from torch_files import (  # noqa: E402
+    hugging_face_tensors,
+    stored,
+    torch_legacy,
+    torch_zip,
+    write_hugging_face,
+    write_llama2c,
+    write_meta,
+)
 
 from npllama.checkpoints import open_checkpoint  # noqa: E402
 from npllama.errors import NpllamaError  # noqa: E402
-from npllama.text import (  # noqa: E402
-    BpeTokenizer,
-    Vocabulary,
-    load,
-    read_tiktoken,
-    read_tokenizer_json,
-    save,
-)
-from npllama.tokenizer import Tokenizer  # noqa: E402
-from npllama.weights import open_model  # noqa: E402
+from npllama.store.opening import open_model  # noqa: E402
+from npllama.store.tokenizers import open_tokenizer  # noqa: E402
+from npllama.text.bpe.tokenizer import BpeTokenizer  # noqa: E402
+from npllama.text.derived import FILES, files_of, vocabulary_of  # noqa: E402
+from npllama.text.readers.tiktoken import read_tiktoken  # noqa: E402
+from npllama.text.readers.tokenizer_json import read_tokenizer_json  # noqa: E402
+from npllama.text.sentencepiece import SentencePieceTokenizer  # noqa: E402
+from npllama.text.vocabulary import Vocabulary  # noqa: E402
 
 LONGEST_S = 2.0
 MEDIAN_S = 0.05
@@ -66,12 +73,12 @@ def read_model(folder: Path) -> None:
     """Open a model directory, its weights and its tokenizer."""
     with open_model(folder) as model:
         float(model.weights.norm.sum())
-        Tokenizer(model.tokenizer_path)
+        open_tokenizer(model.path, model.manifest, model.config)
 
 
 def read_tokenizer(folder: Path) -> None:
     """Load a tokenizer, encode and decode."""
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     tokenizer.decode(tokenizer.encode("Once upon a time, é漢\n"))
 
 
@@ -84,17 +91,12 @@ def use(vocabulary: Vocabulary) -> None:
 
 def read_vocabulary(folder: Path) -> None:
     """Load a vocabulary of a model directory whose manifest vouches for every file as it is."""
-    entry = json.loads((folder / "entry.json").read_bytes())
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("tokenizer.*")}
-    use(load(folder, {**entry, "sha256": digests}))
+    use(vocabulary_of({name: (folder / name).read_bytes() for name in FILES}, folder))
 
 
 def _vocabulary(file: dict[str, Any]) -> Callable[[Path], object]:
-    def write(folder: Path) -> object:
-        entry = save(read_tokenizer_json(written(file)), folder)
-        return (folder / "entry.json").write_text(json.dumps(entry))
-
-    return write
+    files = files_of(read_tokenizer_json(written(file)))
+    return lambda folder: [(folder / name).write_bytes(content) for name, content in files.items()]
 
 
 def _tokenizer_json(file: dict[str, Any]) -> Callable[[Path], object]:
@@ -115,6 +117,47 @@ def _sharded(folder: Path) -> object:
     return write_hugging_face(folder, files=2)
 
 
+def _odd(folder: Path) -> object:
+    """Two shards in which the same tensors stand twice, among them biases of zeros, behind a prefix."""
+    weights = write_hugging_face(folder, files=2)
+    tensors = {f"base_model.{name}": w for name, w in hugging_face_tensors(weights).items()}
+    tensors["base_model.model.norm.bias"] = np.zeros(24)
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for name in names:
+        (folder / name).write_bytes(safetensors_bytes({tensor: (w, "f32") for tensor, w in tensors.items()}))
+    places = {tensor: names[i % 2] for i, tensor in enumerate(tensors)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return weights
+
+
+def _header(folder: Path) -> None:
+    """A tied safetensors checkpoint as save_model leaves it, its header and its numbers in files of their own."""
+    write_hugging_face(folder, tied=True)
+    data = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = {"lm_head.weight": "model.embed_tokens.weight", "notes": '\\"é{}' * 9}
+    (folder / "header.json").write_text(json.dumps(header))
+    (folder / "numbers").write_bytes(data[8 + size :])
+
+
+def read_header(folder: Path) -> None:
+    """Open a checkpoint made of a header and numbers."""
+    header = (folder / "header.json").read_bytes()
+    data = len(header).to_bytes(8, "little") + header + (folder / "numbers").read_bytes()
+    (folder / "model.safetensors").write_bytes(data)
+    read_checkpoint(folder)
+
+
+def _wrapped(folder: Path) -> None:
+    """A checkpoint of a trainer: dicts in dicts, wrappers in names, masks and biases of zeros."""
+    weights = write_hugging_face(folder, suffix="bin")
+    tree = {f"model.module.{name}": stored(w) for name, w in hugging_face_tensors(weights).items()}
+    tree["model.model.layers.0.self_attn.bias"] = stored(np.ones((1, 1, 8, 8)))
+    tree["model.model.norm.bias"] = stored(np.zeros(24))
+    (folder / "pytorch_model.bin").write_bytes(torch_zip({"epoch": 1, "state_dict": {"model": tree}}))
+
+
 KINDS = {
     "zip": Kind(write_meta, "consolidated.00.pth", read_checkpoint),
     "zip-llama2c": Kind(write_llama2c, "ckpt.pt", read_checkpoint),
@@ -123,6 +166,9 @@ KINDS = {
         lambda folder: write_meta(folder, "bf16", save=torch_legacy), "consolidated.00.pth", read_checkpoint
     ),
     "safetensors": Kind(write_hugging_face, "model.safetensors", read_checkpoint),
+    "safetensors-odd": Kind(_odd, "model-00002-of-00002.safetensors", read_checkpoint),
+    "header": Kind(_header, "header.json", read_header, text=True),
+    "zip-wrapped": Kind(_wrapped, "pytorch_model.bin", read_checkpoint),
     "params.json": Kind(write_meta, "params.json", read_checkpoint, text=True),
     "config.json": Kind(write_hugging_face, "config.json", read_checkpoint, text=True),
     "index.json": Kind(_sharded, "model.safetensors.index.json", read_checkpoint, text=True),

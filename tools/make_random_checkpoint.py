@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from helpers import write_tokenizer  # noqa: E402
 
 from npllama.config import ModelConfig, from_meta  # noqa: E402
-from npllama.quant import bf16_bits  # noqa: E402
+from npllama.numbers.bf16 import bf16_bits  # noqa: E402
 
 SHAPES = {
     "15m": {"dim": 288, "n_layers": 6, "n_heads": 6},

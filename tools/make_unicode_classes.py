@@ -1,4 +1,5 @@
-"""Write npllama/text/unicode_classes.py: the character classes of pre-tokenizers, as the package tokenizers has them.
+"""Write npllama/text/bpe/unicode_classes.py: the character classes of pre-tokenizers, as the package tokenizers has
+them.
 
     python tools/make_unicode_classes.py
 
@@ -16,7 +17,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
-TARGET = Path(__file__).resolve().parent.parent / "npllama" / "text" / "unicode_classes.py"
+TARGET = Path(__file__).resolve().parent.parent / "npllama" / "text" / "bpe" / "unicode_classes.py"
 CHARACTERS = [chr(c) for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF]
 
 HEADER = '''"""Unicode classes of pre-tokenizers: code points as hexadecimal ranges.

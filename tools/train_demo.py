@@ -318,7 +318,7 @@ def make(out: Path, work: Path) -> None:
     """Train tokenizer and model, save them in `work` as a PyTorch checkpoint, and export it to `out`."""
     import torch
 
-    from npllama.export import export
+    from npllama.store.export import export
 
     work.mkdir(parents=True, exist_ok=True)
     train_tokenizer(work / "tokenizer.model")

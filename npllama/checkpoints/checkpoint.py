@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
 from npllama.checkpoints import names
-from npllama.checkpoints.files import InputFile, Pool
-from npllama.checkpoints.opcodes import Opaque
+from npllama.checkpoints.files import Pool
+from npllama.checkpoints.shard import equal
 from npllama.checkpoints.tensors import Tensor, View
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, quote
-
-COMPARED_ROWS = 256  # rows at a time, when two tensors should be equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,43 +42,6 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The tensors that one file (or one set of files that belong together) calls by name."""
-
-    source: str
-    tensors: Mapping[str, object]
-
-    def select(self, wanted: Iterable[str], rename: Callable[[str], str]) -> dict[str, View]:
-        """The tensors of the names in `wanted` (Meta's); CheckpointError unless there are these and no others."""
-        foreign = {f"{rename(name)}.weight": name for name in wanted}
-        missing = [name for name in foreign if name not in self.tensors]
-        if missing:
-            raise CheckpointError(
-                f"{self.source}: {len(missing)} of {len(foreign)} tensors are missing, first {quote(missing[0])}; "
-                "weights and config do not belong together, or a file is incomplete: download both again"
-            )
-        extra = [name for name in self.tensors if name not in foreign and not names.DERIVED.fullmatch(name)]
-        if extra:
-            what = "biases are not supported" if extra[0].endswith(".bias") else "no LLaMA 2 of this config has it"
-            raise CheckpointError(
-                f"{self.source}: tensor {quote(extra[0])} (and {len(extra) - 1} more) has no place: {what}; "
-                "use weights and config that belong together"
-            )
-        return {name: self._weight(called) for called, name in foreign.items()}
-
-    def _weight(self, called: str) -> View:
-        view = self.tensors[called]
-        if not isinstance(view, View):
-            what = view.what if isinstance(view, Opaque) else f"a {type(view).__name__}"
-            raise CheckpointError(
-                f"{self.source}: {quote(called)} is {quote(what)}, but a tensor of f32, f16, bf16 or f64 is needed; "
-                "use a checkpoint of plain weights"
-            )
-        view.check_weight(called)
-        return view
 
 
 def merge(name: str, shape: tuple[int, ...], parts: Sequence[View], config: str) -> Tensor:
@@ -131,44 +90,5 @@ def _replicated(name: str, shape: tuple[int, ...], parts: Sequence[View]) -> Ten
     return first
 
 
-def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same bits."""
-    if a.parts == b.parts:
-        return True
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    starts = range(0, a.shape[0], COMPARED_ROWS)
-    ends = (min(start + COMPARED_ROWS, a.shape[0]) for start in starts)
-    return all(
-        np.array_equal(a.rows(start, end).view(np.uint8), b.rows(start, end).view(np.uint8))
-        for start, end in zip(starts, ends, strict=True)
-    )
-
-
 def _shape(view: View) -> str:
     return str(list(view.shape))
-
-
-def state_dict(tree: object, file: InputFile) -> dict[str, object]:
-    """The tensors of a torch.save file by name, without the wrappers and prefixes of trainers; CheckpointError.
-
-    torch.compile puts "_orig_mod." before every name, DistributedDataParallel "module."; trainers put the dict itself
-    under "model", "state_dict" or "module".
-    """
-    for key in ("model", "state_dict", "module"):
-        if isinstance(tree, dict) and isinstance(tree.get(key), dict):
-            tree = tree[key]
-            break
-    if not isinstance(tree, dict) or not tree or not all(type(name) is str for name in tree):
-        raise CheckpointError(f"{file.name} holds no dict of tensors; save the model's state_dict")
-    if tree.keys() >= {"state", "param_groups"}:
-        raise CheckpointError(f"{file.name} is the state of an optimizer; give the file with the model's weights")
-    found: dict[str, object] = {}
-    for name, value in tree.items():
-        short = name
-        while short.startswith(("_orig_mod.", "module.")):
-            short = short.removeprefix("_orig_mod.").removeprefix("module.")
-        if short in found:
-            raise CheckpointError(f"{file.name}: tensor {quote(short)} stands there twice; save one model alone")
-        found[short] = value
-    return found

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from npllama.errors import CheckpointError, quote
+from npllama.system import signatures
 
 MOST_OPEN = 8
 
@@ -125,45 +126,43 @@ def _identity(file: io.FileIO) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-MAGICS = (
+TORCH = (
     (b"PK\x03\x04", "zip"),
     (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e", "legacy"),
-    (b"version https://git-lfs", "a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`"),
-    (b"GGUF", "a GGUF file of llama.cpp; give the checkpoint that it was made from"),
-    (b"tjgg", "a GGJT file of llama.cpp; give the checkpoint that it was made from"),
-    (b"lmgg", "a GGML file of llama.cpp; give the checkpoint that it was made from"),
-    (b"fmgg", "a GGMF file of llama.cpp; give the checkpoint that it was made from"),
-    (b"24ka", "a llama2.c run.c file; give the ckpt.pt that it was made from"),
-    (b"\x93NUMPY", "a NumPy array; give a PyTorch or safetensors checkpoint"),
-    (b"\x89HDF", "an HDF5 file; give a PyTorch or safetensors checkpoint"),
-    (b"\x1f\x8b", "compressed with gzip; unpack it first"),
-    (b"BZh", "compressed with bzip2; unpack it first"),
-    (b"\xfd7zXZ", "compressed with xz; unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it first"),
-    (b"<!DOCTYPE", "a web page; download the file itself"),
-    (b"<html", "a web page; download the file itself"),
-    (b"PK\x05\x06", "an empty zip archive; download the file again"),
 )
+"""How the two formats of torch.save begin."""
 
 
 def sniff(file: InputFile) -> str:
     """Which format the first bytes show: "zip", "legacy" or "safetensors"; any other is refused by its name."""
-    head = file.read(0, min(file.size, 512))
+    head = file.read(0, min(file.size, signatures.HEAD))
     if not head:
         raise CheckpointError(f"{file.name} is empty; download it again")
-    for magic, what in MAGICS:
+    for magic, kind in TORCH:
         if head.startswith(magic):
-            if what in ("zip", "legacy"):
-                return what
-            raise CheckpointError(f"{file.name} is {what}")
+            return kind
+    if what := signatures.named(head):
+        raise CheckpointError(f"{file.name} is {what}")
     if head[257:262] == b"ustar":
         raise CheckpointError(f"{file.name} is a tar file (torch before 0.2); save it again with a current torch")
     fits = 2 <= int.from_bytes(head[:8], "little") <= file.size - 8
     if head[8:10] == b'{"' or (fits and head[8:9] in b"{ \t\r\n"):  # also one that was cut off, to say just that
         return "safetensors"
+    raise _unknown(file.name, head)
+
+
+def _unknown(name: str, head: bytes) -> CheckpointError:
+    """What can be said of a file that is none of those that are read."""
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
-        raise CheckpointError(f"{file.name} is a plain pickle, not written by torch.save; save it with torch.save")
-    raise CheckpointError(
-        f"{file.name} begins with {quote(head[:8].decode('latin-1'))}, which is no format that is read; "
+        return CheckpointError(f"{name} is a plain pickle, not written by torch.save; save it with torch.save")
+    if signatures.is_llama2c_run(head):
+        return CheckpointError(
+            f"{name} looks like a llama2.c run.c file, whose first kind has no magic number; give the ckpt.pt that it "
+            "was made from"
+        )
+    if line := signatures.plain_text(head):
+        return CheckpointError(f"{name} is a text that begins with {quote(line)}; download the file itself")
+    return CheckpointError(
+        f"{name} begins with {quote(head[:8].decode('latin-1'))}, which is no format that is read; "
         "a checkpoint of PyTorch or safetensors is needed"
     )

@@ -8,20 +8,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from npllama import config as configs
-from npllama import strict_json
 from npllama.checkpoints import names
-from npllama.checkpoints.checkpoint import Checkpoint, Shard, equal, merge, state_dict
+from npllama.checkpoints.checkpoint import Checkpoint, merge
 from npllama.checkpoints.files import InputFile, Pool, read_whole, sniff
 from npllama.checkpoints.pytorch import read_legacy, read_zip
 from npllama.checkpoints.safetensors import read_safetensors
+from npllama.checkpoints.shard import Rename, Shard, equal, state_dict
 from npllama.checkpoints.tensors import Tensor, View
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, UsageError, quote
+from npllama.system import strict_json
 
 META_SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
-INDEX = re.compile(r"(model\.safetensors|pytorch_model\.bin)\.index\.json")
-HF_SHARD = re.compile(r"(model|pytorch_model)-\d{5}-of-\d{5}\.(safetensors|bin)")
-HF_WHOLE = ("model.safetensors", "pytorch_model.bin")
+META_WHOLE = "consolidated.safetensors"
+INDEX = re.compile(r"(model\.safetensors|pytorch_model\.bin)\.index(\.[\w-]+)?\.json")
+HF_SHARD = re.compile(r"(model|pytorch_model)(\.[\w-]+)?-\d{5}-of-\d{5}\.(safetensors|bin)")
+HF_WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    *("model-00001-of-00001.safetensors", "pytorch_model-00001-of-00001.bin"),
+)
+"""The first that is there is taken, as transformers does, whose older files may lie beside newer ones."""
 LLAMA_1 = "layers.0.attention.inner_attention.rope.freqs"
 LLAMA_1_CONTEXT = 2048
 LLAMA_3_VOCABULARY = 128256
@@ -38,16 +44,23 @@ def read_tree(file: InputFile) -> object:
     return readers[sniff(file)](file)
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(
+    path: Path, max_bytes: int = strict_json.MAX_BYTES, max_digits: int = strict_json.MAX_DIGITS
+) -> dict[str, object]:
     """A small JSON object of a checkpoint; CheckpointError naming the file."""
-    data = read_whole(path, strict_json.MAX_BYTES)
+    data = read_whole(path, max_bytes)
     try:
-        return strict_json.parse_object(data)
+        return strict_json.parse_object(data, max_bytes, max_digits)
     except UsageError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
 
 
 # Meta -----------------------------------------------------------------------------------------------------------------
+
+
+def is_meta(tree: object, file: InputFile) -> bool:
+    """Whether the tensors of a weight file have Meta's names."""
+    return any(names.plain(name).endswith("layers.0.attention_norm.weight") for name in state_dict(tree, file))
 
 
 def open_meta(paths: Sequence[Path], pool: Pool) -> Checkpoint:
@@ -56,8 +69,7 @@ def open_meta(paths: Sequence[Path], pool: Pool) -> Checkpoint:
     params = _beside(paths[0], "params.json")
     shards = []
     for path in paths:
-        file = InputFile(path, pool)
-        shards.append(Shard(file.name, state_dict(read_tree(file), file)))
+        shards.append(_single(path, pool, names.meta_names))
     old = LLAMA_1 in shards[0].tensors
     config = _meta_config(params, shards, LLAMA_1_CONTEXT if old else configs.META_CONTEXT)
     found = [shard.select(names.shapes(config), lambda name: name) for shard in shards]
@@ -65,7 +77,8 @@ def open_meta(paths: Sequence[Path], pool: Pool) -> Checkpoint:
         name: merge(name, shape, [views[name] for views in found], "params.json")
         for name, shape in names.shapes(config).items()
     }
-    warnings = [
+    warnings = [note for shard in shards for note in shard.notes]
+    warnings += [
         f"params.json: {quote(key)} is not known and was ignored" for key in sorted(params.keys() - configs.META_KNOWN)
     ]
     if config.norm_eps == 1e-6 and config.vocab_size == 32000 and not old:
@@ -80,8 +93,10 @@ def _meta_config(params: Mapping[str, object], shards: Sequence[Shard], context:
     """params.json, and the number of rows of the embedding, which it leaves open."""
     embedding = shards[0].tensors.get("tok_embeddings.weight")
     if not isinstance(embedding, View) or len(embedding.shape) != 2:
+        like = names.resembling("tok_embeddings.weight", (name for name in shards[0].tensors if "embed" in name))
         raise CheckpointError(
-            f"{shards[0].source} has no matrix 'tok_embeddings.weight'; it is no checkpoint of Meta's LLaMA 2"
+            f"{shards[0].source} has no matrix 'tok_embeddings.weight'{f' (there is {quote(like)})' if like else ''}; "
+            "it is no checkpoint of Meta's LLaMA 2, which is what params.json belongs to"
         )
     rows = embedding.shape[0]
     if embedding.shape[1] == params.get("dim"):
@@ -105,19 +120,24 @@ def is_llama2c(tree: object) -> bool:
 
 def open_llama2c(tree: object, file: InputFile, pool: Pool) -> Checkpoint:
     """A training checkpoint of llama2.c (see is_llama2c); what its optimizer keeps is not looked at."""
-    assert isinstance(tree, dict)
-    if not isinstance(tree["model_args"], dict) or not isinstance(tree["model"], dict):
+    parts = [tree.get(key) for key in ("model_args", "model")] if isinstance(tree, dict) else []
+    if not isinstance(tree, dict) or not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"{file.name}: 'model' and 'model_args' must be dicts; it is damaged: download it again")
     try:
         config = configs.from_llama2c(tree["model_args"])
     except UsageError as error:
         raise CheckpointError(f"{file.name}: model_args: {error}") from error
-    found = Shard(file.name, state_dict(tree, file)).select(names.shapes(config), lambda name: name)
+    shard = Shard.of(file.name, [state_dict(tree, file)], names.meta_names)
+    found = shard.select(names.shapes(config), lambda name: name)
     tensors = {name: merge(name, shape, [found[name]], "model_args") for name, shape in names.shapes(config).items()}
-    return _checkpoint("llama2.c", file.path.parent, config, tensors, pool)
+    return _checkpoint("llama2.c", file.path.parent, config, tensors, pool, shard.notes)
 
 
 # Hugging Face ---------------------------------------------------------------------------------------------------------
+
+
+BIASES = {"attention_bias": "self_attn", "mlp_bias": "mlp"}
+"""Switch in config.json -> the part of a layer that has biases; they are accepted where all of them are zero."""
 
 
 def open_hugging_face(weights: Path, pool: Pool) -> Checkpoint:
@@ -126,15 +146,18 @@ def open_hugging_face(weights: Path, pool: Pool) -> Checkpoint:
     tie = said.get("tie_word_embeddings")
     if tie is not None and type(tie) is not bool:
         raise CheckpointError("config.json: tie_word_embeddings is neither true nor false; the file is damaged")
-    generation = weights.parent / "generation_config.json"
-    try:
-        config = configs.from_hugging_face(said, read_json(generation) if os.path.exists(generation) else None)
-    except UsageError as error:
-        raise CheckpointError(f"config.json: {error}") from error
-    shard = _indexed(weights, pool) if INDEX.fullmatch(weights.name) else _single(weights, pool)
+    biased = [key for key in BIASES if said.get(key) is True]
+    warnings: list[str] = []
+    unbiased = {key: said[key] for key in said if key not in biased}
+    config = _hugging_face_config(unbiased, weights.parent, warnings.append)
+    several = INDEX.fullmatch(weights.name)
+    shard = _indexed(weights, pool, bool(tie)) if several else _single(weights, pool, names.hugging_face_names)
+    zero = [key for key in biased if shard.has_bias(BIASES[key])]  # or refused by name, with the tensors
+    if zero != biased:
+        _hugging_face_config({key: said[key] for key in said if key not in zero}, weights.parent)  # refuses the others
     wanted = names.shapes(config)
-    if tie and "lm_head.weight" not in shard.tensors:
-        del wanted["output"]
+    if tie:
+        _tie(shard.tensors, wanted)
     found = shard.select(wanted, names.hugging_face)
     tensors = {name: merge(name, shape, [found[name]], "config.json") for name, shape in wanted.items()}
     for name, tensor in tensors.items():
@@ -145,41 +168,77 @@ def open_hugging_face(weights: Path, pool: Pool) -> Checkpoint:
             f"{shard.source}: 'lm_head.weight' differs from 'model.embed_tokens.weight', but config.json says "
             "tie_word_embeddings; correct the one that is wrong"
         )
-    return _checkpoint("hugging-face", weights.parent, config, tensors, pool, tied=bool(tie))
+    return _checkpoint("hugging-face", weights.parent, config, tensors, pool, [*warnings, *shard.notes], tied=bool(tie))
 
 
-def _single(path: Path, pool: Pool) -> Shard:
+def _hugging_face_config(
+    said: Mapping[str, object], folder: Path, warn: Callable[[str], None] = lambda text: None
+) -> ModelConfig:
+    """config.json, and the token ids of generation_config.json where there is one."""
+    vocab_size, generation = said.get("vocab_size"), folder / configs.GENERATION_CONFIG
+    try:
+        own = configs.usable_ids(said, configs.CONFIG, vocab_size, warn)
+        other = read_json(generation) if os.path.exists(generation) else {}
+        ids = configs.usable_ids(other, configs.GENERATION_CONFIG, vocab_size, warn)
+    except UsageError as error:
+        raise CheckpointError(str(error)) from error
+    try:
+        return configs.from_hugging_face({**said, "bos_token_id": None, "eos_token_id": None, **own}, ids)
+    except UsageError as error:
+        raise CheckpointError(f"config.json: {names.in_hugging_face_words(str(error))}") from error
+
+
+def _tie(tensors: dict[str, object], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Tied weights are one tensor under either name, and perhaps under both."""
+    if "lm_head.weight" not in tensors:
+        del wanted["output"]
+    elif "model.embed_tokens.weight" not in tensors:
+        tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"]
+
+
+def _single(path: Path, pool: Pool, rename: Rename) -> Shard:
     file = InputFile(path, pool)
-    return Shard(file.name, state_dict(read_tree(file), file))
+    return Shard.of(file.name, [state_dict(read_tree(file), file)], rename)
 
 
-def _indexed(index: Path, pool: Pool) -> Shard:
-    """Several files as one: each holds exactly the tensors that the index says."""
+def _indexed(index: Path, pool: Pool, tied: bool) -> Shard:
+    """Several files as one. The index says which files; where in them a tensor lies, they say themselves."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(_plain(place) for place in places.values()):
         raise CheckpointError(
             f"{index.name}: weight_map must give each tensor a file name without a folder; the file is damaged: "
             "download it again"
         )
-    found: dict[str, object] = {}
     files = sorted(set(places.values()))
     if len(files) > MOST_FILES:
         raise CheckpointError(
             f"{index.name}: weight_map names {len(files):,} files, but at most {MOST_FILES:,} are read"
         )
+    needed = {name: place for name, place in places.items() if not _may_be_absent(name, tied)}
+    found, needed_files = [], set(needed.values())
     for name in files:
-        shard = _single(index.parent / name, pool)
-        for tensor, view in shard.tensors.items():
-            if places.get(tensor) != name and not names.DERIVED.fullmatch(tensor):
-                raise CheckpointError(
-                    f"{name}: tensor {quote(tensor)} is not there according to {index.name}; the files do not belong "
-                    "together: download all again"
-                )
-            found[tensor] = view
-    for tensor, name in places.items():
-        if tensor not in found:
-            raise CheckpointError(f"{name}: tensor {quote(tensor)} is missing, though {index.name} says it is there")
-    return Shard(index.name, found)
+        if not os.path.exists(index.parent / name):
+            if name not in needed_files:
+                continue
+            raise CheckpointError(
+                f"{name} cannot be read: it is missing, though {index.name} names it; download it, or give the weight "
+                "file that is meant"
+            )
+        file = InputFile(index.parent / name, pool)
+        found.append(state_dict(read_tree(file), file))
+    shard = Shard.of(index.name, found, names.hugging_face_names)
+    known, _ = names.hugging_face_names({names.plain(name) for name in needed})
+    for name, place in needed.items():
+        if known[names.plain(name)] not in shard.tensors:
+            raise CheckpointError(f"{place}: tensor {quote(name)} is missing, though {index.name} says it is there")
+    return shard
+
+
+def _may_be_absent(name: str, tied: bool) -> bool:
+    """Whether an index may name a tensor that no file has: a buffer, or one of two names for tied weights."""
+    short = names.plain(name)
+    buffer = names.DERIVED.fullmatch(short) or names.MASK.fullmatch(short)
+    return bool(buffer) or (tied and short.endswith(("lm_head.weight", "embed_tokens.weight")))
 
 
 def _plain(name: object) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from npllama.errors import CheckpointError, quote
 
@@ -208,8 +209,7 @@ class Machine:
         self._set(self._pop_to_mark())
 
     def _set(self, group: list[object]) -> None:
-        target = self._top(dict)
-        assert isinstance(target, dict)
+        target = cast(dict[object, object], self._top(dict))
         if len(group) % 2:
             raise self._damaged("a key has no value")
         for key, value in zip(group[::2], group[1::2], strict=True):

@@ -221,12 +221,12 @@ class _Calls:
 def _view(file: InputFile, *arguments: object) -> View:
     """A tensor inside its storage: every element that shape and strides can reach is there."""
     storage, offset, shape, strides = arguments
-    assert isinstance(storage, Storage)
+    if not isinstance(storage, Storage) or not isinstance(offset, int):
+        raise _damaged(file, "a tensor has no storage, or begins at no element of it")
     if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= MOST_AXES:
         raise _damaged(file, "a tensor is not described as torch does it")
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in (offset, *shape, *strides)):
         raise _damaged(file, "a tensor has an impossible shape")
-    assert isinstance(offset, int)
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if 0 not in shape and last >= storage.numel:
         raise _damaged(file, f"a tensor reaches element {last:,} of a storage of {storage.numel:,}")

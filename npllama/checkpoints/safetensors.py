@@ -3,20 +3,20 @@
     u64 N | N bytes of JSON: name -> {dtype, shape, data_offsets: [begin, end)} | data
 
 The data must be covered exactly: no holes, no overlap, nothing left over.
-Source: huggingface/safetensors, README and tensor.rs. Differs: a name that stands twice is refused, and the header may
-have 4 MiB (100 MB there; LLaMA 2 70B needs 90 kB).
+Where two names share one array, `save_model` writes one, and "__metadata__" says which one the other is: both are read.
+Source: huggingface/safetensors, README, tensor.rs and torch.py. Differs: a name that stands twice is refused.
 """
 
 from __future__ import annotations
 
 import sys
 
-from npllama import strict_json
 from npllama.checkpoints.files import InputFile
+from npllama.checkpoints.headers import Header
 from npllama.checkpoints.tensors import Storage, View
 from npllama.errors import CheckpointError, UsageError, quote
 
-LARGEST_HEADER = 4 << 20  # bytes
+LARGEST_HEADER = 100_000_000  # bytes, as in tensor.rs; LLaMA 2 70B needs 90 kB
 MOST_AXES = 8
 
 DTYPES = {
@@ -47,14 +47,13 @@ def read_safetensors(file: InputFile) -> dict[str, View]:
     size = int.from_bytes(file.read(0, 8), "little")
     if not 2 <= size <= min(LARGEST_HEADER, file.size - 8):
         raise _damaged(file, f"a header of {size:,} bytes is announced")
+    data = bytearray(size)
+    file.read_into(8, data)
     try:
-        header = strict_json.parse_object(file.read(8, size), LARGEST_HEADER)
+        header = Header(data)
     except UsageError as error:
         raise CheckpointError(f"{file.name}: header: {error}") from error
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(file, "__metadata__ is no object of texts")
-    views = {name: _view(file, name, entry, 8 + size) for name, entry in header.items()}
+    views = {name: _view(file, name, entry, 8 + size) for name, entry in header.tensors.items()}
     end = 8 + size
     for view in sorted(views.values(), key=lambda view: (view.storage.start, view.storage.numel)):
         if view.storage.start != end:
@@ -62,7 +61,8 @@ def read_safetensors(file: InputFile) -> dict[str, View]:
         end += view.storage.numel * view.storage.itemsize
     if end != file.size:
         raise _damaged(file, f"its tensors end at byte {end:,}, but it has {file.size:,}")
-    return views
+    shared = {name: views[kept] for name, kept in header.notes.items() if kept in views and name not in views}
+    return {**views, **shared}
 
 
 def _view(file: InputFile, name: str, entry: object, data: int) -> View:

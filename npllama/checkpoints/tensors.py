@@ -130,7 +130,10 @@ class Tensor:
             meta[h*E + r] = hf[h*E + (r % 2) * E/2 + r // 2]
         Raises CheckpointError when the file cannot be read. Source: transformers, convert_llama_weights_to_hf.py.
         """
-        assert 0 <= start <= stop <= self.shape[0]
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(
+                f"rows {start} to {stop} were asked of {self.shape[0]}; needs 0 <= start <= stop <= {self.shape[0]}"
+            )
         if not self.halves:
             return self._merged(start, stop)
         E = self.halves

@@ -10,12 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npllama.commands.info import matrix_formats
-from npllama.commands.terminal import Notes, ProgressLine, add_kv_dtype, add_model, model_of, put, say, whole
+from npllama.commands.terminal import (
+    Choices,
+    Notes,
+    ProgressLine,
+    add_kv_dtype,
+    add_model,
+    model_of,
+    number_formats,
+    put,
+    say,
+    whole,
+)
 from npllama.errors import UsageError
 
 if TYPE_CHECKING:
-    from npllama.bench import Measurement
     from npllama.inference import Llama
+    from npllama.measure.bench import Measurement
 
 NAME = "bench"
 SUMMARY = "measure prompt and generation speed"
@@ -36,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "a model directory (default: the demo model)")
     add = parser.add_argument
     add("--shape", choices=("15m", "110m", "1b", "7b"), help="instead of a model: this shape with random weights")
-    add("--dtype", choices=("f32", "f16", "bf16", "q8", "q6", "q4"), help="number format for --shape (default f32)")
+    formats = Choices(number_formats)
+    add("--dtype", metavar="FORMAT", choices=formats, help="number format for --shape: %(choices)s (default f32)")
     add(
         "-p", "--n-prompt", metavar="N,...", type=numbers(0), default=[512], help="prompt tokens (default 512; 0: none)"
     )
@@ -70,7 +82,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
 
 def _make(out: Path, shape: str, dtype: str) -> None:
     from npllama.inference import DEMO
-    from npllama.random_model import shape_config, write_random_model
+    from npllama.measure.random_model import shape_config, write_random_model
 
     say(f"writing random weights of the {shape} shape as {dtype} ...")
     with ProgressLine("writing") as progress:
@@ -92,8 +104,8 @@ def _measure_with(
 ) -> list[Measurement]:
     started = time.perf_counter()
     import npllama
-    from npllama.bench import Start, measure
-    from npllama.machine import peak_rss_mb
+    from npllama.measure.bench import Start, measure
+    from npllama.system.machine import peak_rss_mb
 
     import_s = time.perf_counter() - started
     tests = [(p, 0, d) for d in args.n_depth for p in args.n_prompt if p]
@@ -155,7 +167,7 @@ def _footer(one: Measurement) -> str:
 
 
 def _profile(llama: Llama) -> str:
-    from npllama.bench import profile
+    from npllama.measure.bench import profile
 
     text = ""
     for n_tokens in (1, 64):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from npllama.commands.info import matrix_formats
-from npllama.commands.terminal import Notes, ProgressLine, say
+from npllama.commands.terminal import Choices, Notes, ProgressLine, number_formats, say
 
 NAME = "export"
 SUMMARY = "turn a checkpoint into a model directory"
@@ -15,31 +16,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama export`."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or file of the checkpoint")
     parser.add_argument("out", metavar="OUT", help="the model directory to make")
-    formats = ("f32", "f16", "bf16", "q8", "q6", "q4")
-    parser.add_argument("--dtype", choices=formats, help="number format (default: the checkpoint's own)")
+    parser.add_argument(
+        "--dtype",
+        metavar="FORMAT",
+        choices=Choices(number_formats),
+        help="number format: %(choices)s (default: the checkpoint's own)",
+    )
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="SentencePiece file (default: tokenizer.model in the checkpoint's folder, else in its parent)",
+        help="tokenizer.model or tokenizer.json, or its folder (default: inside the checkpoint, in its folder or parent)",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
 
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Export, with a progress line; warnings, the tokenizer and the result are said on stderr."""
-    from npllama.export import export
+    from npllama.store.export import export
 
     with ProgressLine("exporting") as progress:
-        export(args.checkpoint, args.out, args.dtype, args.tokenizer, args.force, progress, notes.add)
+        manifest = export(args.checkpoint, args.out, args.dtype, args.tokenizer, args.force, progress, notes.add)
     notes.show()
-    say_made(args.out)
+    say_made(args.out, manifest)
     return 0
 
 
-def say_made(out: str) -> None:
+def say_made(out: str, manifest: dict[str, Any]) -> None:
     """Say what a new model directory holds."""
-    from npllama.weights import open_model
+    from npllama.store.opening import size_bytes
 
-    with open_model(out) as model:
-        formats = " and ".join(matrix_formats(model.manifest))
-        say(f"{out}: {model.size_bytes / 1e6:,.1f} MB, matrices in {formats}")
+    say(f"{out}: {size_bytes(manifest) / 1e6:,.1f} MB, matrices in {' and '.join(matrix_formats(manifest))}")

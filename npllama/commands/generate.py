@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from npllama.commands.terminal import Notes, add_kv_dtype, put, say, whole
+from npllama.commands.terminal import Notes, add_kv_dtype, put, say, text, whole
 from npllama.errors import NpllamaError, UsageError
+from npllama.options import OPTIONS, SamplingOptions
 
 if TYPE_CHECKING:
     from npllama.inference import Llama, Result, Stream
 
 NAME = "generate"
+TEXTS = {"-p": "--prompt", "--prompt": "--prompt", "--stop": "--stop"}
+"""Options whose value is text, also where it begins with a dash, and their long names."""
 SUMMARY = "continue a text"
 INTERRUPTED = 130
 
@@ -27,7 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompt at all where stdin is not a terminal"
     )  # fmt: skip
     add("-m", "--model", metavar="MODEL", help="a model directory (default: the demo model)")
-    add("-p", "--prompt", metavar="PROMPT", action="append", default=[], help='the same as PROMPT; may be empty: ""')
+    add(
+        "-p",
+        "--prompt",
+        metavar="PROMPT",
+        type=text,
+        action="append",
+        default=[],
+        help='the same as PROMPT; may be empty: ""',
+    )
     add(
         "-f", "--file", metavar="FILE", action="append", default=[], help="read the prompt from a file in UTF-8 "
         "(without its last line end)"
@@ -36,13 +49,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-n", "--max-tokens", metavar="N", type=whole(-1, 2**31), default=256, help="tokens to generate (default 256; "
         "-1: until the context is full; 0: read the prompt only)"
     )  # fmt: skip
-    add("--temp", metavar="T", type=float, default=0.8, help="temperature (default 0.8; 0: the most probable token)")
-    add("--top-k", metavar="K", type=whole(-1, 2**31), default=40, help="most probable tokens (default 40; 0: off)")
-    add("--top-p", metavar="P", type=float, default=0.95, help="share of the probability (default 0.95; 1: off)")
-    add("--min-p", metavar="P", type=float, default=0.05, help="least share of the best (default 0.05; 0: off)")
-    add("--repeat-penalty", metavar="R", type=float, default=1.0, help="over the last 64 tokens (default 1: off)")
+    for option in OPTIONS:
+        flag, letter, help = option.metadata["flag"]
+        kind = whole(-1, 2**31) if isinstance(option.default, int) else float
+        add(flag, dest=option.name, metavar=letter, type=kind, help=help)
+    add(
+        "--sampling", choices=("default", "model"), default="default", help="where the options above come from if they "
+        "are not given: npllama's defaults, or what the model's makers suggest (see npllama info MODEL)"
+    )  # fmt: skip
     add("-s", "--seed", metavar="N", type=whole(-1), default=None, help="seed of the draws (default: random)")
-    add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given several times")
+    add("--stop", metavar="TEXT", type=text, action="append", default=[], help="end before this text; may be repeated")
+    add(
+        "-e", "--escape", action="store_true", help="read \\n \\r \\t \\\\ \\' \\\" and \\xHH (a byte) in these texts"
+    )  # fmt: skip
+    add("--bos", action=argparse.BooleanOptionalAction, help="put BOS before the prompt (default: as the model says)")
+    add("--eos", action=argparse.BooleanOptionalAction, help="put EOS behind the prompt (default: as the model says)")
+    add("--padding-ids", action="store_true", help="let ids beyond the tokenizer's pieces be drawn, too")
     add(
         "-c",
         "--ctx-size",
@@ -60,22 +82,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Load, read the prompt, generate."""
     prompt = _prompt(args)  # what is wrong with the arguments is said before anything is loaded
-    stops = [_text(_argument_bytes(stop), "--stop") for stop in args.stop]
+    stops = [_text(_argument_bytes(stop), "--stop", args.escape) for stop in args.stop]
+    given: dict[str, Any] = {option.name: getattr(args, option.name) for option in OPTIONS}
+    SamplingOptions().changed(given)
     from npllama.inference import load
-    from npllama.sampling import SamplingOptions
 
-    sampling: dict[str, Any] = {
-        "temperature": args.temp,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "repeat_penalty": args.repeat_penalty,
-    }
-    SamplingOptions(**sampling)
+    options: dict[str, Any] = {"seed": args.seed, "stop": stops, "echo": args.echo, "sampling": args.sampling}
+    options |= {"bos": args.bos, "eos": args.eos, "padding_ids": args.padding_ids}
     started = time.perf_counter()
     with load(args.model, args.backend, args.threads, args.ctx_size, args.kv_dtype) as llama:
         load_s = time.perf_counter() - started
-        stream = llama.stream(prompt, args.max_tokens, **sampling, seed=args.seed, stop=stops, echo=args.echo)
+        stream = llama.stream(prompt, args.max_tokens, **given, **options)
         complete = _follow(stream, notes, shown=not args.json)
         if args.json:
             put(json.dumps(_report(llama, stream.result, complete, args.model, load_s), ensure_ascii=False))
@@ -137,23 +154,16 @@ def _report(llama: Llama, r: Result, complete: bool, model: str | None, load_s: 
 
 def _prompt(args: argparse.Namespace) -> str:
     """The one prompt: an argument, a file, or stdin. Raises UsageError for two."""
-    texts = [text for text in (args.prompt_argument, *args.prompt) if text is not None]
+    texts = [given for given in (args.prompt_argument, *args.prompt) if given is not None]
     if len(texts) + len(args.file) > 1:
         raise UsageError("two prompts were given; one is needed: PROMPT, or -p PROMPT, or -f FILE.")
-    if args.file:
-        return _read_file(args.file[0])
+    if args.file and args.file[0] != "-":
+        return _text(_of_a_file(_read_file(args.file[0])), args.file[0], args.escape)
     if texts and texts[0] != "-":
-        return _text(_argument_bytes(texts[0]), "the prompt")
-    if not texts and (sys.stdin is None or sys.stdin.isatty()):
+        return _text(_argument_bytes(texts[0]), "the prompt", args.escape)
+    if not texts and not args.file and (sys.stdin is None or sys.stdin.isatty()):
         return ""
-    if sys.stdin is None:
-        raise NpllamaError("stdin: is closed, and the prompt - is read from it; open it, or give the prompt with -p.")
-    data = sys.stdin.buffer.read()
-    if data is None:  # a pipe in non-blocking mode, to which nothing was written yet
-        raise NpllamaError(
-            "stdin: does not wait for what is not there yet; open it blocking, or give the prompt with -p."
-        )
-    return _without_last_line_end(_text(data, "stdin"))
+    return _text(_of_a_file(_read_stdin()), "stdin", args.escape)
 
 
 def _argument_bytes(argument: str) -> bytes:
@@ -161,28 +171,59 @@ def _argument_bytes(argument: str) -> bytes:
     return argument.encode("utf-8", "surrogateescape")
 
 
-def _read_file(name: str) -> str:
+def _read_stdin() -> bytes:
+    if sys.stdin is None:
+        raise NpllamaError("stdin: is closed, and the prompt - is read from it; open it, or give the prompt with -p.")
+    data = sys.stdin.buffer.read()
+    if data is None:  # a pipe in non-blocking mode, to which nothing was written yet
+        raise NpllamaError(
+            "stdin: does not wait for what is not there yet; open it blocking, or give the prompt with -p."
+        )
+    return data
+
+
+def _read_file(name: str) -> bytes:
     try:
         with open(name, "rb") as file:
-            data = file.read()
+            return file.read()
     except OSError as error:
         raise NpllamaError(
             f"{name}: cannot be read ({error.strerror}); -f needs a text file in UTF-8. Check the path, "
             f"or give the text itself with -p."
         ) from error
-    return _without_last_line_end(_text(data, name))
 
 
-def _text(data: bytes, name: str) -> str:
+def _of_a_file(data: bytes) -> bytes:
+    """Without what is no text: the mark (BOM) that editors begin UTF-8 with, and the line end that they end it with."""
+    data = data.removeprefix(codecs.BOM_UTF8)
+    return data.removesuffix(b"\n").removesuffix(b"\r") if data.endswith(b"\n") else data
+
+
+def _text(data: bytes, name: str, escape: bool) -> str:
+    """Text of UTF-8 bytes, its escapes read first if asked."""
+    data = unescaped(data) if escape else data
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         raise NpllamaError(
-            f"{name}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8, which text must be; "
-            f"convert it, for example with iconv."
+            f"{name}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8, which text must be"
+            f"{' (it looks like UTF-16)' if wide else ''}; convert it, for example with iconv."
         ) from error
 
 
-def _without_last_line_end(text: str) -> str:
-    """Editors and echo end a text with a line end that is not meant to be continued."""
-    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+ESCAPE = re.compile(rb"\\(?:([nrt'\"\\])|x([0-9A-Fa-f]{2}))")
+ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
+
+
+def unescaped(data: bytes) -> bytes:
+    """Bytes with \\n \\r \\t \\' \\" \\\\ and \\xHH as what they stand for; any other backslash stays.
+
+    Source: string_process_escapes of llama.cpp.
+    """
+
+    def meant(found: re.Match[bytes]) -> bytes:
+        letter, digits = found.groups()
+        return bytes([int(digits, 16)]) if letter is None else ESCAPED.get(letter, letter)
+
+    return ESCAPE.sub(meant, data)

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
         raise UsageError("--check needs a model: npllama info MODEL --check.")
     facts = machine_facts() if model is None else model_facts(model)
     if args.check:
-        from npllama.weights import check_hashes
+        from npllama.store.opening import check_hashes
 
         with ProgressLine("checking") as progress:
             check_hashes(str(model), progress)
@@ -62,37 +62,49 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
 def model_facts(path: str) -> dict[str, Any]:
     """What a model directory says about itself, without reading its weights."""
     from npllama import cache
-    from npllama.weights import open_model
+    from npllama.store import tokenizers
+    from npllama.store.opening import MANIFEST, check_model, size_bytes, suggested_sampling
 
-    with open_model(path) as model:
-        c, tensors = model.config, model.manifest["tensors"]
-        files = [record["file"] for tensor in tensors.values() for record in tensor["arrays"].values()]
-        return {
-            "model": path,
-            "config": c.to_json(),
-            "number_formats": {kind: tensor["format"] for kind, tensor in tensors.items()},
-            "matrices": " and ".join(matrix_formats(model.manifest)),
-            "tied_output": "output" not in tensors,
-            "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors.values()),
-            "size_bytes": model.size_bytes,
-            "files": len(files) + 2,
-            "full_cache_bytes": cache.size_bytes(c.n_layers, 1, c.n_kv_heads, c.max_seq_len, c.head_dim),
-            "tokenizer": {"file": str(model.tokenizer_path), "pieces": model.manifest["tokenizer"]["size"]},
-        }
+    manifest, c = check_model(path)
+    sampling = suggested_sampling(Path(path) / MANIFEST, manifest)
+    tensors = manifest["tensors"]
+    files = [record["file"] for tensor in tensors.values() for record in tensor["arrays"].values()]
+    tokenizer_files = tokenizers.hashes(manifest["tokenizer"])
+    return {
+        "model": path,
+        "config": c.to_json(),
+        "number_formats": {kind: tensor["format"] for kind, tensor in tensors.items()},
+        "matrices": " and ".join(matrix_formats(manifest)),
+        "tied_output": "output" not in tensors,
+        "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors.values()),
+        "size_bytes": size_bytes(manifest),
+        "files": len(files) + 1 + len(tokenizer_files),
+        "full_cache_bytes": cache.size_bytes(c.n_layers, 1, c.n_kv_heads, c.max_seq_len, c.head_dim),
+        "tokenizer": {
+            "kind": tokenizers.KINDS[tokenizers.kind_of(manifest["tokenizer"])].title,
+            "file": ", ".join(str(Path(path) / name) for name in tokenizer_files),
+            "size_bytes": sum(os.path.getsize(Path(path) / name) for name in tokenizer_files),
+            "pieces": manifest["tokenizer"]["size"],
+            "add_bos_token": c.add_bos_token,
+            "add_eos_token": c.add_eos_token,
+        },
+        "suggested_sampling": "none" if sampling is None else sampling.to_json(),
+        "format_version": manifest["version"],
+    }
 
 
 def matrix_formats(manifest: dict[str, Any]) -> list[str]:
     """The number formats of a model's matrices."""
-    from npllama.weights import NORMS
+    from npllama.weights import KINDS
 
-    return sorted({tensor["format"] for kind, tensor in manifest["tensors"].items() if kind not in NORMS})
+    return sorted({tensor["format"] for kind, tensor in manifest["tensors"].items() if not KINDS[kind].is_norm})
 
 
 def machine_facts() -> dict[str, Any]:
     """Versions, CPU, threads and why, threading layer, memory, and where compiled code is kept."""
-    from npllama import machine
-    from npllama.engine import compiled_execution
+    from npllama.execution.compiled import compiled_execution
     from npllama.inference import DEMO
+    from npllama.system import machine
 
     n_threads, why = machine.default_threads()
     cpu, features = _cpu()

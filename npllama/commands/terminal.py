@@ -8,12 +8,14 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 
 from npllama.errors import UsageError
 
 REDRAW_S = 0.1
+MARK = "\0"
+"""What the command line puts before a value that is text, so that argparse does not read it: no argument holds it."""
 
 
 def put(text: str) -> None:
@@ -162,6 +164,45 @@ def whole(least: int, largest: int = 2**64 - 1) -> Callable[[str], int]:
     return parse
 
 
+class Choices:
+    """The values that an argument may have, asked for when one is checked or help is shown: no import before."""
+
+    def __init__(self, find: Callable[[], Iterable[str]]) -> None:
+        self._find = find
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._find())
+
+    def __contains__(self, value: object) -> bool:
+        return value in tuple(self._find())
+
+
+def number_formats() -> list[str]:
+    """Every number format of weights."""
+    from npllama.numbers import FORMATS
+
+    return list(FORMATS)
+
+
+def quantized_formats() -> list[str]:
+    """The number formats that `quantize` makes."""
+    from npllama.numbers import FORMATS
+
+    return [name for name, number_format in FORMATS.items() if number_format.quantized]
+
+
+def cache_formats() -> tuple[str, ...]:
+    """The number formats of keys and values."""
+    from npllama.cache import KV_DTYPES
+
+    return KV_DTYPES
+
+
+def text(argument: str) -> str:
+    """A type of argument: text, which may begin with a dash."""
+    return argument.removeprefix(MARK)
+
+
 def add_model(parser: argparse.ArgumentParser, help: str) -> None:
     """The model of a command: its first argument, or -m."""
     parser.add_argument("model_argument", metavar="MODEL", nargs="?", help=help)
@@ -171,7 +212,11 @@ def add_model(parser: argparse.ArgumentParser, help: str) -> None:
 def add_kv_dtype(parser: argparse.ArgumentParser) -> None:
     """The number format of the cache."""
     parser.add_argument(
-        "--kv-dtype", choices=("f32", "f16", "q8"), default="f32", help="format of keys and values kept (default f32)"
+        "--kv-dtype",
+        metavar="FORMAT",
+        choices=Choices(cache_formats),
+        default="f32",
+        help="format of keys and values kept: %(choices)s (default f32)",
     )
 
 

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
 
 def _verify(args: argparse.Namespace, notes: Notes) -> int:
     import npllama
-    from npllama.verify import verify, whole_model_error
+    from npllama.measure.verify import verify, whole_model_error
 
     with npllama.load(model_of(args), backend="numba", threads=args.threads, kv_dtype=args.kv_dtype) as llama:
         notes.show()

@@ -20,10 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Compile, and make sure that the result was kept."""
     import npllama
-    from npllama.engine import compiled_exists
-    from npllama.weights import open_model
+    from npllama.execution.compiled_code import compiled_exists
+    from npllama.store.opening import open_model
+    from npllama.system import machine
 
     model = model_of(args)
+    folder, why = machine.cache_directory()
+    if folder is None:
+        raise ModelError(f"compiled code could not be kept: {why}; set NPLLAMA_CACHE_DIR to a directory of your own.")
     with npllama.load(model, backend="numba", kv_dtype=args.kv_dtype) as llama:
         notes.show()
         seconds = llama.engine.compile_s

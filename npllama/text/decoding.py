@@ -23,7 +23,7 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._breaks = tokenizer.breaks
         self._at_start = True
-        self._utf8 = _Utf8("replace" if tokenizer.whole_replacement else "surrogateescape")
+        self._utf8 = _Utf8(_errors(tokenizer))
 
     def push(self, token: int) -> str:
         """The text that is certain now and was not before, perhaps empty. Raises UsageError for an id out of range."""
@@ -38,11 +38,31 @@ class StreamDecoder:
         return self._text(b"", final=True)
 
     def _text(self, data: bytes, final: bool) -> str:
-        text = self._utf8.decode(data, final)
-        return text if text.isascii() else _BAD_BYTE.sub("\ufffd", text)
+        return _replaced(self._utf8.decode(data, final))
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """The text of ids: that of a stream which is read to its end."""
-    stream = StreamDecoder(tokenizer)
-    return "".join([stream.push(token) for token in ids]) + stream.finish()
+    """The text of ids, that of a stream which is read to its end. Raises UsageError for an id out of range."""
+    breaks, errors = tokenizer.breaks, _errors(tokenizer)
+    texts: list[str] = []
+    run: list[bytes] = []
+    at_start = True
+    for token in ids:
+        piece = tokenizer.piece(token)
+        if at_start:
+            piece, at_start = tokenizer.first_piece(token)
+        run.append(piece)
+        if token in breaks:
+            texts.append(b"".join(run).decode("utf-8", errors))
+            run.clear()
+    texts.append(b"".join(run).decode("utf-8", errors))
+    return _replaced("".join(texts))
+
+
+def _errors(tokenizer: Tokenizer) -> str:
+    """What Python is to do with bytes that are no character."""
+    return "replace" if tokenizer.whole_replacement else "surrogateescape"
+
+
+def _replaced(text: str) -> str:
+    return text if text.isascii() else _BAD_BYTE.sub("\ufffd", text)

@@ -1,18 +1,14 @@
 """A vocabulary as files of a model directory: what reading its source file took seconds for, ready to be used.
 
-    tokenizer.rules.json    Rules
-    tokenizer.bytes.npy     uint8, the bytes of all tokens in a row
-    tokenizer.lengths.npy   int32 (V,), how many each has
-    tokenizer.merges.npy    int32 (M, 4): left, right, rank, result
-
-`save` returns an entry for the manifest with the sha256 of each; `load` checks them, and then what the files say: a
-manifest comes from strangers, too.
+tokenizer.rules.json    Rules
+tokenizer.bytes.npy     uint8, the bytes of all tokens in a row
+tokenizer.lengths.npy   int32 (V,), how many each has
+tokenizer.merges.npy    int32 (M, 4): left, right, rank, result
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import re
@@ -23,12 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from npllama import strict_json
-from npllama.checkpoints.files import read_whole
-from npllama.errors import CheckpointError, ModelError, UsageError, quote
-from npllama.text.added import MAX_LENGTH, AddedToken
-from npllama.text.bpe import MAX_IDS
-from npllama.text.splitting import PATTERNS
+from npllama.errors import ModelError, UsageError, quote
+from npllama.system import strict_json
+from npllama.text.bpe.added import MAX_LENGTH, AddedToken
+from npllama.text.bpe.merging import MAX_IDS
+from npllama.text.bpe.splitting import PATTERNS
 from npllama.text.vocabulary import MARK, Rules, Vocabulary, problem
 
 RULES, BYTES, LENGTHS, MERGES = (
@@ -38,42 +33,35 @@ RULES, BYTES, LENGTHS, MERGES = (
     "tokenizer.merges.npy",
 )
 FILES = (RULES, BYTES, LENGTHS, MERGES)
-MAX_FILE_BYTES = 32 << 20
 MAX_RULES_BYTES = 8 << 20
 AGAIN = "export the checkpoint again."
 
 
-def save(vocabulary: Vocabulary, folder: Path) -> dict[str, Any]:
-    """Write a vocabulary into a folder; returns its entry for the manifest: kind, size, sha256 of each file."""
+def files_of(vocabulary: Vocabulary) -> dict[str, bytes]:
+    """The files of a vocabulary: name and content."""
     tokens = vocabulary.tokens
-    data = {
+    return {
         RULES: json.dumps(dataclasses.asdict(vocabulary.rules), indent=1).encode("ascii"),
         BYTES: _npy(np.frombuffer(b"".join(tokens), np.uint8)),
         LENGTHS: _npy(np.array([len(token) for token in tokens], "<i4")),
         MERGES: _npy(np.ascontiguousarray(vocabulary.merges, "<i4")),
     }
-    for name, content in data.items():
-        (folder / name).write_bytes(content)
-    return {
-        "kind": "bpe",
-        "size": len(tokens),
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in data.items()},
-    }
 
 
-def load(folder: Path, entry: Mapping[str, Any]) -> Vocabulary:
-    """Read what `save` wrote; entry is what it returned. Raises ModelError for a file that is missing or changed."""
-    if entry.get("kind") != "bpe" or not isinstance(entry.get("sha256"), dict) or set(entry["sha256"]) != set(FILES):
-        raise ModelError(f"{folder}: the manifest's entry of the tokenizer is not one of kind bpe; {AGAIN}")
-    data = {name: _read(folder / name, entry["sha256"][name]) for name in FILES}
+def vocabulary_of(data: Mapping[str, bytes], folder: Path) -> Vocabulary:
+    """The vocabulary of files that `files_of` gave; `folder` is where they lie. Raises ModelError for what is damaged.
+
+    That they are what was exported is for the caller to know, by their sha256; what they say is checked all the same:
+    a manifest comes from strangers, too.
+    """
     lengths, spelled, merges = (
         _array(folder / name, data[name], dtype, columns)
         for name, dtype, columns in ((LENGTHS, "<i4", None), (BYTES, "|u1", None), (MERGES, "<i4", 4))
     )
     rules = _rules(folder / RULES, data[RULES])
     n = len(lengths)
-    if n != entry.get("size") or (n and lengths.min() < 0) or lengths.sum(dtype=np.int64) != len(spelled):
-        raise ModelError(f"{folder / LENGTHS}: its {n:,} lengths do not add up to {BYTES} and the manifest; {AGAIN}")
+    if (n and lengths.min() < 0) or lengths.sum(dtype=np.int64) != len(spelled):
+        raise ModelError(f"{folder / LENGTHS}: its {n:,} lengths do not add up to {BYTES}; {AGAIN}")
     joined = spelled.tobytes()
     tokens = [joined[start:end] for start, end in pairwise(accumulate(lengths.tolist(), initial=0))]
     vocabulary = Vocabulary(rules, tokens, merges)
@@ -86,17 +74,6 @@ def _npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
-
-
-def _read(path: Path, sha256: object) -> bytes:
-    """A file with the sha256 that the manifest says."""
-    try:
-        data = read_whole(path, MAX_FILE_BYTES)
-    except CheckpointError as error:
-        raise ModelError(f"{path}: {error}; {AGAIN}") from error
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ModelError(f"{path}: is not what was exported (its sha256 differs from the manifest); {AGAIN}")
-    return data
 
 
 _HEADER = re.compile(

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from npllama.text.added import AddedToken
-from npllama.text.bpe import MAX_IDS
+from npllama.text.bpe.added import AddedToken
+from npllama.text.bpe.merging import MAX_IDS
 
 MARK = "\u2581"
 """How the pieces of a SentencePiece vocabulary spell a space."""

@@ -1,0 +1,125 @@
+"""Compiled execution of one model: model.forward compiled or loaded, and run with threads."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from npllama.errors import NpllamaError, quote
+from npllama.execution import compiled_code, threads
+from npllama.execution import top_k as search
+from npllama.execution.affinity import ThreadAffinity
+from npllama.store.opening import OpenModel
+from npllama.system import machine
+
+MOST_KEPT = 64  # logits that the compiled search keeps in order as it goes; it would pay for a few hundred
+
+Report = Callable[[str], None]
+
+
+class Compiled:
+    """The kernels for one model's number formats. arguments: those of model.forward, whose types are compiled for.
+
+    function: model.forward, compiled; import_s, compile_s: seconds. Raises threads.UnavailableError where nothing can
+    be compiled, UsageError for more threads than Numba has, ModelError for number formats without kernels.
+    """
+
+    def __init__(
+        self, opened: OpenModel, kv_dtype: str, arguments: tuple[Any, ...], n_threads: int | None, report: Report
+    ) -> None:
+        started = time.perf_counter()
+        with threads.COMPILING:
+            threads.start_numba(report)
+            self.n_threads = threads.numba_threads(n_threads, machine.default_threads()[0])
+            try:
+                with threads.numba_threads_later(opened.size_bytes):
+                    self._compile(opened, kv_dtype, arguments, started, report)
+            except NpllamaError:
+                raise
+            except Exception as error:
+                reason = quote(f"{type(error).__name__}: {error}".splitlines()[0])
+                raise threads.UnavailableError(f"compiling failed ({reason}); use backend numpy.") from error
+
+    def _compile(
+        self, opened: OpenModel, kv_dtype: str, arguments: tuple[Any, ...], started: float, report: Report
+    ) -> None:
+        import numba
+
+        from npllama.execution.disk_cache import open_caches
+        from npllama.execution.kernels import compile as compiler
+
+        self.import_s = time.perf_counter() - started
+        started = time.perf_counter()
+        cache_of = open_caches(report)
+        cache = cache_of(compiled_code.forward_name(opened, kv_dtype))
+        if cache is None or not cache.exists:
+            report(f"compiling kernels for {compiled_code.formats(opened)} (once; 10 to 20 s) ...")
+        self.function = compiler.compile_forward(arguments, cache)
+
+        def make_bind() -> Callable[[np.ndarray], None]:
+            kept = cache_of(compiled_code.named("bind-threads"))
+            bind: Callable[[np.ndarray], None] = compiler.compile_pin_threads(kept)
+            return bind
+
+        @functools.cache
+        def make_top_k() -> Callable[[np.ndarray, np.ndarray], bool]:
+            with threads.COMPILING:
+                name = compiled_code.named("top-k")
+                search: Callable[[np.ndarray, np.ndarray], bool] = compiler.compile_top_k(cache_of(name))
+                return search
+
+        self._affinity = ThreadAffinity(make_bind, numba.threading_layer)
+        self._make_top_k, self._block = make_top_k, compiler.top_k.BLOCK_LOGITS
+        if cache is None or not cache.loaded:
+            self._affinity.prepare()  # seldom needed, but when it is the machine is busy
+            make_top_k()
+        self.compile_s = time.perf_counter() - started
+
+    def forward(self, n_threads: int, arguments: tuple[Any, ...]) -> np.ndarray:
+        """model.forward. Raises UsageError in a process that was forked from one that had computed."""
+        before = threads.use(n_threads)
+        try:
+            return self._affinity.run(n_threads, self.function, arguments)
+        finally:
+            threads.put_back(before, n_threads)
+
+    def top_k(self, logits: np.ndarray, k: int) -> np.ndarray:
+        """top_k.top_k, compiled; for many candidates the search in NumPy."""
+        if k > min(MOST_KEPT, len(logits) // self._block):
+            return search.top_k(logits, k)
+        ids = np.empty(k, np.int64)
+        if not self._make_top_k()(logits, ids):
+            raise search.not_finite()
+        return ids
+
+    def read(self, n_threads: int, data: np.ndarray) -> object:
+        """Read (n,) float32 once through, as fast as memory allows."""
+        from npllama.execution.kernels.bandwidth import stream_memory
+
+        with threads.using(n_threads):
+            return stream_memory(data)
+
+    def close(self, n_threads: int) -> None:
+        """Let threads that were tied to CPUs run on all again: those of the Python thread that calls this."""
+        if threads.survived() and self._affinity.apart:
+            with threads.using(n_threads):
+                self._affinity.release(n_threads)
+
+
+def compiled_execution() -> dict[str, str]:
+    """What compiled code is made for, and what runs its threads; or why there is none. Imports numba."""
+    said: list[str] = []
+    try:
+        threads.start_numba(said.append)
+        import numba
+
+        with threads.numba_threads_later():
+            from npllama.execution.kernels import compile as compiler
+
+            return {"compiled_for": compiler.target().split("|")[1], "threading_layer": numba.threading_layer()}
+    except threads.UnavailableError as error:
+        return {"compiled_execution": f"not available: {error}"}

@@ -1,0 +1,309 @@
+"""The engine: chooses NumPy or compiled execution once, and runs model.forward on validated batches."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from npllama import cache as kv
+from npllama import model, ops
+from npllama.cache import KVCache
+from npllama.errors import ModelError, UsageError, quote, whole_number
+from npllama.execution import process
+from npllama.execution.compiled import Compiled
+from npllama.execution.compiled_code import compiled_exists
+from npllama.execution.threads import COMPILED, Turn, UnavailableError, using
+from npllama.execution.top_k import Search, top_k
+from npllama.numbers import format_of
+from npllama.store.opening import OpenModel
+from npllama.system import machine
+from npllama.weights import Weights, kind_shapes
+
+SMALL_MODEL_BYTES = 20_000_000
+TABULATED = 8192  # positions whose angles are kept; of later ones they are computed in each call
+MOST_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
+MOST_THREADS = 4096
+BACKENDS = ("auto", "numpy", "numba")
+
+
+def say_nothing(message: str) -> None:
+    """The default reporter."""
+
+
+class Engine:
+    """One model ready to compute. Threads may call it at the same time: calls take turns.
+
+    backend "auto" | "numpy" | "numba"; threads None: as many as are worth it; kv_dtype "f32" | "f16" | "q8": how its
+    caches keep keys and values. report gets one-line messages.
+    Raises UsageError for values that cannot be honoured, ModelError when memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        opened: OpenModel,
+        backend: str = "auto",
+        threads: int | None = None,
+        report: Callable[[str], None] = say_nothing,
+        kv_dtype: str = "f32",
+    ) -> None:
+        self.config = opened.config
+        self.kv_dtype = kv.checked_kv_dtype(kv_dtype)
+        self._opened = opened
+        self._weights: Weights | None = opened.weights
+        self._report = report
+        c = self.config
+        self._numbers = model.Numbers(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, float(c.norm_eps))
+        self._table = ops.rotation(np.arange(min(c.max_seq_len, TABULATED)), c.head_dim, c.rope_theta)
+        self.backend = choose_backend(backend, opened, report, self.kv_dtype)
+        self.threads = _checked_threads(threads)
+        self.compiled: Compiled | None = None
+        self.top_k: Search = top_k
+        self.import_s = self.compile_s = 0.0
+        if self.backend == "numba":
+            self._prepare_numba(threads, optional=backend == "auto" and not os.environ.get("NPLLAMA_BACKEND"))
+        self._lock = Turn() if self.compiled is None else COMPILED
+        self._releases: list[Callable[[], None]] = []
+        self._release_later(process.hold_freed_memory())
+        if self.compiled is None:
+            self._hold_blas_threads(threads is not None)
+            self._prepare_numpy()
+
+    def _release_later(self, release: Callable[[], None]) -> None:
+        """Put something back when this engine is closed, or is gone without that."""
+        self._releases.append(release)
+        weakref.finalize(self, release).atexit = False
+
+    def _hold_blas_threads(self, threads_asked: bool) -> None:
+        """NumPy's products are threaded by its BLAS; what the user set for it stands."""
+        own_setting = any(name in os.environ for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
+        if own_setting and not threads_asked:
+            return
+        release = process.hold_blas_threads(self.threads)
+        if release is not None:
+            self._release_later(release)
+        elif threads_asked:
+            raise UsageError(
+                f"threads={self.threads} cannot be honoured by this NumPy, whose BLAS offers no way to set it; "
+                f"leave threads out, or set the BLAS's own variable (VECLIB_MAXIMUM_THREADS, ...) before the start."
+            )
+
+    def _prepare_numpy(self) -> None:
+        """Widen narrow weights once where memory allows; but for the embedding, of which a call needs few rows."""
+        weights, shapes = self._opened.weights, kind_shapes(self.config)
+        factors = {kind: w for kind, w in weights._asdict().items() if kind != "tok_embeddings"}
+        needed = sum(4 * math.prod(shapes[kind]) for kind, w in factors.items() if not isinstance(w, np.ndarray))
+        if needed and needed <= machine.free_memory() // 2:
+            if needed > SMALL_MODEL_BYTES:
+                self._report(f"widening the weights to float32 in memory ({needed / 1e6:,.0f} MB)")
+            wide: dict[str, Any] = {kind: format_of(w).for_products(w) for kind, w in factors.items()}
+            self._weights = weights._replace(**wide)
+        elif needed:
+            self._report(
+                "weights stay narrow, each layer is widened in each call: float32 would take half of the free memory"
+            )
+
+    def _prepare_numba(self, threads: int | None, optional: bool) -> None:
+        """Compile model.forward for this model's number formats; or, if `optional`, stay with NumPy."""
+        try:
+            arguments = self._arguments(self.new_cache(1, 1), *(np.zeros(1, np.int64) for _ in range(4)))
+            self.compiled = Compiled(self._opened, self.kv_dtype, arguments, threads and self.threads, self._report)
+        except UnavailableError as error:
+            if not optional:
+                raise
+            self.backend = "numpy"
+            self._report(f"using NumPy: {error}")
+            return
+        self.threads, self.top_k = self.compiled.n_threads, self.compiled.top_k
+        self.import_s, self.compile_s = self.compiled.import_s, self.compiled.compile_s
+        if opened_bytes_fit(self._opened):
+            self._opened.prefetch()
+
+    @property
+    def weights(self) -> Weights:
+        """The weights as they are computed with. Raises UsageError once the engine is closed."""
+        if self._weights is None:
+            raise UsageError("this model is closed; load it again.")
+        return self._weights
+
+    @property
+    def cache_bytes_per_position(self) -> int:
+        """Bytes of keys and values that one position adds to the cache."""
+        c = self.config
+        return kv.size_bytes(c.n_layers, 1, c.n_kv_heads, 1, c.head_dim, self.kv_dtype)
+
+    def reader(self) -> Callable[[np.ndarray], object]:
+        """A function that reads (n,) float32 once through with this engine's threads: the yardstick of `bench`."""
+        compiled = self.compiled
+        if compiled is None:
+            return lambda data: data.reshape(-1, 4096) @ np.ones(4096, np.float32)
+        return functools.partial(compiled.read, self.threads)
+
+    def single_kernels(self) -> dict[str, Callable[..., np.ndarray]]:
+        """Every step of ops.py compiled on its own. Raises UsageError for the NumPy execution, which has no kernels."""
+        if self.backend != "numba":
+            raise UsageError("the NumPy execution has no kernels to look at; it needs numba, and backend numba.")
+        from npllama.execution.kernels import per_op
+
+        return per_op.OPS
+
+    def run_stepwise(
+        self, forward: Callable[..., np.ndarray], cache: KVCache, tokens: np.ndarray, pos: np.ndarray
+    ) -> np.ndarray:
+        """Feed tokens of sequence 0 to a forward made by `stepwise`; logits of the last (1, V)."""
+        batch = [np.ascontiguousarray(a, np.int64) for a in (tokens, pos, np.zeros(len(pos)), [len(pos) - 1])]
+        self._check(cache, *batch)
+        with self._lock, contextlib.nullcontext() if self.compiled is None else using(self.threads):
+            return forward(*self._arguments(cache, *batch))
+
+    def new_cache(self, n_seqs: int, n_slots: int, window: int = 0, n_sink: int = 0) -> KVCache:
+        """An empty KV cache for this model. Raises ModelError, with the arithmetic, when memory does not suffice."""
+        c = self.config
+        needed = kv.size_bytes(c.n_layers, n_seqs, c.n_kv_heads, n_slots, c.head_dim, self.kv_dtype)
+        free = machine.free_memory()
+        if needed > free:
+            narrower = "" if self.kv_dtype == "q8" else ", or for kv_dtype q8"
+            raise ModelError(
+                f"a KV cache for {n_slots} positions needs {needed / 1e6:,.0f} MB ({c.n_layers} layers x {n_seqs} "
+                f"sequences x {n_slots} slots x {c.n_kv_heads} heads x 2 x {kv.row_bytes(c.head_dim, self.kv_dtype)} "
+                f"bytes in {self.kv_dtype}), {free / 1e6:,.0f} MB are free; ask for a smaller context{narrower}."
+            )
+        return kv.allocate(c.n_layers, n_seqs, c.n_kv_heads, n_slots, c.head_dim, window, n_sink, self.kv_dtype)
+
+    def forward(
+        self,
+        cache: KVCache,
+        tokens: Sequence[int] | np.ndarray,
+        pos: Sequence[int] | np.ndarray,
+        seq: Sequence[int] | np.ndarray,
+        out: Sequence[int] | np.ndarray,
+    ) -> np.ndarray:
+        """Logits of the rows in `out`: (R, V) float32. Writes the cache.
+
+        tokens, pos, seq (T,), out (R,): see model.Batch. Compiled kernels do not check bounds, so everything
+        that addresses memory is checked here; a violation is a UsageError.
+        """
+        batch = [np.ascontiguousarray(a, np.int64) for a in (tokens, pos, seq, out)]
+        self._check(cache, *batch)
+        with self._lock:
+            arguments = self._arguments(cache, *batch)
+            if self.compiled is None:
+                return _forward_in_numpy(*arguments)
+            return self.compiled.forward(self.threads, arguments)
+
+    def _arguments(
+        self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray
+    ) -> tuple[Any, ...]:
+        """The arguments of model.forward: always of the same types, so that one compiled signature serves."""
+        batch = model.Batch(tokens, pos, seq, out)
+        return batch, self._rotation(cache, pos), self.weights, cache, self._numbers
+
+    def _rotation(self, cache: KVCache, pos: np.ndarray) -> model.Rotation:
+        """Cosines and sines of the batch's positions, and of the nearer ones from which the sinks are seen."""
+        cos, sin = self._angles(pos)
+        if not cache.n_sink:
+            return model.Rotation(cos, sin, cos, sin)
+        return model.Rotation(cos, sin, *self._angles(np.minimum(pos, cache.n_sink + cache.window - 1)))
+
+    def _angles(self, pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if len(pos) and pos.max() < len(self._table[0]):
+            return self._table[0][pos], self._table[1][pos]
+        return ops.rotation(pos, self.config.head_dim, self.config.rope_theta)
+
+    def _check(self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray) -> None:
+        c = self.config
+        kv.check_fits(cache, c.n_layers, c.n_kv_heads, c.head_dim, self.kv_dtype)
+        T = len(tokens)
+        if T == 0 or pos.shape != (T,) or seq.shape != (T,) or tokens.ndim != 1 or out.ndim != 1:
+            raise UsageError(
+                f"a batch needs equally many tokens, pos and seq, at least one; got {T}, {pos.shape}, {seq.shape}."
+            )
+        _check_range("token ids", tokens, self.config.vocab_size)
+        _check_range("positions", pos, MOST_POSITIONS)
+        _check_range("seq", seq, cache.pos.shape[1])
+        if len(out):
+            _check_range("out", out, T)
+        firsts = [0]  # rows with which a sequence begins
+        if T > 1:
+            same = seq[1:] == seq[:-1]
+            firsts += (1 + np.flatnonzero(~same)).tolist()
+            if not (pos[1:][same] == pos[:-1][same] + 1).all() or len(set(seq[firsts])) != len(firsts):
+                raise UsageError("the rows of a sequence must stand together, their positions ascending by one.")
+        for t in firsts:
+            kv.check_kept(cache, int(seq[t]), int(pos[t]))
+
+    def close(self) -> None:
+        """Let go of the weights, and put back what was changed in the process. Waits for a call that is under way."""
+        with self._lock:
+            if self._weights is not None and self.compiled is not None:
+                self.compiled.close(self.threads)
+            self._weights = None
+            for release in self._releases:
+                release()
+
+
+def _forward_in_numpy(*arguments: Any) -> np.ndarray:
+    """model.forward without NumPy's warnings: numbers that are not finite are refused where an id is sampled."""
+    with np.errstate(all="ignore"):
+        return model.forward(*arguments)
+
+
+def opened_bytes_fit(opened: OpenModel) -> bool:
+    """Whether a model's files fit into half of the free memory, so that reading them ahead evicts nothing."""
+    return opened.size_bytes < machine.free_memory() // 2
+
+
+def stepwise(steps: dict[str, Callable[..., np.ndarray]]) -> Callable[..., np.ndarray]:
+    """model.forward, uncompiled, with other functions in place of the steps named: the same source, step by step."""
+    scope = {**vars(model), **steps}
+    for name in ("attention", "feed_forward", "forward"):
+        scope[name] = types.FunctionType(getattr(model, name).__code__, scope, name)
+    forward: Callable[..., np.ndarray] = scope["forward"]
+    return forward
+
+
+def _check_range(what: str, numbers: np.ndarray, end: int) -> None:
+    """Raise UsageError unless all numbers are 0 to end - 1. One number, the usual case, is checked without NumPy."""
+    least, most = (numbers[0], numbers[0]) if len(numbers) == 1 else (numbers.min(), numbers.max())
+    if least < 0 or most >= end:
+        raise UsageError(f"{what} must be 0 to {end - 1}; got {least} to {most}.")
+
+
+def _checked_threads(threads: int | None) -> int:
+    if threads is None:
+        return machine.default_threads()[0]
+    n_threads = whole_number(threads)
+    if n_threads is None or not 1 <= n_threads <= MOST_THREADS:
+        raise UsageError(f"threads={quote(threads)} is not a number of threads; it needs 1 to {MOST_THREADS}.")
+    return n_threads
+
+
+def choose_backend(asked: str, opened: OpenModel, report: Callable[[str], None], kv_dtype: str = "f32") -> str:
+    """The execution to use: "numpy" or "numba". An explicit backend wins; NPLLAMA_BACKEND decides what "auto" means.
+
+    Left to itself, auto is compiled where numba is installed, but NumPy for a small model that nothing is compiled for.
+    """
+    source = "backend"
+    if asked == "auto" and os.environ.get("NPLLAMA_BACKEND"):
+        asked, source = os.environ["NPLLAMA_BACKEND"], "NPLLAMA_BACKEND"
+    if asked not in BACKENDS:
+        raise UsageError(f"{source}={asked!r} is not known; it needs one of {', '.join(BACKENDS)}.")
+    installed = importlib.util.find_spec("numba") is not None
+    if asked == "numba" and not installed:
+        raise UsageError(f"{source}=numba needs the package numba, which is not installed; install it or use numpy.")
+    if asked != "auto":
+        return asked
+    if not installed:
+        return "numpy"
+    if opened.size_bytes < SMALL_MODEL_BYTES and not compiled_exists(opened, kv_dtype):
+        report("a small model that nothing is compiled for yet: using NumPy; --backend numba compiles it")
+        return "numpy"
+    return "numba"

@@ -1,0 +1,373 @@
+"""ops.attend compiled: softmax over blocks of slots, without ever holding all scores (FlashAttention's loop).
+
+A tile of query rows, tokens of one sequence times the query heads that share a key/value head, goes over the blocks of
+the KV cache once. Sums are kept relative to the highest score so far, and rescaled when a higher one appears (online
+softmax, Milakov & Gimelshein 2018, arXiv:1805.02867).
+
+Blocks begin at fixed slots, and a masked slot adds an exact zero. So a row's result depends, to the bit, on its
+position and on what the cache holds for it: not on how the prompt was cut, nor on the rows beside it.
+
+Axes as in ops.py. M query rows of a tile; P: E rounded up to a multiple of WIDTH, zeros beyond E.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit, prange
+from numba.extending import overload, register_jitable
+
+from npllama import cache as kv
+from npllama import ops
+from npllama.execution.kernels.flags import INLINE, INNER, INNER_PARALLEL
+from npllama.execution.kernels.gemm_f32 import transpose_square
+from npllama.execution.kernels.gemv_f32 import StridedRows, skip_columns, skip_rows
+from npllama.execution.kernels.kv_formats import block_rows, pointers, store_head
+from npllama.execution.kernels.simd import (
+    add,
+    exp,
+    exp_scalar,
+    horizontal_max,
+    horizontal_sum,
+    load_doubles,
+    load_scalar,
+    maximum,
+    num_threads,
+    pointer,
+    round_to_width,
+    splat,
+    store,
+    store_scalar,
+    sub,
+)
+from npllama.execution.kernels.target import WIDTH, WIDTH64
+from npllama.execution.kernels.weighted_sum import TILE_ROWS, weighted_sums
+
+run_stop = register_jitable(kv.run_stop)
+slot = register_jitable(kv.slot)
+
+BLOCK_SLOTS = 64
+"""Slots of a block."""
+
+MAX_TILE_ROWS = 64
+"""Query rows of a tile, at most, unless one token has more; fewer where a thread would get less than two tiles."""
+
+SERIAL_BELOW = 1 << 12
+"""Below so many products of queries and keys, starting threads costs more than it saves."""
+
+
+# Tuples of pointers: an array taken out of a tuple counts a reference, and threads that count at once wait for each
+# other. The functions that make these tuples are called by one that holds the arrays.
+
+
+class Queries(NamedTuple):
+    """The query rows of a call, and where their results go."""
+
+    q: object  # (T, H, E) float32
+    q_sink: object  # the same, rotated to the positions from which the sinks are seen
+    y: object  # (T, H * E) float32
+    n_heads: int
+    head_dim: int
+    heads_per_kv: int
+
+
+class KVView(NamedTuple):
+    """What the rows of one sequence, layer and key/value head may see of the cache."""
+
+    k: object  # keys of all layers, sequences and heads, in the cache's format
+    v: object  # values
+    pos: object  # (S,) the positions that the slots hold
+    first: int  # row of k and v where this head's slots begin
+    S: int
+    window: int
+    n_sink: int
+
+
+class Tile(NamedTuple):
+    """Query rows that are computed together: n_tokens tokens from row t, position p on, times the heads from h on."""
+
+    t: int
+    n_tokens: int
+    p: int
+    h: int
+
+
+class Workspace(NamedTuple):
+    """Buffers of one thread for the M query rows of a tile and a block of slots: pointers."""
+
+    q: object  # (M * P,) float64 queries, divided by sqrt(E)
+    q_sink: object  # the same of q_sink
+    score: object  # (TILE_ROWS * BLOCK_SLOTS,) float64 scores of a block, then weights
+    sink_score: object  # the same of the sinks in it
+    sum: object  # (M * P,) float64 weighted sums of values so far
+    weight_sum: object  # (M,) float64 sums of weights so far
+    max_score: object  # (M,) float64 highest scores so far
+    rescale: object  # (M,) float64 factors for the earlier sums
+    block: object  # (BLOCK_SLOTS * P,) float32 keys or values, where they cannot be used as they lie
+    keys_t: object  # (P * BLOCK_SLOTS,) float32 keys of a block, transposed
+
+
+@njit(**INNER)
+def allocate_workspace(M, E):
+    """Memory for the Workspace of M query rows: its float64 and its float32 numbers."""
+    P = round_to_width(E)
+    return np.empty(2 * TILE_ROWS * BLOCK_SLOTS + M * (3 * P + 3)), np.empty(2 * BLOCK_SLOTS * P, np.float32)
+
+
+@njit(**INNER)
+def carve_workspace(doubles, singles, M, E):
+    """The Workspace in that memory."""
+    P = round_to_width(E)
+    rows = 2 * TILE_ROWS * BLOCK_SLOTS
+    each = rows + 3 * M * P
+    return Workspace(
+        pointer(doubles, rows),
+        pointer(doubles, rows + M * P),
+        pointer(doubles, 0),
+        pointer(doubles, TILE_ROWS * BLOCK_SLOTS),
+        pointer(doubles, rows + 2 * M * P),
+        pointer(doubles, each),
+        pointer(doubles, each + M),
+        pointer(doubles, each + 2 * M),
+        pointer(singles, 0),
+        pointer(singles, BLOCK_SLOTS * P),
+    )
+
+
+# ---------------------------------------------------------------- one tile of query rows
+
+
+@njit(**INNER)
+def init_rows(queries, tile, work, n_sink):
+    """Lay out a tile's query rows (token by token, head by head), with nothing seen so far."""
+    E, share = queries.head_dim, queries.heads_per_kv
+    P, root = round_to_width(E), math.sqrt(E)
+    for m in range(tile.n_tokens * share):
+        at = ((tile.t + m // share) * queries.n_heads + tile.h + m % share) * E
+        for e in range(E):
+            store_scalar(work.q, m * P + e, load_scalar(queries.q, at + e) / root)
+        for e in range(E, P):
+            store_scalar(work.q, m * P + e, 0.0)
+        for e in range(P):
+            store_scalar(work.sum, m * P + e, 0.0)
+        store_scalar(work.max_score, m, -np.inf)
+        store_scalar(work.weight_sum, m, 0.0)
+        if n_sink > 0:
+            for e in range(P):
+                store_scalar(work.q_sink, m * P + e, load_scalar(queries.q_sink, at + e) / root if e < E else 0.0)
+
+
+@njit(**INNER)
+def finish_rows(queries, tile, work):
+    """Write a tile's results: the sums, divided by the sums of weights."""
+    E, share = queries.head_dim, queries.heads_per_kv
+    P = round_to_width(E)
+    for m in range(tile.n_tokens * share):
+        weight_sum = load_scalar(work.weight_sum, m)
+        at = ((tile.t + m // share) * queries.n_heads + tile.h + m % share) * E
+        for e in range(E):
+            store_scalar(queries.y, at + e, np.float32(load_scalar(work.sum, m * P + e) / weight_sum))
+
+
+@njit(**INNER)
+def transpose_block(keys, n_slots, P, work):
+    """Transpose a block of keys. Slots up to a multiple of WIDTH are written, those too many like the last."""
+    for s in range(0, n_slots, WIDTH):
+        for e in range(0, P, WIDTH):
+            source, target = skip_columns(skip_rows(keys, s), e).start, pointer(work.keys_t, e * BLOCK_SLOTS + s)
+            transpose_square(source, keys.stride, n_slots - 1 - s, target, BLOCK_SLOTS)
+
+
+@njit(**INNER)
+def score_rows(M, m, n_slots, n_sinks, P, work):
+    """Scores of the M query rows from m on with the slots of a block, of which the first n_sinks are sinks."""
+    keys = StridedRows(work.keys_t, BLOCK_SLOTS)
+    score, sink_score = StridedRows(work.score, BLOCK_SLOTS), StridedRows(work.sink_score, BLOCK_SLOTS)
+    q, q_sink = skip_rows(StridedRows(work.q, P), m), skip_rows(StridedRows(work.q_sink, P), m)
+    rescale = StridedRows(work.rescale, 1)
+    weighted_sums(M, q, keys, P, score, rescale, True, round_to_width(n_slots))
+    if n_sinks > 0:
+        weighted_sums(M, q_sink, keys, P, sink_score, rescale, True, round_to_width(n_sinks))
+        for row in range(M):
+            for s in range(n_sinks):
+                store_scalar(work.score, row * BLOCK_SLOTS + s, load_scalar(work.sink_score, row * BLOCK_SLOTS + s))
+
+
+@njit(**INNER)
+def mask(work, at, view, s, n_slots, p):
+    """Give the slots that position p does not see the score -inf: see cache.py."""
+    for i in range(n_slots):  # without branches, so that LLVM vectorises it
+        there, score = load_scalar(view.pos, s + i), load_scalar(work.score, at + i)
+        hidden = (there < 0) | (there > p) | ((there <= p - view.window) & (there >= view.n_sink))
+        store_scalar(work.score, at + i, -np.inf if hidden else score)
+
+
+@njit(**INNER)
+def online_softmax(work, m, at, n_slots):
+    """Turn row m's scores of a block, from `at` on, into weights exp(score - highest so far); masked ones become 0.
+
+    rescale becomes the factor for what was summed under a lower highest score: exactly 1 where nothing higher came.
+    """
+    top = splat(-np.inf)
+    for s in range(n_slots, (n_slots + WIDTH64 - 1) // WIDTH64 * WIDTH64):
+        store_scalar(work.score, at + s, -np.inf)
+    for s in range(0, n_slots, WIDTH64):
+        top = maximum(top, load_doubles(work.score, at + s))
+    before = load_scalar(work.max_score, m)
+    now = max(before, horizontal_max(top))
+    store_scalar(work.max_score, m, now)
+    level = now if now > -np.inf else 0.0  # nothing visible yet
+    total_weight = splat(0.0)
+    for s in range(0, n_slots, WIDTH64):
+        weight = exp(sub(load_doubles(work.score, at + s), splat(level)))
+        store(work.score, at + s, weight)
+        total_weight = add(total_weight, weight)
+    rescale = 1.0 if before == now else 0.0 if before == -np.inf else exp_scalar(before - level)
+    store_scalar(work.rescale, m, rescale)
+    store_scalar(work.weight_sum, m, load_scalar(work.weight_sum, m) * rescale + horizontal_sum(total_weight))
+
+
+@njit(**INLINE)
+def oldest_and_newest(view, s, n_slots):
+    """The lowest and the highest position that the slots s .. s+n_slots-1 hold."""
+    oldest = newest = load_scalar(view.pos, s)
+    for i in range(s + 1, s + n_slots):
+        oldest, newest = min(oldest, load_scalar(view.pos, i)), max(newest, load_scalar(view.pos, i))
+    return oldest, newest
+
+
+@njit(**INLINE)
+def attend_block(queries, view, tile, s, n_slots, oldest, newest, work):
+    """Add a block of slots to a tile's sums. oldest, newest: the positions between which its slots lie."""
+    share, E, last = queries.heads_per_kv, queries.head_dim, tile.p + tile.n_tokens - 1
+    M, P = tile.n_tokens * share, round_to_width(E)
+    transpose_block(block_rows(view.k, view.first + s, n_slots, E, work.block), n_slots, P, work)
+    values = block_rows(view.v, view.first + s, n_slots, E, work.block)
+    for m in range(0, M, TILE_ROWS):
+        n, low, high = min(TILE_ROWS, M - m), tile.p + m // share, tile.p + min(m + TILE_ROWS - 1, M - 1) // share
+        # Until the ring has gone round once, what these rows do not see yet are the last slots.
+        n_seen = min(n_slots, high + 1 - s) if last < view.S else n_slots
+        if n_seen <= 0:
+            continue
+        score_rows(n, m, n_seen, max(0, min(view.n_sink - s, n_seen)), P, work)
+        for row in range(n):
+            if oldest < 0 or newest > low or oldest <= high - view.window:
+                mask(work, row * BLOCK_SLOTS, view, s, n_seen, tile.p + (m + row) // share)
+            online_softmax(work, m + row, row * BLOCK_SLOTS, n_seen)
+        weights = StridedRows(work.score, BLOCK_SLOTS)
+        sums, rescale = skip_rows(StridedRows(work.sum, P), m), skip_rows(StridedRows(work.rescale, 1), m)
+        weighted_sums(n, weights, values, n_seen, sums, rescale, False, P)
+
+
+@njit(**INNER)
+def attend_tile(queries, view, tile, work):
+    """Attention of one tile over all blocks that any of its rows sees."""
+    init_rows(queries, tile, work, view.n_sink)
+    used = min(tile.p + tile.n_tokens, view.S)  # later slots were never written
+    for s in range(0, used, BLOCK_SLOTS):
+        n_slots = min(BLOCK_SLOTS, used - s)
+        oldest, newest = oldest_and_newest(view, s, n_slots)
+        if newest <= tile.p - view.window and oldest >= view.n_sink:
+            continue  # no row sees any of it
+        attend_block(queries, view, tile, s, n_slots, oldest, newest, work)
+    finish_rows(queries, tile, work)
+
+
+# ---------------------------------------------------------------- all tiles, on all threads
+
+
+@njit(**INNER)
+def attend_tiles(doubles, singles, M, queries, cache, l, pos, seq, starts, part, parts):
+    """Every parts-th pair of a tile and a key/value head, from `part` on, so that long and short ones mix.
+
+    doubles, singles: from `allocate_workspace` for M rows. starts (n + 1,): tile i is the rows starts[i] ..
+    starts[i+1]-1.
+    """
+    work = carve_workspace(doubles, singles, M, queries.head_dim)
+    N, S, n_tiles = cache.pos.shape[1], cache.pos.shape[2], starts.shape[0] - 1
+    G, share = queries.n_heads // queries.heads_per_kv, queries.heads_per_kv
+    k, v = pointers(cache.k), pointers(cache.v)
+    for unit in range(part, n_tiles * G, parts):
+        i, g = unit % n_tiles, unit // n_tiles
+        i = n_tiles - 1 - i if g % 2 == 1 else i  # else one thread would take all the longer ones of each pair
+        t = load_scalar(starts, i)
+        sequence = l * N + load_scalar(seq, t)
+        view = KVView(k, v, pointer(cache.pos, sequence * S), (sequence * G + g) * S, S, cache.window, cache.n_sink)
+        tile = Tile(t, load_scalar(starts, i + 1) - t, load_scalar(pos, t), g * share)
+        attend_tile(queries, view, tile, work)
+
+
+@njit(**INNER)
+def attend_part(q, q_sink, cache, l, pos, seq, starts, G, part, parts, y):
+    """One thread's part, in a workspace of its own."""
+    H, E = q.shape[1], q.shape[2]
+    M = max(MAX_TILE_ROWS, H // G)
+    doubles, singles = allocate_workspace(M, E)
+    queries = Queries(pointer(q, 0), pointer(q_sink, 0), pointer(y, 0), H, E, H // G)
+    attend_tiles(doubles, singles, M, queries, cache, l, pos, seq, starts, part, parts)
+
+
+@njit(**INNER_PARALLEL)
+def attend_in_threads(q, q_sink, k, v, slot_pos, window, n_sink, l, pos, seq, starts, G, y):
+    """All parts. The parts of the cache one by one: a parallel loop takes no tuples in tuples."""
+    parts = num_threads()
+    for part in prange(parts):
+        cache = kv.KVCache(k, v, slot_pos, window, n_sink)
+        attend_part(q, q_sink, cache, l, pos, seq, starts, G, np.int64(part), parts, y)
+
+
+@njit(**INNER)
+def store_kv(k, v, cache, l, pos, seq, start, stop):
+    """Write the keys and values of rows start .. stop-1 into layer l; head by head, as they lie in the cache."""
+    _, G, E = k.shape
+    N, S, keys, values = cache.pos.shape[1], cache.pos.shape[2], pointers(cache.k), pointers(cache.v)
+    for t in range(start, stop):
+        store_scalar(cache.pos, (l * N + seq[t]) * S + slot(cache, pos[t]), pos[t])
+    for g in range(G):
+        for t in range(start, stop):
+            row = ((l * N + seq[t]) * G + g) * S + slot(cache, pos[t])
+            store_head(keys, row, E, k, (t * G + g) * E)
+            store_head(values, row, E, v, (t * G + g) * E)
+
+
+@njit(**INNER)
+def cut_tiles(seq, start, stop, most):
+    """Bounds of tiles over the rows start .. stop-1: of one sequence each, and of at most so many rows."""
+    starts, n = np.empty(stop - start + 1, np.int64), 0
+    for t in range(start, stop):
+        if t == start or seq[t] != seq[t - 1] or t - starts[n - 1] == most:
+            starts[n] = t
+            n += 1
+    starts[n] = stop
+    return starts[: n + 1]
+
+
+@njit(**INNER)
+def attend(q, q_sink, k, v, cache, l, pos, seq):
+    """ops.attend: as many rows at once as can be written before any of them looks; then on."""
+    T, H, E = q.shape
+    y, G = np.empty((T, H * E), np.float32), k.shape[1]
+    start = 0
+    while start < T:
+        stop = run_stop(cache, pos, seq, start, T)
+        while stop < T and seq[stop] != seq[stop - 1]:
+            stop = run_stop(cache, pos, seq, stop, T)
+        store_kv(k, v, cache, l, pos, seq, start, stop)
+        most = max(1, min(MAX_TILE_ROWS * G // H, (stop - start) * G // (2 * num_threads())))
+        starts = cut_tiles(seq, start, stop, most)
+        products = (stop - start) * min(pos[stop - 1] + 1, cache.pos.shape[2]) * H * E
+        if products < SERIAL_BELOW:
+            attend_part(q, q_sink, cache, l, pos, seq, starts, G, np.int64(0), np.int64(1), y)
+        else:
+            attend_in_threads(
+                q, q_sink, cache.k, cache.v, cache.pos, cache.window, cache.n_sink, l, pos, seq, starts, G, y
+            )
+        start = stop
+    return y
+
+
+@overload(ops.attend)
+def _attend(q, q_sink, k, v, cache, l, pos, seq):
+    return lambda q, q_sink, k, v, cache, l, pos, seq: attend(q, q_sink, k, v, cache, l, pos, seq)

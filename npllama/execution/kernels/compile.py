@@ -1,0 +1,71 @@
+"""model.forward compiled whole, and the two other functions that Python calls."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numba
+from numba import njit, types
+from numba.core.errors import NumbaError
+from numba.extending import register_jitable
+
+from npllama import model
+from npllama.errors import ModelError
+from npllama.execution.kernels import affinity, amx, attention, elementwise, linear, top_k  # noqa: F401 (importing registers the overloads)
+from npllama.execution.kernels.flags import SERIAL
+from npllama.execution.kernels.formats import import_kernels
+from npllama.execution.kernels.numba_internals import compile_once, target_machine
+
+register_jitable(model.attention)
+register_jitable(model.feed_forward)
+
+SETTINGS = (
+    "BOUNDSCHECK",
+    "DEBUGINFO_DEFAULT",
+    "DEBUG_ARRAY_OPT_RUNTIME",
+    "DEBUG_NRT",
+    "DISABLE_INTEL_SVML",
+    "ENABLE_AVX",
+    "ENABLE_PROFILING",
+    "EXTEND_VARIABLE_LIFETIMES",
+    "LLVM_REFPRUNE_FLAGS",
+    "LLVM_REFPRUNE_PASS",
+    "LOOP_VECTORIZE",
+    "OPT",
+    "SLP_VECTORIZE",
+)
+"""Settings of Numba that change machine code."""
+
+
+def target() -> str:
+    """What code is compiled for: the CPU with its features, whether AMX may be used, and Numba's settings."""
+    settings = [f"{name}={getattr(numba.config, name, None)!r}" for name in SETTINGS]
+    return "|".join((*target_machine(), str(amx.USED), *settings))
+
+
+def compile_forward(arguments: tuple[Any, ...], cache: Any) -> Any:
+    """model.forward, compiled for arguments of these types or taken from the cache: a disk_cache.DiskCache, or None."""
+    import_kernels()
+    function = njit(**SERIAL)(model.forward)
+    try:
+        compile_once(function, tuple(numba.typeof(a) for a in arguments), cache)
+    except NumbaError as error:
+        said = re.search(r"NumbaTypeError: (.*)", str(error))  # the sentence of an overload, out of forty lines
+        reason = said.group(1) if said else str(error).splitlines()[0]
+        raise ModelError(
+            f"this model cannot be compiled: {reason}; use --backend numpy, or export it again."
+        ) from error
+    return function
+
+
+def compile_pin_threads(cache: Any) -> Any:
+    """affinity.pin_threads, compiled or from the cache (see compile_forward)."""
+    compile_once(affinity.pin_threads, (types.Array(types.uint64, 2, "C"),), cache)
+    return affinity.pin_threads
+
+
+def compile_top_k(cache: Any) -> Any:
+    """top_k.top_k, compiled or from the cache (see compile_forward)."""
+    compile_once(top_k.top_k, (types.Array(types.float32, 1, "C"), types.Array(types.int64, 1, "C")), cache)
+    return top_k.top_k

@@ -1,0 +1,156 @@
+"""The short steps compiled: RMSNorm, RoPE, SwiGLU.
+
+Each overload gives the compiler a body for the function of ops.py that it names. Loops are written out: each NumPy
+idiom would cost seconds of compile time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, prange
+from numba.extending import overload
+
+from npllama import ops
+from npllama.execution.kernels.flags import INNER, INNER_PARALLEL
+from npllama.execution.kernels.simd import (
+    add,
+    div,
+    exp,
+    fma,
+    horizontal_sum,
+    load,
+    load_last,
+    load_twice,
+    mul,
+    narrow,
+    negate_even,
+    num_threads,
+    splat,
+    store,
+    store_last,
+    sub,
+    swap_pairs,
+    thread_bounds,
+    widened,
+)
+from npllama.execution.kernels.target import WIDTH
+
+SERIAL_BELOW = 1 << 14
+"""Below so many numbers, starting threads costs more than it saves."""
+
+
+@njit(**INNER)
+def rms_norm(x, gain, eps):
+    """ops.rms_norm: one pass for the sum, one for the scale. Rows are too short to be worth threads."""
+    T, D = x.shape
+    y = np.empty((T, D), np.float32)
+    whole, last = D // WIDTH * WIDTH, D - WIDTH
+    for t in range(T):
+        at = t * D
+        low = high = splat(0.0)
+        for d in range(0, whole, WIDTH):
+            numbers = load(x, at + d)
+            low = fma(widened(numbers, 0), widened(numbers, 0), low)
+            high = fma(widened(numbers, 1), widened(numbers, 1), high)
+        if whole < D:
+            rest = load_last(x, at + last, D - whole)
+            low = fma(widened(rest, 0), widened(rest, 0), low)
+            high = fma(widened(rest, 1), widened(rest, 1), high)
+        scale = splat(np.float32(1.0 / math.sqrt(horizontal_sum(add(low, high)) / D + eps)))
+        for d in range(0, whole, WIDTH):
+            store(y, at + d, mul(load(gain, d), mul(load(x, at + d), scale)))
+        if whole < D:
+            rest = mul(load_last(gain, last, D - whole), mul(load_last(x, at + last, D - whole), scale))
+            store_last(y, at + last, rest, D - whole)
+    return y
+
+
+@njit(**INNER)
+def rope(x, cos, sin):
+    """ops.rope: y = x * (c, c, ...) + (x with each pair swapped) * (-s, s, ...). The rest pair by pair."""
+    T, H, E = x.shape
+    y = np.empty((T, H, E), np.float32)
+    whole = E // WIDTH * WIDTH
+    for t in range(T):
+        angle = t * (E // 2)
+        for h in range(H):
+            at = (t * H + h) * E
+            for e in range(0, whole, WIDTH):
+                numbers = load(x, at + e)
+                swapped = mul(swap_pairs(numbers), negate_even(load_twice(sin, angle + e // 2)))
+                store(y, at + e, add(mul(numbers, load_twice(cos, angle + e // 2)), swapped))
+            for i in range(whole // 2, E // 2):
+                even, odd = x[t, h, 2 * i], x[t, h, 2 * i + 1]
+                y[t, h, 2 * i] = even * cos[t, i] - odd * sin[t, i]
+                y[t, h, 2 * i + 1] = even * sin[t, i] + odd * cos[t, i]
+    return y
+
+
+@njit(**INNER)
+def gated(gate, up):
+    """gate / (1 + e^-gate) * up in each lane."""
+    one = splat(1.0)
+    return mul(div(gate, add(one, exp(sub(splat(0.0), gate)))), up)
+
+
+@njit(**INNER)
+def gated_floats(gate, up):
+    """The same of float32, rounded once."""
+    return narrow(gated(widened(gate, 0), widened(up, 0)), gated(widened(gate, 1), widened(up, 1)))
+
+
+@njit(**INNER)
+def swiglu_part(gate, up, y, begin, stop):
+    """ops.swiglu for the numbers begin .. stop-1 of all rows. y has at least WIDTH numbers before stop."""
+    whole = begin + (stop - begin) // WIDTH * WIDTH
+    for i in range(begin, whole, WIDTH):
+        store(y, i, gated_floats(load(gate, i), load(up, i)))
+    if whole < stop:
+        last, rest = stop - WIDTH, stop - whole
+        store_last(y, last, gated_floats(load_last(gate, last, rest), load_last(up, last, rest)), rest)
+
+
+@njit(**INNER_PARALLEL)
+def swiglu_in_threads(gate, up, y, parts):
+    for p in prange(parts):
+        begin, stop = thread_bounds(np.int64(p), parts, gate.shape[0] * gate.shape[1])
+        swiglu_part(gate, up, y, begin, stop)
+
+
+@njit(**INNER)
+def swiglu(gate, up):
+    """ops.swiglu."""
+    T, F = gate.shape
+    y = np.empty((T, F), np.float32)
+    if T * F < SERIAL_BELOW:
+        swiglu_part(gate, up, y, 0, T * F)
+    else:
+        swiglu_in_threads(gate, up, y, num_threads())
+    return y
+
+
+@overload(ops.rms_norm)
+def _rms_norm(x, gain, eps):
+    return lambda x, gain, eps: rms_norm(x, gain, eps)
+
+
+@overload(ops.rope)
+def _rope(x, cos, sin):
+    return lambda x, cos, sin: rope(x, cos, sin)
+
+
+@overload(ops.rope_to_sinks)
+def _rope_to_sinks(x, cos, sin, cache):
+    def rope_to_sinks(x, cos, sin, cache):
+        if cache.n_sink == 0:
+            return x
+        return rope(x, cos, sin)
+
+    return rope_to_sinks
+
+
+@overload(ops.swiglu)
+def _swiglu(gate, up):
+    return lambda gate, up: swiglu(gate, up)

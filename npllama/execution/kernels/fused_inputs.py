@@ -1,0 +1,49 @@
+"""Several matrices that multiply the same input, in one parallel loop: queries, keys and values; gate and up.
+
+Kernels take always MAX_FUSED matrices, the last ones empty where there are fewer: compiled once, a kernel serves any
+number. A parallel loop of Numba takes no tuples in tuples, so it gets a tuple of arrays for each part of the format.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import types
+from numba.core import imputils
+from numba.extending import intrinsic, register_jitable
+
+from npllama.execution.kernels.formats import n_rows, no_rows
+
+MAX_FUSED = 3
+"""Matrices at once: queries, keys and values."""
+
+
+@intrinsic(prefer_literal=True)
+def part_of_each(typingctx, weights, i):
+    """The i-th part of each of several weights (a tuple of NamedTuples of one type), as a tuple."""
+    i = i.literal_value
+    found = types.UniTuple(weights.dtype.types[i], weights.count)
+
+    def generate(context, builder, signature, args):
+        each = [builder.extract_value(builder.extract_value(args[0], n), i) for n in range(weights.count)]
+        return imputils.impl_ret_borrowed(context, builder, found, context.make_tuple(builder, found, each))
+
+    return found(weights, types.literal(i)), generate
+
+
+@register_jitable
+def outputs(T, weights):
+    """An array for the products of T tokens with each of MAX_FUSED weights."""
+    return (
+        np.empty((T, n_rows(weights[0])), np.float32),
+        np.empty((T, n_rows(weights[1])), np.float32),
+        np.empty((T, n_rows(weights[2])), np.float32),
+    )
+
+
+def padded_to_max(linears, n_weights):
+    """A function (x, ws) that gives n_weights of one format to `linears`, which takes MAX_FUSED."""
+    if n_weights == 1:
+        return lambda x, ws: linears(x, (ws[0], no_rows(ws[0]), no_rows(ws[0])))[:1]
+    if n_weights == 2:
+        return lambda x, ws: linears(x, (ws[0], ws[1], no_rows(ws[0])))[:2]
+    return lambda x, ws: linears(x, ws)

@@ -1,0 +1,102 @@
+"""The input of a quantized product, rounded to 8 bits as activations.quantize_rows does it, in the order of the tiles.
+
+Tokens stand in wide tiles of TOKEN_TILE, then alone. The groups of a tile's tokens stand together: group g of token
+first + m of a tile of M has the index first * n_groups + g * M + m.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit, prange
+
+from npllama.execution.kernels.flags import INNER, INNER_PARALLEL
+from npllama.execution.kernels.int8_dot import TOKEN_TILE, abs_max, round_group
+from npllama.numbers.activations import SMALLEST_MAGNITUDE
+from npllama.numbers.blocks import GROUP
+
+SERIAL_BELOW = 1 << 15
+"""Below so many numbers, starting threads costs more than it saves."""
+
+
+class QuantizedInput(NamedTuple):
+    """Input in the order of the tiles, g groups of all tokens: codes (g * GROUP,) int8, scales, corrections (g,).
+
+    corrections int32: minus the zero point of w's codes, times the sum of the group's codes.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    corrections: np.ndarray
+
+
+@njit(**INNER)
+def group_scale(x, begin):
+    """quantize_rows for the group from x[begin] on: its scale, and the factor of its numbers."""
+    magnitude = abs_max(x, begin)
+    if magnitude < np.float32(SMALLEST_MAGNITUDE):
+        return np.float32(0), np.float32(0)
+    return magnitude / np.float32(127), np.float32(127) / magnitude
+
+
+@njit(**INNER)
+def quantize_group(x, begin, lowest, into, at):
+    """One group of activations.quantize_rows: the numbers from x[begin] on become group `at`."""
+    scale, factor = group_scale(x, begin)
+    into.scales[at] = scale
+    into.corrections[at] = lowest * round_group(x, begin, factor, into.codes, at * GROUP)
+
+
+@njit(**INNER)
+def n_wide_tiles(T):
+    """How many tiles of T tokens are wide. More than half a tile of tokens is worth one, filled up with zeros."""
+    return (T + (TOKEN_TILE - 1) // 2) // TOKEN_TILE
+
+
+@njit(**INNER)
+def n_tiles(T):
+    """The tiles of T tokens: wide ones, then single tokens."""
+    return n_wide_tiles(T) + max(0, T - n_wide_tiles(T) * TOKEN_TILE)
+
+
+@njit(**INNER)
+def quantize_tiles(x, lowest, into, begin, stop):
+    """activations.quantize_rows for the tiles begin .. stop-1. lowest: what code 0 of w stands for."""
+    T, K = x.shape
+    whole, G, wide = K // GROUP, (K + GROUP - 1) // GROUP, n_wide_tiles(T)
+    rest = np.zeros((1, GROUP), np.float32)
+    for i in range(begin, stop):
+        M = TOKEN_TILE if i < wide else 1
+        first = i * TOKEN_TILE if i < wide else wide * TOKEN_TILE + i - wide
+        for m in range(M):
+            n_groups = whole if first + m < T else 0
+            for g in range(n_groups):
+                quantize_group(x, (first + m) * K + g * GROUP, lowest, into, first * G + g * M + m)
+            for g in range(n_groups, G):
+                for k in range(GROUP):
+                    inside = first + m < T and g * GROUP + k < K
+                    rest[0, k] = x[first + m, g * GROUP + k] if inside else np.float32(0)
+                quantize_group(rest, 0, lowest, into, first * G + g * M + m)
+
+
+@njit(**INNER_PARALLEL)
+def quantize_in_threads(x, lowest, into, n_threads):
+    """quantize_tiles for all tiles, on all threads."""
+    n = n_tiles(x.shape[0])
+    for p in prange(n_threads):
+        thread = np.int64(p)
+        quantize_tiles(x, lowest, into, thread * n // n_threads, (thread + 1) * n // n_threads)
+
+
+@njit(**INNER)
+def quantize_input(x, lowest, n_groups, n_threads):
+    """Quantized input for x (T, K), whose rows have so many groups."""
+    T = x.shape[0]
+    n = max(T, n_wide_tiles(T) * TOKEN_TILE) * n_groups
+    into = QuantizedInput(np.empty(n * GROUP, np.int8), np.empty(n, np.float32), np.empty(n, np.int32))
+    if n * GROUP < SERIAL_BELOW:
+        quantize_tiles(x, lowest, into, np.int64(0), n_tiles(T))
+    else:
+        quantize_in_threads(x, lowest, into, n_threads)
+    return into

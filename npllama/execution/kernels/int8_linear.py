@@ -1,0 +1,308 @@
+"""ops.linears and ops.embed for grouped formats: codes times codes in integers, scaled once per group.
+
+    y[t, n] = w_factor[n] * sum_g (sum_k w_code[n, g, k] * x_code[t, g, k]) * (w_scale[n, g] * x_scale[t, g])
+
+The inner sum is exact. The outer one runs over g in ascending order, for each y on its own: a row of y has the same
+bits in every batch and chunk, on any number of threads, and in NumPy.
+
+A tile is a block (16 rows of w) times M tokens. A format brings functions for one group of a block: see
+`register_grouped`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit, prange
+
+from npllama.execution.kernels import amx
+from npllama.execution.kernels.amx import (
+    LEVELS_BYTES,
+    N_SUMS,
+    add_scaled_sums,
+    bytes_to_line,
+    configure,
+    dot_products,
+    release,
+)
+from npllama.execution.kernels.amx import TOKENS as AMX_TOKENS
+from npllama.execution.kernels.flags import INLINE, INNER, INNER_PARALLEL
+from npllama.execution.kernels.formats import register
+from npllama.execution.kernels.fused_inputs import outputs, part_of_each
+from npllama.execution.kernels.int8_dot import (
+    TOKEN_TILE,
+    add_scaled,
+    dot8,
+    load_codes,
+    load_corrections,
+    load_scales,
+    prefetch_group,
+    scale_rows,
+    store_tile,
+    zeros,
+)
+from npllama.execution.kernels.int8_input import n_wide_tiles, quantize_input
+from npllama.execution.kernels.simd import bf16_to_f32, noinline, num_threads
+from npllama.execution.kernels.target import NO_PREFETCH, PREFETCH_LINES, REGISTERS
+from npllama.numbers.blocks import BLOCK_ROWS, GROUP, SCALES
+
+TILES_AT_ONCE = 2 if REGISTERS >= 32 else 1
+"""Wide tiles that unpacked codes meet at the same time, as many as registers hold the sums of."""
+
+STRIP_BYTES = 1 << 18
+"""Bytes of codes that are used for all tokens before the next: they stay in L2, unpacked (twice as many) too."""
+
+SERIAL_BELOW = 1 << 18
+"""Below so many products, starting threads costs more than it saves."""
+
+PREFETCH_BYTES = 4096 if PREFETCH_LINES else 8192
+"""How far ahead of the codes that a tile reads memory is prefetched."""
+
+MIN_TILES_UNPACKED = 4
+"""Wide tiles from which on it pays to unpack codes once for all."""
+
+GROUPS_AHEAD, SUM_BUFFERS = 3, 4
+"""AMX multiplies a group so many groups before its sums are scaled and added; buffers for sums."""
+
+
+# ---------------------------------------------------------------- tiles
+
+
+class Blocks(NamedTuple):
+    """What a tile needs of a matrix: codes (B, G, bytes), scales (B, G, 16), factors (B, 16)."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+    factors: np.ndarray
+
+
+def make_tile(dot_group, group_bytes, M, prefetches):
+    """The tile of block b and the M tokens from `first` on. The block's codes, packed or not, begin at codes[begin].
+
+    prefetches: whether the tile prefetches whole groups.
+    """
+
+    @njit(**INLINE)
+    def tile(w, b, codes, begin, x, first, y):
+        G = w.scales.shape[1]
+        total, tile_stride = zeros(M), G * TOKEN_TILE
+        for g in range(G):
+            here, at = begin + g * group_bytes, first * G + g * min(M, TOKEN_TILE)
+            if prefetches:
+                prefetch_group(codes, here + PREFETCH_BYTES, group_bytes)
+            start = load_corrections(x.corrections, at, tile_stride, M)
+            dots = dot_group(start, codes, here, x.codes, at * GROUP, tile_stride)
+            scales = load_scales(w.scales, (b * G + g) * BLOCK_ROWS)
+            total = add_scaled(total, dots, scales, x.scales, at, tile_stride)
+        T, N = y.shape
+        total = scale_rows(total, w.factors, b * BLOCK_ROWS)
+        store_tile(y, first * N + b * BLOCK_ROWS, N, total, T - first, N - b * BLOCK_ROWS)
+
+    return tile
+
+
+@njit(**INLINE)
+def dot_unpacked(dots, levels, begin, x, at, tile_stride):
+    """dot_group for codes that were unpacked to unsigned levels."""
+    for v in range(GROUP // 8):
+        low, high = load_codes(levels, begin + v * 128), load_codes(levels, begin + v * 128 + 64)
+        dots = dot8(dots, low, high, x, at + v * 8, tile_stride)
+    return dots
+
+
+unpacked_tile = make_tile(dot_unpacked, LEVELS_BYTES, TILES_AT_ONCE * TOKEN_TILE, False)
+
+
+@njit(**INLINE)
+def amx_tile(w, b, levels, begin, x, first, y, sums):
+    """Two wide tiles, from token `first` on, of block b, whose levels begin at levels[begin].
+
+    AMX multiplies later groups while the sums of one are scaled and added.
+    """
+    G = w.scales.shape[1]
+    total, tile_stride = zeros(AMX_TOKENS), G * TOKEN_TILE
+    for g in range(-GROUPS_AHEAD, G):
+        if g + GROUPS_AHEAD < G:
+            later = g + GROUPS_AHEAD
+            x_at, w_at = (first * G + later * TOKEN_TILE) * GROUP, begin + later * LEVELS_BYTES
+            dot_products(x.codes, x_at, tile_stride * GROUP, levels, w_at, sums, later % SUM_BUFFERS)
+        if g >= 0:
+            group, at = b * G + g, first * G + g * TOKEN_TILE
+            scale = load_scales(w.scales, group * BLOCK_ROWS)
+            total = add_scaled_sums(total, sums, g % SUM_BUFFERS, scale, x.scales, at, tile_stride)
+    T, N = y.shape
+    total = scale_rows(total, w.factors, b * BLOCK_ROWS)
+    store_tile(y, first * N + b * BLOCK_ROWS, N, total, T - first, N - b * BLOCK_ROWS)
+
+
+# ---------------------------------------------------------------- strips of blocks
+
+
+@njit(**INNER)
+def multiply_amx(w, levels, x, y, begin, stop, n):
+    """The first n wide tiles of the blocks begin .. stop-1, whose levels stand at levels[0]."""
+    noinline()
+    G, sums = w.scales.shape[1], np.empty(SUM_BUFFERS * N_SUMS + 15, np.int32)
+    sums = sums[bytes_to_line(sums) // 4 :]
+    configure()
+    for first in range(0, n * TOKEN_TILE, AMX_TOKENS):
+        for b in range(begin, stop):
+            amx_tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, first, y, sums)
+    release()
+
+
+@njit(**INNER)
+def multiply_simd(w, levels, x, y, begin, stop, n):
+    """The same with vector instructions."""
+    noinline()
+    G = w.scales.shape[1]
+    for first in range(0, n * TOKEN_TILE, TILES_AT_ONCE * TOKEN_TILE):
+        for b in range(begin, stop):
+            unpacked_tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, first, y)
+
+
+def make_unpack(unpack_group, group_bytes):
+    """A function (w, begin, stop): the levels of the blocks begin .. stop-1, from the start of a cache line on."""
+
+    @njit(**INNER)
+    def unpack(w, begin, stop):
+        noinline()
+        G = w.scales.shape[1]
+        n_groups = (stop - begin) * G
+        buffer = np.empty(n_groups * LEVELS_BYTES + 63, np.int8)
+        levels = buffer[bytes_to_line(buffer) :]
+        for group in range(n_groups):
+            at = (begin * G + group) * group_bytes
+            prefetch_group(w.codes, at + PREFETCH_BYTES, group_bytes)
+            unpack_group(w.codes, at, levels, group * LEVELS_BYTES)
+        return levels
+
+    return unpack
+
+
+def make_unpacked_strip(unpack_group, group_bytes):
+    """A function (x, w, y, begin, stop) that unpacks the codes of some blocks once and multiplies them with all tokens.
+
+    It returns how many wide tiles it has done: none where there are few, or where there is nothing to unpack.
+    """
+    if not amx.USED and group_bytes >= LEVELS_BYTES:
+        return nothing_unpacked
+    unpack = make_unpack(unpack_group, group_bytes)
+    multiply, at_once = (multiply_amx, AMX_TOKENS // TOKEN_TILE) if amx.USED else (multiply_simd, TILES_AT_ONCE)
+
+    @njit(**INNER)
+    def strip(x, w, y, begin, stop):
+        n = n_wide_tiles(y.shape[0]) // at_once * at_once
+        if n < MIN_TILES_UNPACKED:
+            return 0
+        multiply(w, unpack(w, begin, stop), x, y, begin, stop, n)
+        return n
+
+    return strip
+
+
+@njit(**INLINE)
+def nothing_unpacked(x, w, y, begin, stop):
+    """The same for codes that are multiplied as they are."""
+    return 0
+
+
+def make_multiply_blocks(dot_group, unpack_group, code_bits):
+    """A function (x, w, y, begin, stop): the rows of y of the blocks begin .. stop-1, strip by strip."""
+    group_bytes, prefetches = BLOCK_ROWS * GROUP * code_bits // 8, code_bits < 8 or not NO_PREFETCH
+    wide_tile, single_tile = (make_tile(dot_group, group_bytes, M, prefetches) for M in (TOKEN_TILE, 1))
+    unpacked_strip = make_unpacked_strip(unpack_group, group_bytes)
+
+    @njit(**INNER)
+    def multiply_blocks(x, w, y, begin, stop):
+        noinline()
+        T, block_bytes = y.shape[0], w.codes.shape[1] * w.codes.shape[2]
+        strip = max(1, STRIP_BYTES // block_bytes)
+        for low in range(begin, stop, strip):
+            high = min(low + strip, stop)
+            for i in range(unpacked_strip(x, w, y, low, high), n_wide_tiles(T)):
+                for b in range(low, high):
+                    wide_tile(w, b, w.codes, b * block_bytes, x, i * TOKEN_TILE, y)
+            for first in range(n_wide_tiles(T) * TOKEN_TILE, T):
+                for b in range(low, high):
+                    single_tile(w, b, w.codes, b * block_bytes, x, first, y)
+
+    return multiply_blocks
+
+
+# ---------------------------------------------------------------- a format
+
+
+def make_shares(multiply_blocks):
+    """A thread's part, neighbouring blocks of every matrix, one matrix after the other; and all, on all threads."""
+
+    @njit(**INNER)
+    def share(x, codes, scales, factors, ys, part, parts):
+        for i in range(len(codes)):
+            n_blocks = codes[i].shape[0]
+            w = Blocks(codes[i], scales[i], factors[i])
+            multiply_blocks(x, w, ys[i], part * n_blocks // parts, (part + 1) * n_blocks // parts)
+
+    @njit(**INNER_PARALLEL)
+    def share_in_threads(x, codes, scales, factors, ys, parts):
+        for part in prange(parts):
+            share(x, codes, scales, factors, ys, np.int64(part), parts)
+
+    return share, share_in_threads
+
+
+def make_linears(dot_group, unpack_group, code_bits, lowest):
+    """ops.linears for one format: quantize x, then multiply block by block."""
+    share, share_in_threads = make_shares(make_multiply_blocks(dot_group, unpack_group, code_bits))
+
+    @njit(**INNER)
+    def linears(x, ws):
+        T, G = x.shape[0], ws[0].scales.shape[1]
+        n_threads = num_threads()
+        into = quantize_input(x, np.int32(lowest), G, n_threads)
+        rows = 0
+        for w in ws:
+            rows += w.rows
+        ys = outputs(T, ws)
+        codes, scales, factors = part_of_each(ws, 0), part_of_each(ws, 1), part_of_each(ws, 2)
+        if into.codes.shape[0] * rows < SERIAL_BELOW:
+            share(into, codes, scales, factors, ys, np.int64(0), np.int64(1))
+        else:
+            share_in_threads(into, codes, scales, factors, ys, n_threads)
+        return ys
+
+    return linears
+
+
+def make_embed(level):
+    """ops.embed for one format: one row out of the block in which it stands interleaved with 15 others."""
+
+    @njit(**INNER)
+    def embed(table, tokens):
+        T, D = tokens.shape[0], table.columns
+        x = np.empty((T, D), np.float32)
+        for t in range(T):
+            b, r = tokens[t] // BLOCK_ROWS, tokens[t] % BLOCK_ROWS
+            factor = bf16_to_f32(table.factors[b, r])
+            for g in range(table.scales.shape[1]):
+                scale = SCALES[table.scales[b, g, r]]
+                for k in range(min(GROUP, D - g * GROUP)):
+                    x[t, g * GROUP + k] = level(table.codes, b, g, r, k) * scale * factor
+        return x
+
+    return embed
+
+
+def register_grouped(weight, code_bits, lowest, dot_group, unpack_group, level):
+    """Register a grouped format by its kernels for one group of a block, all njit(**INLINE) but `level`, njit(**INNER).
+
+    weight: a NamedTuple with the fields of quant.Q4; code_bits of a weight; lowest: what is to be added to the codes
+    that `dot_group` multiplies by, minus their zero point.
+
+    dot_group(dots, codes, begin, x, at, tile_stride): dots plus, for each token, its codes from x[at] on times the
+    group at codes[begin]; prefetches PREFETCH_BYTES ahead with int8_dot.prefetch_line.
+    unpack_group(codes, begin, levels, at): the group unpacked to levels[at ...], four columns of its 16 rows to 64
+    bytes: signed for AMX, else less the lowest. level(codes, b, g, r, k): one weight's integer as float32.
+    """
+    register(weight, make_linears(dot_group, unpack_group, code_bits, lowest), make_embed(level))

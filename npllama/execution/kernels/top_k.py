@@ -1,0 +1,88 @@
+"""execution/top_k.top_k compiled: the top-k search through all logits, once for each token that is drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from npllama.execution.kernels.flags import INNER, SERIAL
+from npllama.execution.kernels.simd import (
+    add,
+    horizontal_max,
+    horizontal_sum,
+    load,
+    load_scalar,
+    maximum,
+    mul,
+    splat,
+    store_scalar,
+)
+from npllama.execution.kernels.target import WIDTH
+
+BLOCK_LOGITS = 4 * WIDTH
+"""Logits of a block: most blocks have none that is among the top k, and are skipped by their maximum."""
+
+
+@njit(**INNER)
+def block_max(logits, block):
+    """The largest of a block of logits."""
+    i = block * BLOCK_LOGITS
+    low = maximum(load(logits, i), load(logits, i + WIDTH))
+    high = maximum(load(logits, i + 2 * WIDTH), load(logits, i + 3 * WIDTH))
+    return horizontal_max(maximum(low, high))
+
+
+@njit(**INNER)
+def zero_if_finite(logits, block):
+    """Zero times the logits of a block, added up in lanes: zero, or NaN if one is not finite."""
+    i, zero = block * BLOCK_LOGITS, splat(np.float32(0))
+    low = add(mul(load(logits, i), zero), mul(load(logits, i + WIDTH), zero))
+    high = add(mul(load(logits, i + 2 * WIDTH), zero), mul(load(logits, i + 3 * WIDTH), zero))
+    return add(low, high)
+
+
+@njit(**INNER)
+def insert(number, i, values, ids):
+    """Put a number and its index among the k largest so far, if it is one. Of equals the first stays first."""
+    at = values.shape[0] - 1
+    if number <= load_scalar(values, at):
+        return
+    while at > 0 and load_scalar(values, at - 1) < number:
+        store_scalar(values, at, load_scalar(values, at - 1))
+        store_scalar(ids, at, load_scalar(ids, at - 1))
+        at -= 1
+    store_scalar(values, at, number)
+    store_scalar(ids, at, i)
+
+
+@njit(**SERIAL)
+def top_k(logits, ids):
+    """Write the indices of the k largest logits (V,) float32 to ids (k,) int64: see execution/top_k.top_k.
+
+    Returns whether all logits are finite; if not, ids mean nothing. V must have k whole blocks: the k-th largest of
+    their maxima is a lower bound for the top k, and only the blocks that reach it are searched.
+    """
+    V, k = logits.shape[0], ids.shape[0]
+    n_blocks = V // BLOCK_LOGITS
+    block_maxima, values = np.empty(n_blocks, np.float32), np.full(k, -np.inf, np.float32)
+    check = splat(np.float32(0))
+    for block in range(n_blocks):
+        number = block_max(logits, block)
+        check = add(check, zero_if_finite(logits, block))
+        store_scalar(block_maxima, block, number)
+        insert(number, block, values, ids)
+    zero = horizontal_sum(check)
+    for i in range(n_blocks * BLOCK_LOGITS, V):
+        zero += load_scalar(logits, i) * np.float32(0)
+    if zero != np.float32(0):
+        return False
+    least = load_scalar(values, k - 1)
+    values[:] = -np.inf
+    for block in range(n_blocks):
+        if load_scalar(block_maxima, block) >= least:
+            for i in range(block * BLOCK_LOGITS, (block + 1) * BLOCK_LOGITS):
+                if load_scalar(logits, i) >= least:
+                    insert(load_scalar(logits, i), i, values, ids)
+    for i in range(n_blocks * BLOCK_LOGITS, V):
+        insert(load_scalar(logits, i), i, values, ids)
+    return True

@@ -1,0 +1,194 @@
+"""From logits to the next id: penalty, top-k, top-p, min-p, temperature, draw, in the order of llama.cpp.
+
+Axes: V ids of the vocabulary, C candidates that are left. A draw depends on its logits, the latest ids, the options and
+(seed, completion, position) alone, not on what else runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from npllama.errors import UsageError, quote
+from npllama.execution.top_k import Search, check_finite, top_k
+from npllama.options import SamplingOptions
+
+PENALTY_WINDOW = 64
+"""How many of the latest ids the repetition penalty looks at (llama.cpp's default)."""
+SEEDS = 1 << 64
+FIRST_TRY = 64
+"""How many of the largest logits are sorted first when top-k does not say how many can be needed."""
+_PHILOX = np.random.Philox(0)
+"""Given key and counter for each draw, in a tenth of the time that a new one takes to make."""
+_DRAWING = threading.Lock()  # guards them; Philox's own is taken by its methods, and was not reentrant before NumPy 2
+_KEY, _COUNTER = np.zeros(2, np.uint64), np.zeros(4, np.uint64)
+_STATE: Any = {
+    "bit_generator": "Philox",
+    "state": {"key": _KEY, "counter": _COUNTER},
+    "buffer": np.zeros(4, np.uint64),
+    "buffer_pos": 4,  # nothing of it is left
+    "has_uint32": 0,
+    "uinteger": 0,
+}
+_LEAST_TEMPERATURE = 1e-200
+"""As good as any lower one: it takes every logit that is not the largest to a weight of 0, and overflows no float64."""
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def probabilities(
+    logits: np.ndarray, recent: Sequence[int], options: SamplingOptions, search: Search = top_k
+) -> tuple[np.ndarray, np.ndarray]:
+    """The candidates for the next id, and their probabilities.
+
+        l[v] <- l[v] / penalty if l[v] > 0 else l[v] * penalty      for v among the last 64 of recent
+        top-k: the k largest l; among equals the lower id
+        top-p: q = softmax(l) over what is left; the shortest prefix, most probable first, whose sum of q reaches top_p
+        min-p: those with q[v] >= min_p * max(q)
+        p = softmax(l / temperature) over what is left; temperature 0: 1 for the largest l, among equals the lowest id
+
+    logits (V,) float32; recent ids, the latest last; search: what finds the largest. Returns ids (C,) int64 and
+    p (C,) float64, C >= 1, the most probable first (by id when top-k, top-p and min-p are all off). Raises ModelError
+    for logits that are not finite.
+    Source: the order of llama.cpp's sampler chain; arXiv:1904.09751 section 3.1 (top-p), arXiv:2407.01082 (min-p),
+    arXiv:1909.05858 section 4.1 (penalty). Differs: a logit below 0 is multiplied, so that a penalty lowers it too.
+    """
+    ids, p = _weighed(logits, recent, options, search)
+    return ids, p / p.sum()
+
+
+class Allowed:
+    """The ids that may be drawn: those below n_ids, and a few beyond them; the order of ids stays.
+
+    Logits beyond the pieces of a tokenizer belong to rows that pad the vocabulary, which no training text has named.
+    """
+
+    def __init__(self, n_ids: int, beyond: Iterable[int] = ()) -> None:
+        self._n_ids = n_ids
+        self._beyond = np.array(sorted({i for i in beyond if i >= n_ids}), np.int64)
+
+    def logits(self, logits: np.ndarray) -> np.ndarray:
+        """The logits (V,) of the allowed ids (A,): a view where they are the first A."""
+        first = logits[: self._n_ids]
+        return np.concatenate((first, logits[self._beyond])) if len(self._beyond) else first
+
+    def places(self, ids: Sequence[int]) -> Sequence[int]:
+        """Where ids stand among the allowed ones; those that are not allowed are left out."""
+        if max(ids, default=0) < self._n_ids:
+            return ids
+        beyond = {int(token): self._n_ids + i for i, token in enumerate(self._beyond)}
+        return [beyond.get(i, i) for i in ids if i < self._n_ids or i in beyond]
+
+    def id(self, place: int) -> int:
+        """The id at a place."""
+        return place if place < self._n_ids else int(self._beyond[place - self._n_ids])
+
+
+def sample(
+    logits: np.ndarray,
+    recent: Sequence[int],
+    options: SamplingOptions,
+    seed: int,
+    completion: int,
+    position: int,
+    search: Search = top_k,
+) -> int:
+    """The next id: drawn from `probabilities` with a number that (seed, completion, position) alone decide.
+
+    logits (V,) float32; 0 <= seed, completion, position < 2^64. Raises ModelError for logits that are not finite,
+    UsageError for a seed out of range.
+    """
+    if not 0 <= seed < SEEDS:
+        raise UsageError(f"seed={quote(seed)}: needs a whole number from 0 to 2^64 - 1.")
+    ids, weights = _weighed(logits, recent, options, search)
+    if len(ids) == 1:
+        return int(ids[0])
+    below = weights.cumsum()
+    # The number is at most 1 - 2^-53, so its product with the sum stays below the sum, also when rounded.
+    return int(ids[below.searchsorted(uniform(seed, completion, position) * below[-1], side="right")])
+
+
+def uniform(seed: int, completion: int, position: int) -> float:
+    """A multiple of 2^-53 from [0, 1): the Philox 4x64-10 block of key (seed, completion) at counter position.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3; NumPy's Philox steps the
+    counter before its first block.
+    """
+    with _DRAWING:
+        _KEY[0], _KEY[1], _COUNTER[0] = seed, completion, position
+        _PHILOX.state = _STATE
+        raw = _PHILOX.random_raw()
+    return float(raw >> 11) * 2.0**-53
+
+
+def _weighed(
+    logits: np.ndarray, recent: Sequence[int], options: SamplingOptions, search: Search
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `probabilities` gives, the most probable id's weight 1 instead of the sum."""
+    if options.repeat_penalty != 1 and len(recent):
+        check_finite(logits)  # the penalty would hide an infinity
+        logits = _penalised(logits, recent, options.repeat_penalty)
+    if options.temperature > 0 and _truncates(options, len(logits)):  # the search checks them
+        ids, relative = _truncated(logits, options, search)
+        return ids, np.exp(relative / max(options.temperature, _LEAST_TEMPERATURE))
+    check_finite(logits)
+    if options.temperature == 0:
+        return np.array([logits.argmax()]), np.ones(1)
+    # All V ids stay float32, where exp takes a fifteenth of the time, unless the temperature vanishes there.
+    wide = logits if options.temperature > 1e-30 else logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # what lies beyond the range below the largest goes to -inf: probability 0
+        weights = np.exp((wide - wide.max()) / options.temperature)
+    return np.arange(len(logits)), weights.astype(np.float64, copy=False)
+
+
+def _penalised(logits: np.ndarray, recent: Sequence[int], penalty: float) -> np.ndarray:
+    """The logits with the repetition penalty: once for each id of the last 64, however often it is there."""
+    ids = np.array(sorted(set(recent[-PENALTY_WINDOW:])), dtype=np.int64)
+    old = logits[ids].astype(np.float64)
+    with np.errstate(over="ignore"):
+        new = np.where(old > 0, old / penalty, old * penalty)
+    logits = logits.copy()
+    logits[ids] = new.clip(-_LARGEST, _LARGEST)
+    return logits
+
+
+def _truncates(options: SamplingOptions, n_ids: int) -> bool:
+    """Whether top-k, top-p or min-p can leave ids out."""
+    return 0 < options.top_k < n_ids or options.top_p < 1 or options.min_p > 0
+
+
+def _truncated(logits: np.ndarray, options: SamplingOptions, search: Search) -> tuple[np.ndarray, np.ndarray]:
+    """What top-k, top-p and min-p leave: ids (C,) and their logits less the largest (C,) float64, the largest first.
+
+    Without top-k, as many of the largest are sorted as top-p and min-p turn out to need, eight times more at each try.
+    """
+    by_top_k = 0 < options.top_k < len(logits)
+    n = int(options.top_k) if by_top_k else FIRST_TRY
+    total = None
+    if not by_top_k:
+        check_finite(logits)
+        with np.errstate(over="ignore"):
+            total = float(np.exp(logits - logits.max()).sum(dtype=np.float64))
+    while True:
+        ids = search(logits, n)
+        relative = np.subtract(logits[ids], logits[ids[0]], dtype=np.float64)
+        n_left = _n_left(np.exp(relative), total, options)
+        if by_top_k or n_left < n or n >= len(logits):
+            return ids[:n_left], relative[:n_left]
+        n *= 8
+
+
+def _n_left(weight: np.ndarray, total: float | None, options: SamplingOptions) -> int:
+    """How many of the most probable top-p and min-p leave; weight (C,) = q / max(q), total = 1 / max(q).
+
+    total None: weight has all of them.
+    """
+    n = len(weight)
+    if options.top_p < 1:
+        below = weight.cumsum()
+        n = min(n, int(below.searchsorted(options.top_p * (below[-1] if total is None else total))) + 1)
+    if options.min_p > 0:
+        n = min(n, int(np.count_nonzero(weight >= options.min_p)))
+    return n

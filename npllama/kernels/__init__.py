@@ -1,1 +1,0 @@
-"""Numba implementations of the functions of ops.py."""

@@ -1,0 +1,50 @@
+"""Number formats: how a matrix is stored, and what its stored numbers mean. One module each, and one registry.
+
+Read in this order:
+
+    formats.py      what a format is, and the registry
+    f32.py          float32: a plain array
+    f16.py          IEEE half precision
+    bf16.py         bfloat16
+    blocks.py       how numbers stand in a quantized matrix: groups of columns, blocks of rows, 8-bit scales
+    activations.py  the input of its products, rounded to 8 bits
+    rounding.py     float32 to such a matrix: the search for scales
+    groups.py       what q8, q6 and q4 share
+    q8.py           8 bits
+    q6.py           6 bits
+    q4.py           4 bits
+
+A new format is a module like q8.py, a kernel like kernels/q8.py, and its line here.
+"""
+
+from __future__ import annotations
+
+from npllama.numbers import bf16, f16, f32, q4, q6, q8
+from npllama.numbers.formats import (
+    FORMATS,
+    ArraySpec,
+    NumberFormat,
+    UnstorableError,
+    Weight,
+    format_of,
+    named,
+    register,
+    widen,
+    widen_rows,
+)
+
+__all__ = [
+    "FORMATS",
+    "ArraySpec",
+    "NumberFormat",
+    "UnstorableError",
+    "Weight",
+    "format_of",
+    "named",
+    "register",
+    "widen",
+    "widen_rows",
+]
+
+for _format in (f32.FORMAT, f16.FORMAT, bf16.FORMAT, q8.FORMAT, q6.FORMAT, q4.FORMAT):
+    register(_format)

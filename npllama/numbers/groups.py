@@ -1,0 +1,133 @@
+"""What q8, q6 and q4 share: blocks of rows, groups of columns, 8-bit scales.
+
+GROUP neighbours of a row share a scale, and BLOCK_ROWS rows stand interleaved in a block, so that a vector holds the
+same columns of many rows and no sum runs across it. Blocks (B) and groups (Q) are whole: what is beyond the last row or
+column is zero. The codes of a block's group are vectors of 64 bytes or parts of them, as each format says.
+
+    w[n, k] = level(code) * scale[n, q] * factor[n]        k in group q
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from npllama.numbers.bf16 import from_bf16
+from npllama.numbers.blocks import BLOCK_ROWS, GROUP, SCALES
+from npllama.numbers.formats import ArraySpec, NumberFormat, UnstorableError, Weight, as_float32
+from npllama.numbers.rounding import LARGEST_WEIGHT, quantize
+
+
+class Grouped(NamedTuple):
+    """A quantized matrix unpacked for products in NumPy: w[n, q, k] = levels[q, k, n] * scales[q, n] * factors[n].
+
+    levels (..., Q, GROUP, rows) integers as float32, scales (..., Q, rows) float32, factors (..., rows) float32.
+    """
+
+    levels: np.ndarray
+    scales: np.ndarray
+    factors: np.ndarray
+
+
+class GroupedFormat(NumberFormat):
+    """A format of blocks and groups. Its weight is a NamedTuple like q8.Q8: codes, scales, factors, rows, columns.
+
+    code_bits: bits of a code. code_dtype: of the codes in the file. A subclass says what its codes stand for
+    (`levels`), which level is nearest (`nearest`) and how levels are packed (`pack`). targets: levels near the
+    outermost ones, on which a group's largest number is laid when scales are searched.
+    """
+
+    quantized = True
+    block_rows = BLOCK_ROWS
+    largest = "1,000,000"
+
+    code_bits: ClassVar[int]
+    code_dtype: ClassVar[str] = "|u1"
+    targets: ClassVar[tuple[float, ...]]
+
+    def levels(self, codes: np.ndarray) -> np.ndarray:
+        """Codes -> vectors of the integers they stand for: (..., B, Q, bytes) -> (..., B, Q, GROUP/4, 64) float32."""
+        raise NotImplementedError
+
+    def nearest(self, w: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+        """The level nearest to w * inverse: (n, GROUP), (n,) -> (n, GROUP) float32."""
+        raise NotImplementedError
+
+    def pack(self, levels: np.ndarray) -> np.ndarray:
+        """Vectors of levels (b, Q, GROUP/4, 64) float32 -> codes of the blocks (b, Q, bytes)."""
+        raise NotImplementedError
+
+    def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
+        blocks, groups = (*shape[:-2], -(-shape[-2] // BLOCK_ROWS)), -(-shape[-1] // GROUP)
+        return {
+            "codes": ArraySpec(self.code_dtype, (*blocks, groups, BLOCK_ROWS * GROUP * self.code_bits // 8)),
+            "scales": ArraySpec("|u1", (*blocks, groups, BLOCK_ROWS)),
+            "factors": ArraySpec("<u2", (*blocks, BLOCK_ROWS)),
+        }
+
+    def assemble(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> Weight:
+        made: Weight = self.weight(arrays["codes"], arrays["scales"], arrays["factors"], shape[-2], shape[-1])
+        return made
+
+    def encode(self, block: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+        """As NumberFormat.encode says; `block` begins at a whole block of rows."""
+        wide = as_float32(block, dtype)
+        storable = np.abs(wide) <= LARGEST_WEIGHT  # not true for NaN
+        if not storable.all():
+            raise UnstorableError(int(np.flatnonzero(~storable)[0]), self.title, self.largest)
+        return dict(zip(("codes", "scales", "factors"), quantize(wide, self), strict=True))
+
+    def quantize(self, w: np.ndarray) -> Any:
+        """float32 (..., N, K) -> this format, with scales that make the squared error small. Raises UnstorableError.
+
+        Blocks of rows are independent: a matrix may be quantized in pieces, cut at multiples of BLOCK_ROWS.
+        """
+        return self.assemble(self.encode(w, "f32"), w.shape)
+
+    def widen(self, w: Any) -> np.ndarray:
+        groups = self._in_rows(w)  # (..., B, Q, BLOCK_ROWS, GROUP)
+        groups *= SCALES[w.scales][..., None]  # exact: a level has 8 bits, a scale 6
+        groups *= from_bf16(w.factors)[..., None, :, None]
+        rows = np.swapaxes(groups, -3, -2)  # (..., B, BLOCK_ROWS, Q, GROUP)
+        whole = rows.reshape(*rows.shape[:-4], rows.shape[-4] * BLOCK_ROWS, rows.shape[-2] * GROUP)
+        return np.ascontiguousarray(whole[..., : w.rows, : w.columns])
+
+    def widen_rows(self, w: Any, rows: np.ndarray) -> np.ndarray:
+        codes, scales, factors = (part[rows // BLOCK_ROWS] for part in (w.codes, w.scales, w.factors))
+        blocks = type(w)(codes, scales, factors, BLOCK_ROWS * len(rows), w.columns)
+        return self.widen(blocks)[np.arange(len(rows)) * BLOCK_ROWS + rows % BLOCK_ROWS]
+
+    def for_products(self, w: Any) -> Grouped:
+        in_blocks = np.moveaxis(self._in_rows(w), -4, -2)  # (..., B, Q, BLOCK_ROWS, GROUP) -> (..., Q, ROWS, B, GROUP)
+        levels = np.moveaxis(in_blocks, (-1, -2), (-3, -2))  # -> (..., Q, GROUP, B, BLOCK_ROWS)
+        scales = np.swapaxes(SCALES[w.scales], -3, -2)  # (..., B, Q, BLOCK_ROWS) -> (..., Q, B, BLOCK_ROWS)
+        factors = from_bf16(w.factors)  # (..., B, BLOCK_ROWS)
+        parts = (part.reshape(*part.shape[:-2], -1)[..., : w.rows] for part in (levels, scales, factors))
+        return Grouped(*(np.ascontiguousarray(part) for part in parts))
+
+    def _in_rows(self, w: Any) -> np.ndarray:
+        """Levels in the order of rows and columns: (..., B, Q, BLOCK_ROWS, GROUP) float32, new."""
+        vectors = self.levels(w.codes).reshape(*w.codes.shape[:-1], GROUP // 4, BLOCK_ROWS, 4)
+        groups = np.swapaxes(vectors, -3, -2)  # (..., GROUP/4, BLOCK_ROWS, 4) -> (..., BLOCK_ROWS, GROUP/4, 4)
+        return groups.reshape(*w.codes.shape[:-1], BLOCK_ROWS, GROUP)
+
+
+def unpack_nibbles(packed: np.ndarray) -> np.ndarray:
+    """Two codes to a byte -> a byte each, lower ones of a vector before its upper ones: (..., 256) -> (..., 8, 64)."""
+    vectors = packed.reshape(*packed.shape[:-1], -1, 1, 4 * BLOCK_ROWS)
+    both = np.concatenate([vectors & 15, vectors >> 4], axis=-2)  # (..., 4, 2, 64)
+    return both.reshape(*packed.shape[:-1], -1, 4 * BLOCK_ROWS)
+
+
+def pack_nibbles(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of codes below 16 (b, Q, 8, 64) -> two codes to a byte (b, Q, 256)."""
+    packed: np.ndarray = vectors[:, :, ::2] | vectors[:, :, 1::2] << 4
+    return packed.reshape(*vectors.shape[:2], -1)
+
+
+def integers_nearest(w: np.ndarray, inverse: np.ndarray, low: int, high: int) -> np.ndarray:
+    """`nearest` of a format whose levels are all integers from low to high."""
+    level = np.rint(w * inverse[:, None])
+    return np.clip(level, low, high, out=level)

@@ -1,0 +1,368 @@
+"""Turn a checkpoint into a model directory, in little memory, whole or not at all.
+
+One kind of weight after the other, layer after layer, block of rows after block: a block is read from the
+checkpoint, rounded to the number format that was asked for, hashed and written. Memory is a few blocks, whatever the
+model's size.
+The directory becomes OUT by one rename, after the loader has opened it (see staging.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from npllama.checkpoints import Checkpoint, open_checkpoint
+from npllama.config import ModelConfig
+from npllama.errors import CheckpointError, ModelError
+from npllama.numbers import FORMATS, ArraySpec, NumberFormat, UnstorableError, Weight, named
+from npllama.numbers.formats import as_float32
+from npllama.options import SamplingOptions
+from npllama.store.find_tokenizer import find_tokenizer, with_ids
+from npllama.store.npy import npy_header
+from npllama.store.opening import (
+    FORMAT,
+    MANIFEST,
+    OpenModel,
+    Progress,
+    array_files,
+    check_model,
+    is_model_file,
+    open_model,
+)
+from npllama.store.staging import check_target, staged, sync_file, target_path
+from npllama.store.text_rules import text_rules
+from npllama.store.tokenizers import StoredTokenizer, open_tokenizer, stored_in
+from npllama.version import FIRST_READER, NEEDS, version_of
+from npllama.weights import KINDS, kind_shapes, tensor_names
+
+BLOCK_BYTES = 4 << 20
+"""Rows are read in blocks of this many bytes: large enough for the disk's speed, small beside any matrix."""
+
+SLACK_BYTES = 1 << 20
+"""Room for headers, manifest and directory when free space is compared with what is needed."""
+
+
+class Rows(Protocol):
+    """What the exporter asks of a tensor: shape, number format, and rows start .. stop-1."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    def rows(self, start: int, stop: int) -> np.ndarray: ...
+
+
+class Source(Protocol):
+    """What the exporter asks of a checkpoint."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def tied(self) -> bool: ...
+    @property
+    def tensors(self) -> Mapping[str, Rows]: ...
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dtype: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Write the model directory `out` from a checkpoint; returns its manifest.
+
+    dtype "f32", "f16", "bf16", "q8", "q6" or "q4" of the matrices (the output of a q4 model is q6), None for the
+    checkpoint's own (float32 where its matrices differ or are float64); norms are always float32. tokenizer: a
+    file of any kind, or the folder of one; None to look inside the checkpoint, in its folder and its parent. force:
+    replace a model directory. progress gets (bytes done, bytes in all, tensor), note one-line remarks. The same checkpoint gives the same bytes.
+    Raises CheckpointError for what cannot be read or stored, ModelError for an `out` that cannot be made, UsageError
+    for a dtype that does not exist.
+    """
+    asked = None if dtype is None else named(dtype)
+    target = target_path(out)
+    check_target(target, force, is_model_file)  # before gigabytes are read; once more when it is made
+    say = note or (lambda text: None)
+    with open_checkpoint(checkpoint) as source:
+        for warning in source.warnings:
+            say(warning)
+        found = find_tokenizer(source, tokenizer)
+        say(f"tokenizer: {found.title}")
+        if padding := source.config.vocab_size - found.tokenizer.n_pieces:
+            say(f"vocabulary: the last {padding:,} of {source.config.vocab_size:,} rows have no piece in the tokenizer")
+        rules = text_rules(source.folder, found)
+        for remark in rules.remarks:
+            say(remark)
+        config = with_ids(source.config, found, say)
+        config = replace(config, add_bos_token=rules.add_bos_token, add_eos_token=rules.add_eos_token)
+        number_format = asked or own_format(source)
+        source = replace(source, config=config)
+        return write_model(source, target, number_format, found.stored, force, progress, rules.sampling)
+
+
+def quantize_model(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dtype: str,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the model directory `out` from another one, whose matrices are f32, f16 or bf16, in "q8", "q6" or "q4".
+
+    The result is the same as an export of the checkpoint with this dtype, up to what the first export rounded.
+    Raises ModelError for a model that cannot be read or is quantized already, UsageError for another dtype.
+    """
+    number_format = named(dtype, quantized_only=True)
+    target = target_path(out)
+    check_target(target, force, is_model_file)
+    with open_model(model) as opened:
+        source = OpenedSource(opened)
+        tokenizer = stored_in(opened.path, opened.manifest)
+        return write_model(source, target, number_format, tokenizer, force, progress, opened.sampling)
+
+
+class _Rows(NamedTuple):
+    """One matrix or norm of a model directory, with what the exporter asks of a checkpoint's tensor."""
+
+    stored: np.ndarray
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start .. stop-1 as they are stored: a view of the map."""
+        return self.stored[start:stop]
+
+
+class OpenedSource:
+    """An open model directory with what the exporter asks of a checkpoint."""
+
+    def __init__(self, opened: OpenModel) -> None:
+        self.config, self.folder = opened.config, opened.path
+        tensors = opened.manifest["tensors"]
+        self.tied = "output" not in tensors
+        self.tensors: dict[str, _Rows] = {}
+        for kind, tensor in tensors.items():
+            if FORMATS[tensor["format"]].quantized:
+                raise ModelError(
+                    f"{opened.path}: {kind} is {tensor['format']} already, and rounding twice loses more; "
+                    f"quantize the f32, f16 or bf16 model, or export the checkpoint again."
+                )
+            self._add(kind, getattr(opened.weights, kind), tensor["format"])
+
+    def _add(self, kind: str, w: Weight, number_format: str) -> None:
+        stored = w if isinstance(w, np.ndarray) else w[0]
+        stored = stored.view(np.float16) if number_format == "f16" else stored
+        names = tensor_names(kind, self.config.n_layers)
+        layers = stored if KINDS[kind].in_layers else [stored]
+        self.tensors |= {name: _Rows(one, number_format) for name, one in zip(names, layers, strict=True)}
+
+
+def own_format(source: Checkpoint) -> NumberFormat:
+    """The number format that loses nothing of a checkpoint's matrices: their own where it is one, else float32.
+
+    float64 becomes float32 too: nothing computes in it. Norms have no say, as they are float32 in any case.
+    """
+    found = {tensor.dtype for name, tensor in source.tensors.items() if len(tensor.shape) == 2}
+    return FORMATS[found.pop() if len(found) == 1 and found <= FORMATS.keys() else "f32"]
+
+
+def write_model(
+    source: Source,
+    out: Path,
+    number_format: NumberFormat,
+    tokenizer: StoredTokenizer,
+    force: bool,
+    progress: Progress | None,
+    sampling: SamplingOptions | None = None,
+) -> dict[str, Any]:
+    """Fill a new directory, let the loader open it, and make it `out`."""
+    shapes = kind_shapes(source.config)
+    if source.tied:
+        del shapes["output"]
+    formats = {kind: format_of(kind, number_format, source.tied) for kind in shapes}
+    total = sum(spec.size_bytes for kind in shapes for spec in formats[kind].arrays(shapes[kind]).values())
+    with staged(out, force, is_model_file, MANIFEST) as folder:
+        _check_space(out, total)
+        meter = _Meter(total, progress)
+        tensors = {k: _write_kind(source, folder, k, formats[k], shapes[k], meter) for k in shapes}
+        for name, content in tokenizer.files.items():
+            _write_file(folder / name, content)
+        manifest = build_manifest(source.config, tokenizer.entry, tensors, sampling)
+        text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        _write_file(folder / MANIFEST, text.encode("ascii"))
+        open_tokenizer(folder, *check_model(folder))
+    return manifest
+
+
+def build_manifest(
+    config: ModelConfig, tokenizer: dict[str, Any], tensors: dict[str, Any], sampling: SamplingOptions | None
+) -> dict[str, Any]:
+    """The manifest, of the lowest format version that has what it says (see format_version.py)."""
+    manifest = {"format": FORMAT, "config": config.to_json(), "tokenizer": tokenizer, "tensors": tensors}
+    if sampling is not None:
+        manifest["sampling"] = sampling.to_json()
+    version = version_of([*manifest, *manifest["config"], *tokenizer])
+    return {**manifest, "version": version, **({NEEDS: FIRST_READER[version]} if version > 1 else {})}
+
+
+def _check_space(out: Path, needed: int) -> None:
+    """Better refused now than after ten minutes of writing. Some file systems say nothing, or 0: then writing tells."""
+    try:
+        free = shutil.disk_usage(out.parent).free
+    except OSError:
+        return
+    if 0 < free < needed + SLACK_BYTES:
+        raise ModelError(
+            f"{out}: no space left on device: the model needs {needed + SLACK_BYTES:,} bytes, {free:,} are free in "
+            f"{out.parent}; make room, choose another OUT, or a smaller --dtype."
+        )
+
+
+def format_of(kind: str, number_format: NumberFormat, tied: bool) -> NumberFormat:
+    """The number format of one kind of weight in a model of a number format.
+
+    Norms are float32 in every model. The output, where an error reaches every token, may have a wider format; so has
+    the embedding where it is the output as well (tied).
+    """
+    if KINDS[kind].is_norm:
+        return FORMATS["f32"]
+    output = "tok_embeddings" if tied else "output"
+    return FORMATS[number_format.output] if number_format.output and kind == output else number_format
+
+
+class _Meter:
+    """Counts what is written and tells who wants to know."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self.total, self._progress = 0, total, progress
+
+    def advance(self, size: int, name: str) -> None:
+        self.done += size
+        if self._progress:
+            self._progress(self.done, self.total, name)
+
+
+def _write_kind(
+    source: Source, folder: Path, kind: str, number_format: NumberFormat, shape: tuple[int, ...], meter: _Meter
+) -> dict[str, Any]:
+    """Write the files of one kind of weight; returns its entry for the manifest."""
+    specs = number_format.arrays(shape)
+    names = array_files(kind, specs)
+    with ExitStack() as stack:
+        files = {part: stack.enter_context(_ArrayFile(folder / names[part], spec)) for part, spec in specs.items()}
+        for name, row, block, dtype in _blocks(source, kind, number_format):
+            for part, stored in encode(number_format, block, dtype, f"{source.folder}: {name}", row).items():
+                files[part].write(stored)
+                meter.advance(stored.nbytes, name)
+    arrays = {part: file.record() for part, file in files.items()}
+    return {"format": number_format.name, "shape": list(shape), "arrays": arrays}
+
+
+def _blocks(source: Source, kind: str, number_format: NumberFormat) -> Iterator[tuple[str, int, np.ndarray, str]]:
+    """All rows of one kind, layer after layer: tensor, first row, rows, and how their numbers are to be read."""
+    together = number_format.block_rows
+    for name in tensor_names(kind, source.config.n_layers):
+        tensor = source.tensors[name]
+        rows, row_bytes = tensor.shape[0], math.prod(tensor.shape[1:]) * 4
+        step = max(1, BLOCK_BYTES // row_bytes // together) * together
+        for start in range(0, rows, step):
+            yield name, start, tensor.rows(start, min(start + step, rows)), tensor.dtype
+
+
+def encode(
+    number_format: NumberFormat, block: np.ndarray, dtype: str, name: str, first_row: int
+) -> dict[str, np.ndarray]:
+    """Rows of a tensor -> the arrays that store them. Rounds to nearest, half to even; float64 by way of float32.
+
+    Raises CheckpointError, naming tensor, index and value, for a number that the format cannot hold.
+    """
+    try:
+        return number_format.encode(block, dtype)
+    except UnstorableError as error:
+        index = [int(i) for i in np.unravel_index(error.at, block.shape)]
+        found = block.reshape(-1)[error.at : error.at + 1]
+    value = float(as_float32(found, dtype)[0]) if dtype == "bf16" else float(found[0])
+    index[0] += first_row
+    if not math.isfinite(value):
+        raise CheckpointError(
+            f"{name}{index} is {value}, and a weight must be a finite number; the checkpoint is damaged: get it again."
+        )
+    raise CheckpointError(
+        f"{name}{index} is {value}, which {number_format.title} cannot hold (its largest number is "
+        f"{number_format.largest}); choose a --dtype with a wider range, bf16 or f32."
+    )
+
+
+class _ArrayFile:
+    """A .npy file written from the first byte to the last, hashed on the way, and on the disk when it is closed.
+
+    By write() only: a full disk is then an error; on a writable map it would end the process.
+    """
+
+    def __init__(self, path: Path, spec: ArraySpec) -> None:
+        self._path, self._spec = path, spec
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> _ArrayFile:
+        self._file = open(self._path, "xb", buffering=0)
+        self._put(npy_header(self._spec))
+        return self
+
+    def write(self, rows: np.ndarray) -> None:
+        """Append rows, whose dtype has the size of the file's."""
+        self._put(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        _write_all(self._file, data)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                sync_file(self._file.fileno())
+        finally:
+            self._file.close()
+
+    def record(self) -> dict[str, Any]:
+        """The file's entry for the manifest."""
+        return {
+            "file": self._path.name,
+            "dtype": self._spec.dtype,
+            "shape": list(self._spec.shape),
+            "sha256": self._digest.hexdigest(),
+        }
+
+
+def _write_all(file: io.FileIO, data: bytes | memoryview) -> None:
+    """One write may take less than it was given: the disk is nearly full, or the block is beyond 2 GB."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    """A small file, on the disk when this returns."""
+    with open(path, "xb", buffering=0) as file:
+        _write_all(file, data)
+        sync_file(file.fileno())

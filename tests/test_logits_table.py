@@ -1,0 +1,40 @@
+"""The committed table of SHA-256 of logits: compiled logits of quantized models have the bits that they had before."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import hash_logits
+
+pytest.importorskip("numba")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("NPLLAMA_BACKEND") == "numpy", reason="compiled execution: not in the run of NumPy's"
+)
+
+TABLE = json.loads(hash_logits.TABLE.read_text())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("demo")
+    return {dtype: hash_logits.write_demo(folder, dtype) for dtype in hash_logits.WEIGHTS}
+
+
+def test_quantized_weights_have_the_bytes_that_they_had(models: dict[str, Path]) -> None:
+    assert {dtype: hash_logits.weights_hash(model) for dtype, model in models.items()} == TABLE["weights"]
+
+
+@pytest.mark.parametrize("kv_dtype", hash_logits.CACHES)
+@pytest.mark.parametrize("dtype", hash_logits.WEIGHTS)
+def test_logits_have_the_bits_that_they_had(models: dict[str, Path], dtype: str, kv_dtype: str) -> None:
+    for threads in (1, 2):
+        found = hash_logits.hashes_of(models[dtype], kv_dtype, threads)
+        assert found == TABLE[f"{dtype}, {kv_dtype}"], f"{threads} threads"
+    assert found["whole"] == found["in chunks"] == found["one by one"]
