@@ -90,7 +90,7 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object, without later ones that have their default; `from_json` reads it back."""
         values = {**dataclasses.asdict(self), "eos_token_ids": list(self.eos_token_ids)}
-        return {key: value for key, value in values.items() if LATER.get(key) is not value}
+        return {key: value for key, value in values.items() if key not in LATER or LATER[key] is not value}
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> ModelConfig:

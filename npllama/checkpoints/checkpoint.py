@@ -20,7 +20,9 @@ class Checkpoint:
     """An open checkpoint of any layout; a context manager.
 
     `tensors` has Meta's names without ".weight". `tied`: output is tok_embeddings, and absent from `tensors`.
-    `folder` is where a tokenizer is to be looked for; `warnings` are sentences for the user.
+    `folder` is where a tokenizer is to be looked for; `warnings` are sentences for the user. `vocabulary`: a tokenizer
+    that comes with the weights, by the keys of GGUF files without "tokenizer.ggml.": model, tokens, scores, token_type,
+    merges, pre, bos_token_id, add_bos_token, ...; and chat_template.
     """
 
     layout: str
@@ -30,6 +32,7 @@ class Checkpoint:
     tied: bool
     warnings: tuple[str, ...]
     pool: Pool
+    vocabulary: Mapping[str, object] | None = None
 
     def close(self) -> None:
         """Close its files."""

@@ -30,7 +30,6 @@ HF_WEIGHTS = (
 """The first that is there is taken, as transformers does, whose older files may lie beside newer ones."""
 LLAMA_1 = "layers.0.attention.inner_attention.rope.freqs"
 LLAMA_1_CONTEXT = 2048
-LLAMA_3_VOCABULARY = 128256
 MOST_FILES = 1024
 
 
@@ -105,8 +104,6 @@ def _meta_config(params: Mapping[str, object], shards: Sequence[Shard], context:
         config = configs.from_meta(params, vocab_size=rows, max_seq_len=context)
     except UsageError as error:
         raise CheckpointError(f"params.json: {error}") from error
-    if config.vocab_size == LLAMA_3_VOCABULARY:
-        raise CheckpointError(f"params.json: a vocabulary of {rows:,} is LLaMA 3's, whose tokenizer is not supported")
     return config
 
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="tokenizer.model or tokenizer.json, or its folder (default: inside the checkpoint, in its folder or parent)",
+        help="tokenizer.model or tokenizer.json, or a folder (default: inside the checkpoint, in its folder or parent)",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
 

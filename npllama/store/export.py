@@ -89,9 +89,10 @@ def export(
     """Write the model directory `out` from a checkpoint; returns its manifest.
 
     dtype "f32", "f16", "bf16", "q8", "q6" or "q4" of the matrices (the output of a q4 model is q6), None for the
-    checkpoint's own (float32 where its matrices differ or are float64); norms are always float32. tokenizer: a
-    file of any kind, or the folder of one; None to look inside the checkpoint, in its folder and its parent. force:
-    replace a model directory. progress gets (bytes done, bytes in all, tensor), note one-line remarks. The same checkpoint gives the same bytes.
+    checkpoint's own (float32 where its matrices differ or are float64); norms are always float32. tokenizer: a file
+    of any kind, or the folder of one; None to look inside the checkpoint, in its folder and its parent. force: replace
+    a model directory. progress gets (bytes done, bytes in all, tensor), note one-line remarks. The same checkpoint
+    gives the same bytes.
     Raises CheckpointError for what cannot be read or stored, ModelError for an `out` that cannot be made, UsageError
     for a dtype that does not exist.
     """

@@ -39,9 +39,8 @@ def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> 
 
     Raises CheckpointError when there is none, when it is of no known kind, or has more pieces than the model rows.
     """
-    inside = getattr(source, "vocabulary", None)
-    if asked is None and inside is not None:
-        found = _inside(inside)
+    if asked is None and source.vocabulary is not None:
+        found = _inside(source.vocabulary)
     else:
         places = _places(source.folder, asked)
         path = next((place for place in places if os.path.isfile(place)), None)
@@ -69,10 +68,11 @@ def _places(folder: Path, asked: str | os.PathLike[str] | None) -> list[Path]:
 
 
 def _none(folder: Path, places: list[Path]) -> CheckpointError:
-    looked = " and ".join(dict.fromkeys(str(p.parent if p.name in NAMES else p) for p in places))
+    folders = " and ".join(dict.fromkeys(str(place.parent) for place in places))
+    looked = str(places[0]) if len(places) == 1 else f"{' and '.join(NAMES)} in {folders}"
     return CheckpointError(
-        f"{folder}: has no tokenizer (looked for {' or '.join(NAMES)} in {looked}); one is needed"
-        f"{_instead(places[0].parent)}: name it with --tokenizer FILE."
+        f"{folder}: has no tokenizer (looked for {looked}); one is needed{_instead(places[0].parent)}: name it with "
+        f"--tokenizer FILE."
     )
 
 
@@ -138,7 +138,7 @@ def with_ids(config: ModelConfig, found: FoundTokenizer, say: Callable[[str], No
         begin = config.bos_token_id
     ends = tuple(i for i in config.eos_token_ids if i in apart or i >= n)
     if not ends and rules.eos_id is not None:
-        ends = (rules.eos_id, *(rules.names[name] for name in TURN_ENDS if name in rules.names))
+        ends = tuple(dict.fromkeys([rules.eos_id, *(rules.names[name] for name in TURN_ENDS if name in rules.names)]))
     if (begin, ends) != (config.bos_token_id, config.eos_token_ids):
         named = ", ".join(f"{i} ({quote(found.tokenizer.spelling(i))})" for i in ends) or "none"
         first = "none" if begin is None else f"{begin} ({quote(found.tokenizer.spelling(begin))})"
