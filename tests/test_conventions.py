@@ -109,6 +109,21 @@ def test_only_what_compiles_imports_numba_and_only_the_tokenizer_sentencepiece(f
         assert "sentencepiece" not in roots
 
 
+@pytest.mark.parametrize("file", each("execution/", "ops.py", "model.py", "numbers/"))
+def test_what_computes_knows_nothing_of_text(file: str) -> None:
+    assert not [other for other in own_imports(file) if module(other) in ("text", "checkpoints")]
+
+
+@pytest.mark.parametrize("folder", ["text/", "text/bpe/", "text/readers/", "store/", "generation/"])
+def test_the_docstring_of_a_room_names_each_of_its_files_once(folder: str) -> None:
+    text = ast.get_docstring(TREES[f"{folder}__init__.py"]) or ""
+    named = re.findall(r"^(\w+\.py|\w+/)  +\w", text, re.MULTILINE)
+    inside = {file.removeprefix(folder) for file in each(folder)} - {"__init__.py"}
+    here = {file if "/" not in file else file.split("/")[0] + "/" for file in inside}
+    assert sorted(named) == sorted(here)
+    assert len([file for file in inside if "/" not in file]) < 12
+
+
 def test_importing_the_package_or_the_command_line_does_not_import_numba_nor_numpy() -> None:
     program = "import npllama.commands.cli, sys; sys.exit(bool({'numba', 'numpy'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", program], env=environment(), check=True)

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from test_bpe_files import gguf_of
 from test_bpe_tokenizer_json import TEXTS, template
 from tiny_sentencepiece import trained
+from torch_files import write_meta
 
 import npllama
 from npllama.checkpoints import open_checkpoint
@@ -346,6 +347,62 @@ def test_without_bos_a_window_begins_with_the_last_id_of_the_one_before(without_
         assert quality(llm, text, 8).n_tokens == len(ids) - 1
         with pytest.raises(UsageError, match="has one id and no BOS in front, so there is none to predict"):
             list(windows(llm, "t", 8))
+
+
+def test_a_text_that_would_give_a_control_token_is_refused(without_bos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No vocabulary that is read can; should one, no model is to see it."""
+    with npllama.load(without_bos, backend="numpy") as llm:
+        monkeypatch.setattr(llm.tokenizer, "_words", Controls())
+        with pytest.raises(ModelError, match="has a control token that this text becomes, and text never becomes one"):
+            llm.generate("to")
+
+
+class Controls:
+    def ids(self, text: str) -> list[int]:
+        return [406]
+
+
+def test_perplexity_says_that_no_window_has_a_bos(without_bos: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("to the naïve 2024")
+    done = run("perplexity", "-m", without_bos, "-f", tmp_path / "text", "-c", "8")
+    assert b"in windows of 8 ids, every id of the text but the first once" in done.out
+
+
+# --- folders as other programs write them
+
+
+def test_a_release_of_meta_with_llama_3s_tokenizer_exports_and_ends_at_its_tokens(tmp_path: Path) -> None:
+    write_meta(tmp_path / "meta", rows=406 + 256)
+    (tmp_path / "meta" / "tokenizer.model").write_bytes(tiny.tiktoken_file())
+    export(tmp_path / "meta", tmp_path / "m")
+    with npllama.load(tmp_path / "m", backend="numpy") as llm:
+        assert llm.config.eos_token_ids == (407, 414, 415)
+        assert llm.tokenizer.encode("to")[0] == llm.config.bos_token_id == llm.tokenizer.special("<|begin_of_text|>")
+        found = llm.generate("to the", max_tokens=40, temperature=1.0, seed=3)
+        assert not set(found.tokens) & {406, 407, 414, 415}
+
+
+def test_a_tokenizer_json_of_the_package_tokenizers_exports_and_gives_its_ids(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    theirs.train_from_iterator([tiny.text()], trainer)
+    theirs.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    theirs.save(str(folder / "tokenizer.json"))
+    export(folder, tmp_path / "m")
+    with npllama.load(tmp_path / "m", backend="numpy") as llm:
+        text = tiny.text() + "2024 🐘 naïve\n\n  x"
+        assert llm.tokenizer.encode(text) == theirs.encode(text).ids
+        ids = llm.generate(text[:40], max_tokens=20, seed=2, echo=True)
+        assert ids.text == theirs.decode([*theirs.encode(text[:40]).ids, *ids.tokens])
 
 
 # --- real vocabularies

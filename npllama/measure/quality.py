@@ -104,7 +104,7 @@ def _check_same_ids(llama: Llama, reference: Llama, text: str) -> None:
             f"the models have vocabularies of {llama.config.vocab_size} and {reference.config.vocab_size} ids; "
             f"the reference must be the same model in another number format."
         )
-    if reference.tokenizer.encode(text, bos=True) != llama.tokenizer.encode(text, bos=True):
+    if reference.tokenizer.encode(text) != llama.tokenizer.encode(text):
         raise UsageError(
             "the models' tokenizers cut the text into different ids; the reference must be the same model in another "
             "number format."
