@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from helpers import safetensors_bytes, write_model_directory, write_tokenizer  # noqa: E402
+from helpers import TINY, safetensors_bytes, write_model_directory, write_tokenizer  # noqa: E402
 from tiny_bpe import byte_level, characters, tiktoken_file, written  # noqa: E402
 from torch_files import (  # noqa: E402
     hugging_face_tensors,
@@ -46,13 +46,14 @@ from torch_files import (  # noqa: E402
 from npllama.checkpoints import open_checkpoint  # noqa: E402
 from npllama.errors import NpllamaError  # noqa: E402
 from npllama.store.opening import open_model  # noqa: E402
-from npllama.store.tokenizers import open_tokenizer  # noqa: E402
+from npllama.store.tokenizers import open_tokenizer, stored_vocabulary  # noqa: E402
 from npllama.text.bpe.tokenizer import BpeTokenizer  # noqa: E402
 from npllama.text.derived import FILES, files_of, vocabulary_of  # noqa: E402
 from npllama.text.readers.tiktoken import read_tiktoken  # noqa: E402
 from npllama.text.readers.tokenizer_json import read_tokenizer_json  # noqa: E402
 from npllama.text.sentencepiece import SentencePieceTokenizer  # noqa: E402
 from npllama.text.vocabulary import Vocabulary  # noqa: E402
+from npllama.version import NEEDS  # noqa: E402
 
 LONGEST_S = 2.0
 MEDIAN_S = 0.05
@@ -97,6 +98,18 @@ def read_vocabulary(folder: Path) -> None:
 def _vocabulary(file: dict[str, Any]) -> Callable[[Path], object]:
     files = files_of(read_tokenizer_json(written(file)))
     return lambda folder: [(folder / name).write_bytes(content) for name, content in files.items()]
+
+
+def _model(folder: Path) -> None:
+    """A model directory with a byte pair vocabulary."""
+    vocabulary = read_tokenizer_json(written(byte_level()))
+    stored = stored_vocabulary(vocabulary)
+    write_model_directory(folder, replace(TINY, vocab_size=len(vocabulary.tokens)))
+    for name, content in stored.files.items():
+        (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "npllama.json").read_bytes())
+    manifest |= {"tokenizer": stored.entry, "version": 3, NEEDS: "0.1.0"}
+    (folder / "npllama.json").write_text(json.dumps(manifest, indent=1))
 
 
 def _tokenizer_json(file: dict[str, Any]) -> Callable[[Path], object]:
@@ -175,6 +188,7 @@ KINDS = {
     "npllama.json": Kind(
         lambda f: write_model_directory(f / "m"), "m/npllama.json", lambda f: read_model(f / "m"), True
     ),
+    "npllama.json-2": Kind(lambda f: _model(f / "m"), "m/npllama.json", lambda f: read_model(f / "m"), text=True),
     "npy": Kind(lambda f: write_model_directory(f / "m"), "m/wq.npy", lambda f: read_model(f / "m")),
     "tokenizer.json": Kind(
         _tokenizer_json(byte_level()),
