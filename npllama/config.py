@@ -37,7 +37,8 @@ class ModelConfig:
 
     Units: tokens for max_seq_len and sliding_window, elements for the others; norm_eps stands inside the root;
     rope_theta is RoPE's base. sliding_window: how many positions, its own included, a query sees (None: all).
-    add_bos_token, add_eos_token: whether a text gets BOS in front and EOS behind it.
+    bos_token_id: None where a text has no begin. add_bos_token, add_eos_token: whether a text gets BOS in front and EOS
+    behind it.
     Raises UsageError. Source: Touvron et al. 2023, arXiv:2307.09288, and Meta's ModelArgs.
     """
 
@@ -51,7 +52,7 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     max_seq_len: int
-    bos_token_id: int = 1
+    bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
     add_bos_token: bool = True
     add_eos_token: bool = False
@@ -81,7 +82,8 @@ class ModelConfig:
             self.rope_scaling.check_head(self.head_dim)
         if self.sliding_window is not None:
             whole("sliding_window", self.sliding_window, 1, MAX_SIZES["max_seq_len"])
-        for name, token in [("bos_token_id", self.bos_token_id), *(("eos_token_ids", t) for t in self.eos_token_ids)]:
+        bos = [] if self.bos_token_id is None else [self.bos_token_id]
+        for name, token in [*(("bos_token_id", t) for t in bos), *(("eos_token_ids", t) for t in self.eos_token_ids)]:
             whole(name, token, 0, self.vocab_size - 1)
         for name in ("add_bos_token", "add_eos_token"):
             if type(getattr(self, name)) is not bool:

@@ -19,12 +19,14 @@ from npllama.execution.engine import Engine
 from npllama.generation.chunks import chunk_tokens
 from npllama.generation.requests import Prompt, Request, check_kind, either, is_one, new_request
 from npllama.generation.sampling import PENALTY_WINDOW, Allowed, sample
-from npllama.generation.streaming import StopStrings, StreamDecoder
+from npllama.generation.streaming import StopStrings
 from npllama.options import SamplingOptions
 from npllama.store.direct import open_source
 from npllama.store.opening import OpenModel, Progress
+from npllama.store.tokenizers import open_tokenizer
 from npllama.system.closing import Closing
-from npllama.text.sentencepiece import Tokenizer
+from npllama.text.decoding import StreamDecoder
+from npllama.text.protocol import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 MAX_DEFAULT_CONTEXT = 4096
@@ -204,7 +206,8 @@ class Llama(Closing):
             ids = self.tokenizer.encode(prompt, bos, eos)
             if not ids:
                 raise UsageError(
-                    "the prompt is empty and gets no BOS here, so there is no token; give text, or bos=True."
+                    "the prompt is empty and gets no BOS here, so there is no token; give text"
+                    + (", or bos=True." if self.tokenizer.bos_id is not None else ".")
                 )
             return ids
         check_kind(prompt)
@@ -395,13 +398,13 @@ def load(
 def _tokenizer_of(opened: OpenModel) -> Tokenizer:
     """The tokenizer of a model; where the two differ about the ids that begin and end a text, a warning."""
     c = opened.config
-    tokenizer = Tokenizer(opened.tokenizer_path, c.vocab_size, c.add_bos_token, c.add_eos_token)
-    if tokenizer.eos_id not in c.eos_token_ids:
+    tokenizer = open_tokenizer(opened.path, opened.manifest, c)
+    if tokenizer.eos_id is not None and tokenizer.eos_id not in c.eos_token_ids:
         log.warning(
             f"the tokenizer ends a text with id {tokenizer.eos_id}, which is not among the model's end-of-text ids "
             f"{list(c.eos_token_ids)}; texts end at the model's"
         )
-    if tokenizer.bos_id != c.bos_token_id:
+    if tokenizer.bos_id is not None and tokenizer.bos_id != c.bos_token_id:
         log.warning(
             f"the tokenizer begins a text with id {tokenizer.bos_id}, the model's config says {c.bos_token_id}; "
             f"using the tokenizer's"

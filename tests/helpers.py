@@ -60,8 +60,9 @@ def write_safetensors_checkpoint(
     tied: bool = False,
     weights: dict[str, np.ndarray] | None = None,
     dtypes: dict[str, str] | None = None,
+    tokenizer: bool = True,
 ) -> dict[str, np.ndarray]:
-    """Write a Hugging Face folder (config.json, model.safetensors, tokenizer.model); returns its weights.
+    """Write a Hugging Face folder (config.json, model.safetensors, tokenizer.model if asked); returns its weights.
 
     dtype "f32", "f16", "bf16" or "f64" of all tensors, `dtypes` that of some. The rows of q and k stand in Hugging
     Face's order. The weights returned have Meta's names and order, float32 before rounding to the dtype.
@@ -75,7 +76,8 @@ def write_safetensors_checkpoint(
         rows = w if heads is None else halves_from_pairs(w, heads)
         tensors[hugging_face_name(name)] = (rows, (dtypes or {}).get(name, dtype))
     (folder / "model.safetensors").write_bytes(safetensors_bytes(tensors))
-    write_tokenizer(folder / "tokenizer.model", config.vocab_size)
+    if tokenizer:
+        write_tokenizer(folder / "tokenizer.model", config.vocab_size)
     return weights
 
 

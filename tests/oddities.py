@@ -612,8 +612,8 @@ def words_of_a_server_for_the_weights(folder: Path) -> None:
     replaced(folder, write_hugging_face, "model.safetensors", text)
 
 
-@refuses("looked for .*; its SentencePiece file is needed, and tokenizer.json is another kind: take tokenizer.model of")
-def a_folder_of_transformers_5(folder: Path) -> None:
+@refuses(r"tokenizer\.json: its model is of type 'Unigram'; BPE is supported. Use the checkpoint's tokenizer\.model")
+def a_tokenizer_of_another_type(folder: Path) -> None:
     write_hugging_face(folder)
     (folder.parent / "tokenizer.model").unlink()
-    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Unigram"}}')

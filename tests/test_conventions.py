@@ -114,6 +114,11 @@ def test_only_what_compiles_imports_numba_and_only_the_tokenizer_sentencepiece(f
         assert "sentencepiece" not in roots
 
 
+@pytest.mark.parametrize("file", each("execution/", "ops.py", "model.py", "numbers/"))
+def test_what_computes_knows_nothing_of_text(file: str) -> None:
+    assert not [other for other in own_imports(file) if module(other) in ("text", "checkpoints")]
+
+
 def test_importing_the_package_or_the_command_line_does_not_import_numba_nor_numpy() -> None:
     program = "import npllama.commands.cli, sys; sys.exit(bool({'numba', 'numpy'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", program], env=environment(), check=True)

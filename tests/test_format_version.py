@@ -145,10 +145,10 @@ def test_absent_keys_of_the_config_mean_their_default() -> None:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (lambda m: m.update(version=3, needs_npllama="7.1"), "install npllama '7.1' or newer"),
-        (lambda m: m.update(version=3), "install the npllama that wrote it"),
+        (lambda m: m.update(version=VERSION + 1, needs_npllama="7.1"), "install npllama '7.1' or newer"),
+        (lambda m: m.update(version=VERSION + 1), "install the npllama that wrote it"),
         (lambda m: m.update(version=0), f"has version '0', this npllama reads version 1 to {VERSION}"),
-        (lambda m: m.update(zoo=1), "'zoo' belongs to a later format than the versions 1 to 2 that npllama"),
+        (lambda m: m.update(zoo=1), f"'zoo' belongs to a later format than the versions 1 to {VERSION} that npllama"),
         (lambda m: m["config"].update(zoo=1), "config: key 'zoo' is not known in the config: 'zoo' belongs to a later"),
         (lambda m: m["config"].update(add_bos_token=False), "has 'add_bos_token', which needs version 2, but says"),
         (lambda m: m.update(sampling={}), "has 'sampling', which needs version 2, but says version 1"),

@@ -12,8 +12,8 @@ PROGRAMS = {
     "a control token that comes out of a text": (
         """
 from npllama.inference import DEMO
-from npllama.text.sentencepiece import Tokenizer
-tokenizer = Tokenizer(DEMO / "tokenizer.model")
+from npllama.text.sentencepiece import SentencePieceTokenizer
+tokenizer = SentencePieceTokenizer(DEMO / "tokenizer.model")
 tokenizer.control_ids |= {tokenizer.encode("fox")[-1]}
 tokenizer.encode("fox")
 """,

@@ -243,13 +243,6 @@ def test_a_missing_params_json_is_named(tmp_path: Path) -> None:
     refused(tmp_path, r"^params\.json is missing beside consolidated\.00\.pth")
 
 
-def test_llama_3_is_refused_by_name(tmp_path: Path) -> None:
-    embedding = np.zeros((128256, 2), np.float16)
-    (tmp_path / "consolidated.00.pth").write_bytes(torch_zip({"tok_embeddings.weight": stored(embedding, "f16")}))
-    (tmp_path / "params.json").write_text(json.dumps({**PARAMS, "dim": 2, "n_heads": 1, "n_kv_heads": 1}))
-    refused(tmp_path, r"^params\.json: a vocabulary of 128,256 is LLaMA 3's")
-
-
 def test_the_wrong_norm_eps_of_the_first_llama_2_is_pointed_out(tmp_path: Path) -> None:
     def write(extra: dict[str, object], vocabulary: int) -> tuple[str, ...]:
         config = dataclasses.replace(SMALL, vocab_size=vocabulary)

@@ -10,8 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from npllama.errors import UsageError
-from npllama.generation.streaming import StopStrings, StreamDecoder
-from npllama.text.sentencepiece import Tokenizer
+from npllama.generation.streaming import StopStrings
+from npllama.text.decoding import StreamDecoder
+from npllama.text.sentencepiece import SentencePieceTokenizer
 
 N_PIECES = 400
 BYTE = 3
@@ -26,8 +27,8 @@ ANY_IDS = st.lists(
 
 
 @pytest.fixture(scope="module")
-def tok(tiny_tokenizer_file: Path) -> Tokenizer:
-    return Tokenizer(tiny_tokenizer_file)
+def tok(tiny_tokenizer_file: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(tiny_tokenizer_file)
 
 
 def streamed(decoder: StreamDecoder, ids: Iterable[int]) -> str:
@@ -42,12 +43,12 @@ def byte_ids(data: bytes) -> list[int]:
 @example(ids=[])
 @example(ids=[1, BYTE + 0xE6, 2, BYTE + 0xBC, BYTE + 0xA2])
 @example(ids=byte_ids(b"\xf0\x9f\x90"))
-def test_the_pieces_add_up_to_the_decoding_of_all_ids(tok: Tokenizer, ids: list[int]) -> None:
+def test_the_pieces_add_up_to_the_decoding_of_all_ids(tok: SentencePieceTokenizer, ids: list[int]) -> None:
     assert streamed(StreamDecoder(tok), ids) == tok.decode(ids)
 
 
 @given(ids=ANY_IDS)
-def test_only_an_incomplete_character_is_held_back(tok: Tokenizer, ids: list[int]) -> None:
+def test_only_an_incomplete_character_is_held_back(tok: SentencePieceTokenizer, ids: list[int]) -> None:
     decoder, text = StreamDecoder(tok), ""
     for n, token in enumerate(ids, 1):
         text += decoder.push(token)
@@ -58,33 +59,33 @@ def test_only_an_incomplete_character_is_held_back(tok: Tokenizer, ids: list[int
 
 
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
-def test_a_text_streams_as_itself(tok: Tokenizer, text: str) -> None:
+def test_a_text_streams_as_itself(tok: SentencePieceTokenizer, text: str) -> None:
     assert streamed(StreamDecoder(tok), tok.encode(text)) == text
 
 
 def test_llama_2_streams_as_it_decodes(shared_data: Path) -> None:
-    llama2 = Tokenizer(shared_data / "llama2-tokenizer.model")
+    llama2 = SentencePieceTokenizer(shared_data / "llama2-tokenizer.model")
     ids = llama2.encode("  two spaces, línea, 漢字 🐘\n</s>\0") * 2 + [29871, 259, 2, 35, 240, 163]
     assert streamed(StreamDecoder(llama2), ids) == llama2.decode(ids)
 
 
-def test_a_character_of_four_bytes_comes_with_its_last(tok: Tokenizer) -> None:
+def test_a_character_of_four_bytes_comes_with_its_last(tok: SentencePieceTokenizer) -> None:
     decoder = StreamDecoder(tok)
     assert [decoder.push(i) for i in byte_ids("🐘".encode())] == ["", "", "", "🐘"]
 
 
-def test_finish_gives_the_held_bytes_and_begins_another_text(tok: Tokenizer) -> None:
+def test_finish_gives_the_held_bytes_and_begins_another_text(tok: SentencePieceTokenizer) -> None:
     decoder, ids = StreamDecoder(tok), tok.encode("to to")
     assert streamed(decoder, [*ids, BYTE + 0xE6, BYTE + 0xBC]) == "to to\ufffd\ufffd"
     assert streamed(decoder, ids) == "to to"
 
 
 def test_padding_ids_add_nothing_to_a_stream(tiny_tokenizer_file: Path) -> None:
-    padded = Tokenizer(tiny_tokenizer_file, vocab_size=N_PIECES + 1)
+    padded = SentencePieceTokenizer(tiny_tokenizer_file, vocab_size=N_PIECES + 1)
     assert streamed(StreamDecoder(padded), [N_PIECES, *padded.encode("to"), N_PIECES]) == "to"
 
 
-def test_an_id_outside_the_vocabulary_cannot_be_pushed(tok: Tokenizer) -> None:
+def test_an_id_outside_the_vocabulary_cannot_be_pushed(tok: SentencePieceTokenizer) -> None:
     decoder = StreamDecoder(tok)
     for token in (-1, N_PIECES):
         with pytest.raises(UsageError, match=f"the id '{token}' is not in the vocabulary"):

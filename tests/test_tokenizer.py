@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from npllama.errors import ModelError, NpllamaError, UsageError
 from npllama.text import sentencepiece as tokenizer
-from npllama.text.sentencepiece import Tokenizer
+from npllama.text.sentencepiece import SentencePieceTokenizer
 
 LETTERS = [(letter, tiny.NORMAL) for letter in "\u2581ab<s>/"]
 ODD_FILES = {
@@ -36,13 +36,13 @@ ODD_FILES = {
 
 
 @pytest.fixture(scope="module")
-def tok(tiny_tokenizer_file: Path) -> Tokenizer:
-    return Tokenizer(tiny_tokenizer_file)
+def tok(tiny_tokenizer_file: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(tiny_tokenizer_file)
 
 
 @pytest.fixture(scope="module")
-def llama2(shared_data: Path) -> Tokenizer:
-    return Tokenizer(shared_data / "llama2-tokenizer.model")
+def llama2(shared_data: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(shared_data / "llama2-tokenizer.model")
 
 
 @pytest.fixture
@@ -67,14 +67,14 @@ def some_ids(rng: random.Random, n_pieces: int) -> list[int]:
 
 def refuse(path: Path, message: str, vocab_size: int | None = None) -> None:
     with pytest.raises(ModelError, match=message) as caught:
-        Tokenizer(path, vocab_size)
+        SentencePieceTokenizer(path, vocab_size)
     assert "\n" not in str(caught.value)
 
 
 # --- text to ids
 
 
-def test_encode_gives_the_ids_of_meta(llama2: Tokenizer, shared_data: Path) -> None:
+def test_encode_gives_the_ids_of_meta(llama2: SentencePieceTokenizer, shared_data: Path) -> None:
     for case in json.loads((shared_data / "golden" / "llama2_tokenizer.json").read_text(encoding="utf-8")):
         assert llama2.encode(case["text"], bos=False) == case["ids"]
 
@@ -84,18 +84,18 @@ def test_encode_gives_the_ids_of_meta(llama2: Tokenizer, shared_data: Path) -> N
 @example(text="   three spaces, then\ttab\r\n")
 @example(text="a\0b\0")
 @example(text="\ufffd\U0010ffff\ufeff")
-def test_any_text_comes_back(tok: Tokenizer, text: str) -> None:
+def test_any_text_comes_back(tok: SentencePieceTokenizer, text: str) -> None:
     assert tok.decode(tok.encode(text)) == text
 
 
 @pytest.mark.parametrize("text", ["", " ", "a", "<s>", "<s> a", "</s>", "  a"])
-def test_bos_is_put_once_in_front_of_any_text(tok: Tokenizer, text: str) -> None:
+def test_bos_is_put_once_in_front_of_any_text(tok: SentencePieceTokenizer, text: str) -> None:
     assert tok.encode(text) == [tok.bos_id, *tok.encode(text, bos=False)]
     assert tok.encode(text).count(tok.bos_id) == 1
 
 
 @pytest.mark.parametrize("text", ["</s>", "<s>", "<unk>", "a</s>b", " </s>", "<0x0A>", "</s></s>", "\n<s>\n"])
-def test_the_names_of_control_pieces_are_ordinary_text(tok: Tokenizer, text: str) -> None:
+def test_the_names_of_control_pieces_are_ordinary_text(tok: SentencePieceTokenizer, text: str) -> None:
     ids = tok.encode(text, bos=False)
     assert not {0, tok.bos_id, tok.eos_id} & set(ids)
     assert tok.decode(ids) == text
@@ -103,7 +103,7 @@ def test_the_names_of_control_pieces_are_ordinary_text(tok: Tokenizer, text: str
 
 @pytest.mark.parametrize("control", ["ab", "</s>a", "éé", "<ab>"])
 def test_a_control_piece_among_the_letters_cannot_be_typed(file: Callable[[bytes], Path], control: str) -> None:
-    odd = Tokenizer(file(tiny.written([*tiny.USUAL, *tiny.BYTES, *LETTERS, (control, tiny.CONTROL)])))
+    odd = SentencePieceTokenizer(file(tiny.written([*tiny.USUAL, *tiny.BYTES, *LETTERS, (control, tiny.CONTROL)])))
     text = f"{control} a{control}</s>aé {control}"
     assert odd.control_ids == {1, 2, odd.n_pieces - 1}
     assert odd.control_ids.isdisjoint(odd.encode(text, bos=False))
@@ -118,14 +118,14 @@ def test_a_control_piece_that_is_spelled_like_text_is_refused(file: Callable[[by
 
 
 @pytest.mark.parametrize("text", ["\ud800", "ab\udfffc"])
-def test_half_of_a_surrogate_pair_is_refused(tok: Tokenizer, text: str) -> None:
+def test_half_of_a_surrogate_pair_is_refused(tok: SentencePieceTokenizer, text: str) -> None:
     position = len(text) // 2
     with pytest.raises(UsageError, match=rf"lone surrogate '\\ud[8f][0f]{{2}}' at character {position}; .* is needed"):
         tok.encode(text)
 
 
 @pytest.mark.parametrize("text", [b"bytes", 7, None, ["list"]])
-def test_what_is_no_text_is_refused(tok: Tokenizer, text: object) -> None:
+def test_what_is_no_text_is_refused(tok: SentencePieceTokenizer, text: object) -> None:
     with pytest.raises(UsageError, match=f"the text is of type {type(text).__name__}; a str is needed"):
         tok.encode(text)
 
@@ -136,27 +136,27 @@ def test_what_is_no_text_is_refused(tok: Tokenizer, text: object) -> None:
 @pytest.mark.parametrize("options", ODD_FILES.values(), ids=ODD_FILES.keys())
 def test_decode_is_that_of_sentencepiece_for_any_ids(file: Callable[[bytes], Path], options: dict[str, object]) -> None:
     path = file(tiny.trained(**options))
-    ours, theirs, rng = Tokenizer(path), official(path), random.Random(1)
+    ours, theirs, rng = SentencePieceTokenizer(path), official(path), random.Random(1)
     spaces = [i for i in range(ours.n_pieces) if set(theirs.id_to_piece(i)) == {tokenizer.SPACE}]
     for _ in range(2000):
         ids = rng.choices(spaces, k=rng.randrange(3)) + some_ids(rng, ours.n_pieces)
         assert ours.decode(ids) == theirs.decode(ids), ids
 
 
-def test_decode_is_that_of_sentencepiece_for_llama_2(llama2: Tokenizer) -> None:
+def test_decode_is_that_of_sentencepiece_for_llama_2(llama2: SentencePieceTokenizer) -> None:
     theirs, rng = official(llama2.path), random.Random(2)
     for _ in range(2000):
         ids = some_ids(rng, 32000)
         assert llama2.decode(ids) == theirs.decode(ids), ids
 
 
-def test_two_pieces_may_have_the_same_text(tok: Tokenizer) -> None:
+def test_two_pieces_may_have_the_same_text(tok: SentencePieceTokenizer) -> None:
     byte, letter = 3 + ord("e"), tok.encode("xe", bos=False)[-1]
     assert byte != letter
     assert tok.decode([byte]) == tok.decode([letter]) == "e"
 
 
-def test_only_the_space_in_front_of_the_text_is_taken_away(tok: Tokenizer) -> None:
+def test_only_the_space_in_front_of_the_text_is_taken_away(tok: SentencePieceTokenizer) -> None:
     one = tok.encode("to", bos=False)
     assert tok.decode([*one, *one]) == "to to"
     assert tok.decode([tok.bos_id, *one, tok.eos_id, *one]) == "to to"
@@ -173,17 +173,19 @@ def test_only_the_space_in_front_of_the_text_is_taken_away(tok: Tokenizer) -> No
         (b"a\xc3", "a\ufffd"),
     ],
 )
-def test_byte_pieces_are_utf8_and_each_bad_byte_is_replaced(tok: Tokenizer, data: bytes, text: str) -> None:
+def test_byte_pieces_are_utf8_and_each_bad_byte_is_replaced(
+    tok: SentencePieceTokenizer, data: bytes, text: str
+) -> None:
     assert tok.decode([3 + byte for byte in data]) == text
 
 
-def test_a_control_id_gives_nothing_but_ends_a_character(tok: Tokenizer) -> None:
+def test_a_control_id_gives_nothing_but_ends_a_character(tok: SentencePieceTokenizer) -> None:
     assert tok.decode([1, 2]) == ""
     assert tok.decode([3 + 0xC3, 2, 3 + 0xA9]) == "\ufffd\ufffd"
 
 
 def test_ids_of_a_padded_vocabulary_give_nothing(tiny_tokenizer_file: Path) -> None:
-    padded = Tokenizer(tiny_tokenizer_file, vocab_size=512)
+    padded = SentencePieceTokenizer(tiny_tokenizer_file, vocab_size=512)
     ids = padded.encode("to")
     assert (padded.n_pieces, padded.vocab_size) == (400, 512)
     assert padded.decode([400, *ids, 511]) == "to"
@@ -192,7 +194,7 @@ def test_ids_of_a_padded_vocabulary_give_nothing(tiny_tokenizer_file: Path) -> N
 
 
 @pytest.mark.parametrize("token", [-1, 400, 2**70, 1.5, "to", None])
-def test_an_id_outside_the_vocabulary_is_refused(tok: Tokenizer, token: object) -> None:
+def test_an_id_outside_the_vocabulary_is_refused(tok: SentencePieceTokenizer, token: object) -> None:
     with pytest.raises(
         UsageError, match=r"the id '.*' is not in the vocabulary; whole numbers from 0 to 399 are needed"
     ):
@@ -276,7 +278,7 @@ def test_a_damaged_file_loads_or_raises_one_family(file: Callable[[bytes], Path]
             change = rng.choice((bytes([rng.randrange(256)]), b"", rng.randbytes(4)))
             data[i : i + rng.choice((0, 1, 1, 30))] = change
         try:
-            damaged = Tokenizer(file(bytes(data)))
+            damaged = SentencePieceTokenizer(file(bytes(data)))
         except NpllamaError:
             continue
         damaged.decode(damaged.encode("to 漢 </s>\0"))

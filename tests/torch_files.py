@@ -143,10 +143,16 @@ Save = Callable[[object], bytes]
 
 
 def write_meta(
-    folder: Path, dtype: str = "f32", shards: int = 1, seed: int = 0, save: Save = torch_zip, **params: object
+    folder: Path,
+    dtype: str = "f32",
+    shards: int = 1,
+    seed: int = 0,
+    save: Save = torch_zip,
+    rows: int = SMALL.vocab_size,
+    **params: object,
 ) -> dict[str, np.ndarray]:
     """Write a release of Meta in model-parallel shards; returns its weights, float32 before rounding."""
-    weights = random_weights(SMALL, seed)
+    weights = random_weights(dataclasses.replace(SMALL, vocab_size=rows), seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps({**PARAMS, **params}))
     for i in range(shards):

@@ -35,6 +35,7 @@ from npllama.measure.random_model import shape_config  # noqa: E402
 from npllama.numbers import FORMATS, NumberFormat  # noqa: E402
 from npllama.store.export import OpenedSource, format_of, write_model  # noqa: E402
 from npllama.store.opening import open_model  # noqa: E402
+from npllama.store.tokenizers import stored_in  # noqa: E402
 from npllama.weights import kind_shapes  # noqa: E402
 
 MARKERS = ("<!-- formats: begin -->", "<!-- formats: end -->")
@@ -72,7 +73,8 @@ def measure(texts: list[str]) -> dict[str, Any]:
     for name, number_format in FORMATS.items():
         with tempfile.TemporaryDirectory() as scratch, open_model(DEMO) as opened:
             folder = Path(scratch) / name
-            write_model(OpenedSource(opened), folder, number_format, opened.tokenizer_path, False, None)
+            tokenizer = stored_in(opened.path, opened.manifest)
+            write_model(OpenedSource(opened), folder, number_format, tokenizer, False, None)
             with npllama.load(folder, backend="numpy", threads=1) as llama:
                 tally = Tally()
                 for story, reference in zip(ids, references, strict=True):

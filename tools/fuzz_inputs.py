@@ -22,9 +22,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from gguf_files import write_gguf, write_quantized, write_split  # noqa: E402
 from helpers import TINY, safetensors_bytes, write_model_directory, write_tokenizer  # noqa: E402
 from llama2c_files import write_llama2c_bin  # noqa: E402
+from tiny_bpe import byte_level, characters, tiktoken_file, written  # noqa: E402
 from torch_files import (  # noqa: E402
     hugging_face_tensors,
     stored,
@@ -48,7 +50,14 @@ from npllama.checkpoints import open_checkpoint  # noqa: E402
 from npllama.errors import NpllamaError  # noqa: E402
 from npllama.rope import RopeScaling  # noqa: E402
 from npllama.store.opening import open_model  # noqa: E402
-from npllama.text.sentencepiece import Tokenizer  # noqa: E402
+from npllama.store.tokenizers import open_tokenizer, stored_vocabulary  # noqa: E402
+from npllama.text.bpe.tokenizer import BpeTokenizer  # noqa: E402
+from npllama.text.derived import FILES, files_of, vocabulary_of  # noqa: E402
+from npllama.text.readers.tiktoken import read_tiktoken  # noqa: E402
+from npllama.text.readers.tokenizer_json import read_tokenizer_json  # noqa: E402
+from npllama.text.sentencepiece import SentencePieceTokenizer  # noqa: E402
+from npllama.text.vocabulary import Vocabulary  # noqa: E402
+from npllama.version import NEEDS  # noqa: E402
 
 MAX_S = 2.0
 MEDIAN_S = 0.05
@@ -69,13 +78,46 @@ def read_model(folder: Path) -> None:
     """Open a model directory, its weights and its tokenizer."""
     with open_model(folder) as model:
         float(model.weights.norm.sum())
-        Tokenizer(model.tokenizer_path)
+        open_tokenizer(model.path, model.manifest, model.config)
 
 
 def read_tokenizer(folder: Path) -> None:
     """Load a tokenizer, encode and decode."""
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     tokenizer.decode(tokenizer.encode("Once upon a time, é漢\n"))
+
+
+def use(vocabulary: Vocabulary) -> None:
+    """Encode and decode with a vocabulary."""
+    tokenizer = BpeTokenizer(vocabulary)
+    tokenizer.decode(tokenizer.encode("Once upon a time, é漢\n </s><|eot_id|> 2024"))
+    tokenizer.decode(range(tokenizer.n_pieces))
+
+
+def read_vocabulary(folder: Path) -> None:
+    """Load a vocabulary of a model directory whose manifest vouches for every file as it is."""
+    use(vocabulary_of({name: (folder / name).read_bytes() for name in FILES}, folder))
+
+
+def _vocabulary(file: dict[str, Any]) -> Callable[[Path], object]:
+    files = files_of(read_tokenizer_json(written(file)))
+    return lambda folder: [(folder / name).write_bytes(content) for name, content in files.items()]
+
+
+def _model(folder: Path) -> None:
+    """A model directory with a byte pair vocabulary."""
+    vocabulary = read_tokenizer_json(written(byte_level()))
+    stored = stored_vocabulary(vocabulary)
+    write_model_directory(folder, replace(TINY, vocab_size=len(vocabulary.tokens)))
+    for name, content in stored.files.items():
+        (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "npllama.json").read_bytes())
+    manifest |= {"tokenizer": stored.entry, "version": 3, NEEDS: "0.1.0"}
+    (folder / "npllama.json").write_text(json.dumps(manifest, indent=1))
+
+
+def _tokenizer_json(file: dict[str, Any]) -> Callable[[Path], object]:
+    return lambda folder: (folder / "tokenizer.json").write_bytes(written(file))
 
 
 @dataclass(frozen=True)
@@ -171,7 +213,29 @@ KINDS = {
     "npllama.json": Kind(
         lambda f: write_model_directory(f / "m", SCALED), "m/npllama.json", lambda f: read_model(f / "m"), True
     ),
+    "npllama.json-2": Kind(lambda f: _model(f / "m"), "m/npllama.json", lambda f: read_model(f / "m"), text=True),
     "npy": Kind(lambda f: write_model_directory(f / "m"), "m/wq.npy", lambda f: read_model(f / "m")),
+    "tokenizer.json": Kind(
+        _tokenizer_json(byte_level()),
+        "tokenizer.json",
+        lambda f: use(read_tokenizer_json((f / "tokenizer.json").read_bytes())),
+        text=True,
+    ),
+    "tokenizer.json-2": Kind(
+        _tokenizer_json(characters()),
+        "tokenizer.json",
+        lambda f: use(read_tokenizer_json((f / "tokenizer.json").read_bytes())),
+        text=True,
+    ),
+    "tiktoken": Kind(
+        lambda f: (f / "tokenizer.model").write_bytes(tiktoken_file()),
+        "tokenizer.model",
+        lambda f: use(read_tiktoken((f / "tokenizer.model").read_bytes())),
+    ),
+    "rules.json": Kind(_vocabulary(byte_level()), "tokenizer.rules.json", read_vocabulary, text=True),
+    "rules.json-2": Kind(_vocabulary(characters()), "tokenizer.rules.json", read_vocabulary, text=True),
+    "merges.npy": Kind(_vocabulary(byte_level()), "tokenizer.merges.npy", read_vocabulary),
+    "bytes.npy": Kind(_vocabulary(characters()), "tokenizer.bytes.npy", read_vocabulary),
     "tokenizer.model": Kind(lambda f: write_tokenizer(f / "tokenizer.model", 300), "tokenizer.model", read_tokenizer),
 }
 

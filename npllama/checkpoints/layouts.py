@@ -110,8 +110,6 @@ def _meta_config(params: Mapping[str, object], shards: Sequence[Shard], context:
         config = meta.from_meta(params, vocab_size=rows, max_seq_len=context)
     except UsageError as error:
         raise CheckpointError(f"params.json: {error}") from error
-    if config.vocab_size == meta.LLAMA_3_VOCABULARY:
-        raise CheckpointError(f"params.json: a vocabulary of {rows:,} is LLaMA 3's, whose tokenizer is not supported")
     return config
 
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="SentencePiece file (default: tokenizer.model in the checkpoint's folder, else in its parent)",
+        help="tokenizer.model or tokenizer.json, or a folder (default: inside the checkpoint, in its folder or parent)",
     )
 
 

@@ -74,12 +74,14 @@ def _is_checkpoint(path: str) -> bool:
 def model_facts(path: str) -> dict[str, Any]:
     """What a model directory says about itself, without reading its weights."""
     from npllama import cache
-    from npllama.store.opening import MANIFEST, TOKENIZER, check_model, size_bytes, suggested_sampling
+    from npllama.store import tokenizers
+    from npllama.store.opening import MANIFEST, check_model, size_bytes, suggested_sampling
 
     manifest, c = check_model(path)
     sampling = suggested_sampling(Path(path) / MANIFEST, manifest)
     tensors = manifest["tensors"]
     files = [record["file"] for tensor in tensors.values() for record in tensor["arrays"].values()]
+    tokenizer_files = tokenizers.hashes(manifest["tokenizer"])
     return {
         "model": path,
         "config": c.to_json(),
@@ -88,10 +90,12 @@ def model_facts(path: str) -> dict[str, Any]:
         "tied_output": "output" not in tensors,
         "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors.values()),
         "size_bytes": size_bytes(manifest),
-        "files": len(files) + 2,
+        "files": len(files) + 1 + len(tokenizer_files),
         "full_cache_bytes": cache.size_bytes(c.n_layers, 1, c.n_kv_heads, c.max_seq_len, c.head_dim),
         "tokenizer": {
-            "file": str(Path(path) / TOKENIZER),
+            "kind": tokenizers.KINDS[tokenizers.kind_of(manifest["tokenizer"])].title,
+            "file": ", ".join(str(Path(path) / name) for name in tokenizer_files),
+            "size_bytes": sum(os.path.getsize(Path(path) / name) for name in tokenizer_files),
             "pieces": manifest["tokenizer"]["size"],
             "add_bos_token": c.add_bos_token,
             "add_eos_token": c.add_eos_token,

@@ -1,7 +1,8 @@
 """Measure how well a model predicts a text, and how far it is from a reference model (KL divergence, agreement).
 
 The text is cut into windows of N - 1 ids that do not overlap, the last one taking what is left; BOS is put before each.
-So every id of the text is predicted exactly once, from BOS and the ids before it in its window.
+So every id of the text is predicted exactly once, from BOS and the ids before it in its window. Where the model puts no
+BOS in front of a text, a window begins with the last id of the one before.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Open one or two models, measure, print the figures with the protocol."""
-    from npllama.measure.quality import quality
+    from npllama.measure.quality import begins_with_bos, quality
 
     text = _read(args.file)
     options = {"backend": args.backend, "threads": args.threads, "context": args.ctx_size}
@@ -48,11 +49,12 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
         reference = stack.enter_context(load_model(notes, args.reference, **options)) if args.reference else None
         notes.show()
         found = quality(llama, text, args.ctx_size, reference)
+        begin = "BOS first, every id of the text" if begins_with_bos(llama) else "every id of the text but the first"
     if args.json:
         put(json.dumps(dataclasses.asdict(found), allow_nan=False) + "\n")
         return 0
     one = "" if found.n_tokens == 1 else "s"
-    put(f"{found.n_tokens} prediction{one} in windows of {found.n_ctx} ids, BOS first, every id of the text once\n")
+    put(f"{found.n_tokens} prediction{one} in windows of {found.n_ctx} ids, {begin} once\n")
     error = "" if found.perplexity_error is None else f" +/- {found.perplexity_error:.4f}"
     put(f"perplexity       {found.perplexity:.4f}{error}\n")
     if found.reference_perplexity is not None:

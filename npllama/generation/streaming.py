@@ -1,55 +1,13 @@
-"""Text while it is generated: each id's share of the text as soon as it is certain, and stop strings.
+"""Stop strings: a text that comes in pieces, cut before the first of them.
 
-Whatever the ids and however a text is cut into pieces, the pieces add up: `StreamDecoder`'s to the decoding of all ids,
-`StopStrings`' to the text before the first stop string.
+However the text is cut into pieces, those that are given back add up to the text before the first stop string.
 """
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable
 
 from npllama.errors import UsageError, quote
-from npllama.text.sentencepiece import BREAK, Tokenizer, bytes_of, replace_bad_bytes
-
-_Utf8 = codecs.getincrementaldecoder("utf-8")
-
-
-class StreamDecoder:
-    """Decode ids one at a time; what all pushes and finish return is `tokenizer.decode` of all ids, for any ids.
-
-    Only the beginning of a character is held back (at most three bytes), so a push takes the same time however
-    long the text is.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._at_start = True
-        self._held = False
-        self._utf8 = _Utf8("surrogateescape")
-
-    def push(self, token: int) -> str:
-        """The text that is certain now and was not before, perhaps empty. Raises UsageError for an id out of range."""
-        piece = self._tokenizer.piece(token)
-        if self._at_start:
-            piece, self._at_start = self._tokenizer.first_piece(token)
-        if "\udc80" <= piece <= "\udcff":  # one byte of a character beyond ASCII
-            self._held = True
-            return replace_bad_bytes(self._utf8.decode(bytes_of(piece)))
-        if piece == BREAK:
-            piece = ""
-        return self._flush() + piece if self._held else piece
-
-    def finish(self) -> str:
-        """What was held back; the next push starts another text."""
-        text = self._flush()
-        self._at_start = True
-        return text
-
-    def _flush(self) -> str:
-        """The bytes of a character that was not completed: U+FFFD each."""
-        self._held = False
-        return replace_bad_bytes(self._utf8.decode(b"", final=True))
 
 
 def stop_texts(stops: str | Iterable[str] | None) -> tuple[str, ...]:

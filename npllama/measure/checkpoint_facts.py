@@ -47,21 +47,19 @@ def checkpoint_facts(path: str) -> dict[str, Any]:
 
 def _text_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """The tokenizer that an export would take, what is said about texts, and remarks."""
-    from npllama.store.export import find_tokenizer
+    from npllama.store.find_tokenizer import find_tokenizer
     from npllama.store.text_rules import text_rules
-    from npllama.text.sentencepiece import Tokenizer
 
     remarks = list(checkpoint.warnings)
     try:
-        file = find_tokenizer(checkpoint, None)
-        tokenizer = Tokenizer(file)
+        found = find_tokenizer(checkpoint, None)
     except CheckpointError as error:
         return {"tokenizer": "none that fits", "remarks": [*remarks, str(error)]}
-    rules = text_rules(checkpoint.folder, tokenizer)
+    rules = text_rules(checkpoint.folder, found)
     return {
         "tokenizer": {
-            "file": str(file),
-            "pieces": tokenizer.n_pieces,
+            "file": found.title,
+            "pieces": found.tokenizer.n_pieces,
             "add_bos_token": rules.add_bos_token,
             "add_eos_token": rules.add_eos_token,
         },

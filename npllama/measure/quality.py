@@ -1,8 +1,10 @@
 """How well does a model predict a text, and how far is it from the model it was made from?
 
 The text is cut into windows of n - 1 ids that do not overlap, the last one taking what is left, and BOS is put before
-each. Every id of the text is predicted exactly once, from BOS and the ids before it in its window. Hugging Face's guide
-calls this a stride of one window; llama.cpp scores the second half of each window only, and leaves the rest out.
+each. Every id of the text is predicted exactly once, from BOS and the ids before it in its window. Where the model puts
+no BOS in front of a text, each window begins with the last id of the one before, and the first id of the text is not
+predicted. Hugging Face's guide calls this a stride of one window; llama.cpp scores the second half of each window only,
+and leaves the rest out.
 With p the model and r the reference:
 
     perplexity        exp(mean over ids of -log p(id))
@@ -69,15 +71,24 @@ def quality(llama: Llama, text: str, n_ctx: int = 256, reference: Llama | None =
 
 
 def windows(llama: Llama, text: str, n_ctx: int) -> Iterator[list[int]]:
-    """BOS and the next n_ctx - 1 ids of the text, again and again; the last window has what is left."""
-    ids = llama.tokenizer.encode(text, bos=False)
+    """BOS (or the last id before) and the next n_ctx - 1 ids of the text, again and again; at last what is left."""
+    ids = llama.tokenizer.encode(text, bos=False, eos=False)
     if not 2 <= n_ctx <= llama.context:
         raise UsageError(f"windows of {n_ctx} ids: 2 to {llama.context}, the model's context, are possible.")
     if not ids:
         raise UsageError("the text is empty, at least one id is needed; give a text.")
-    step = n_ctx - 1
-    for start in range(0, len(ids), step):
-        yield [llama.tokenizer.bos_id, *ids[start : start + step]]
+    step, bos = n_ctx - 1, llama.tokenizer.bos_id
+    if bos is not None and begins_with_bos(llama):
+        yield from ([bos, *ids[start : start + step]] for start in range(0, len(ids), step))
+        return
+    if len(ids) == 1:
+        raise UsageError("the text has one id and no BOS in front, so there is none to predict; give a longer text.")
+    yield from (ids[start : start + n_ctx] for start in range(0, len(ids) - 1, step))
+
+
+def begins_with_bos(llama: Llama) -> bool:
+    """Whether windows begin with BOS: where the model puts it in front of a text."""
+    return llama.config.add_bos_token and llama.tokenizer.bos_id is not None
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -93,7 +104,7 @@ def _check_same_ids(llama: Llama, reference: Llama, text: str) -> None:
             f"the models have vocabularies of {llama.config.vocab_size} and {reference.config.vocab_size} ids; "
             f"the reference must be the same model in another number format."
         )
-    if reference.tokenizer.encode(text, bos=True) != llama.tokenizer.encode(text, bos=True):
+    if reference.tokenizer.encode(text) != llama.tokenizer.encode(text):
         raise UsageError(
             "the models' tokenizers cut the text into different ids; the reference must be the same model in another "
             "number format."

@@ -13,7 +13,8 @@ from npllama.checkpoints.configs.meta import feed_forward_width
 from npllama.config import ModelConfig
 from npllama.numbers import named
 from npllama.store.export import Progress, write_model
-from npllama.text.sentencepiece import Tokenizer
+from npllama.store.tokenizers import stored_sentencepiece
+from npllama.text.sentencepiece import SentencePieceTokenizer
 from npllama.weights import tensor_shapes
 
 VOCABULARY = 32000
@@ -81,12 +82,8 @@ def write_random_model(
     out: Path, config: ModelConfig, dtype: str, tokenizer: Path, progress: Progress | None = None
 ) -> None:
     """Write a model directory of random weights; its tokenizer is a given one, filled up to the vocabulary's size."""
-    filled = out.with_name(f"{out.name}.tokenizer")
-    filled.write_bytes(filled_tokenizer(tokenizer, config.vocab_size))
-    try:
-        write_model(RandomCheckpoint(config), out, named(dtype), filled, False, progress)
-    finally:
-        filled.unlink()
+    filled = stored_sentencepiece(filled_tokenizer(tokenizer, config.vocab_size), config.vocab_size)
+    write_model(RandomCheckpoint(config), out, named(dtype), filled, False, progress)
 
 
 def filled_tokenizer(path: Path, n_pieces: int) -> bytes:
@@ -94,7 +91,7 @@ def filled_tokenizer(path: Path, n_pieces: int) -> bytes:
 
     A protobuf message may be continued: fields appended to it are further entries of its repeated field `pieces`.
     """
-    missing = n_pieces - Tokenizer(path).n_pieces
+    missing = n_pieces - SentencePieceTokenizer(path).n_pieces
     return path.read_bytes() + b"".join(_piece(f"\ue000{i}") for i in range(missing))
 
 

@@ -127,7 +127,8 @@ def _export_alone(
     entry: Entry, lock: Lock, source: Source, given: Path, dtype: str | None, progress: Progress | None
 ) -> None:
     from npllama.checkpoints import open_checkpoint
-    from npllama.store.export import export, find_tokenizer, own_format, planned_bytes
+    from npllama.store.export import export, own_format, planned_bytes
+    from npllama.store.find_tokenizer import find_tokenizer
 
     with open_checkpoint(given) as checkpoint:
         find_tokenizer(checkpoint, None)  # or nothing is to be removed for it

@@ -25,27 +25,25 @@ import numpy as np
 
 from npllama.checkpoints import Checkpoint, open_checkpoint
 from npllama.config import ModelConfig
-from npllama.errors import CheckpointError, ModelError, quote
+from npllama.errors import CheckpointError, ModelError
 from npllama.numbers import FORMATS, ArraySpec, NumberFormat, UnstorableError, Weight, named
 from npllama.numbers.formats import as_float32
 from npllama.options import SamplingOptions
+from npllama.store.find_tokenizer import find_tokenizer, with_ids
 from npllama.store.npy import npy_header
 from npllama.store.opening import (
     FORMAT,
     MANIFEST,
-    TOKENIZER,
     OpenModel,
     Progress,
     array_files,
     check_model,
     is_model_file,
     open_model,
-    sha256_hex,
-    vocabulary_fits,
 )
 from npllama.store.staging import check_target, staged, sync_file, target_path
 from npllama.store.text_rules import text_rules
-from npllama.text.sentencepiece import Tokenizer
+from npllama.store.tokenizers import StoredTokenizer, open_tokenizer, stored_in
 from npllama.version import FIRST_READER, NEEDS, version_of
 from npllama.weights import KINDS, kind_shapes, tensor_names
 
@@ -94,9 +92,10 @@ def export(
     """Write the model directory `out` from a checkpoint; returns its manifest.
 
     dtype "f32", "f16", "bf16", "q8", "q6" or "q4" of the matrices (the output of a q4 model is q6), None for the
-    checkpoint's own (float32 where its matrices differ or are float64); norms are always float32. tokenizer: a
-    SentencePiece file, None to look in the checkpoint's folder and its parent. force: replace a model directory.
-    progress gets (bytes done, bytes in all, tensor), note one-line remarks. The same checkpoint gives the same bytes.
+    checkpoint's own (float32 where its matrices differ or are float64); norms are always float32. tokenizer: a file
+    of any kind, or the folder of one; None to look inside the checkpoint, in its folder and its parent. force: replace
+    a model directory. progress gets (bytes done, bytes in all, tensor), note one-line remarks. The same checkpoint
+    gives the same bytes.
     Raises CheckpointError for what cannot be read or stored, ModelError for an `out` that cannot be made, UsageError
     for a dtype that does not exist.
     """
@@ -107,18 +106,18 @@ def export(
     with open_checkpoint(checkpoint) as source:
         for warning in source.warnings:
             say(warning)
-        tokenizer_file = find_tokenizer(source, tokenizer)
-        say(f"tokenizer: {tokenizer_file}")
-        tokens = Tokenizer(tokenizer_file)
-        if padding := source.config.vocab_size - tokens.n_pieces:
+        found = find_tokenizer(source, tokenizer)
+        say(f"tokenizer: {found.title}")
+        if padding := source.config.vocab_size - found.tokenizer.n_pieces:
             say(f"vocabulary: the last {padding:,} of {source.config.vocab_size:,} rows have no piece in the tokenizer")
-        rules = text_rules(source.folder, tokens)
+        rules = text_rules(source.folder, found)
         for remark in rules.remarks:
             say(remark)
-        config = replace(source.config, add_bos_token=rules.add_bos_token, add_eos_token=rules.add_eos_token)
+        config = with_ids(source.config, found, say)
+        config = replace(config, add_bos_token=rules.add_bos_token, add_eos_token=rules.add_eos_token)
         number_format = asked or own_format(source)
         source = replace(source, config=config)
-        return write_model(source, target, number_format, tokenizer_file, force, progress, rules.sampling)
+        return write_model(source, target, number_format, found.stored, force, progress, rules.sampling)
 
 
 def quantize_model(
@@ -138,7 +137,8 @@ def quantize_model(
     check_target(target, force, is_model_file)
     with open_model(model) as opened:
         source = OpenedSource(opened)
-        return write_model(source, target, number_format, opened.tokenizer_path, force, progress, opened.sampling)
+        tokenizer = stored_in(opened.path, opened.manifest)
+        return write_model(source, target, number_format, tokenizer, force, progress, opened.sampling)
 
 
 class _StoredTensor(NamedTuple):
@@ -189,51 +189,11 @@ def own_format(source: Checkpoint) -> NumberFormat:
     return FORMATS[found.pop() if len(found) == 1 and found <= FORMATS.keys() else "f32"]
 
 
-def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> Path:
-    """The tokenizer that was asked for, else tokenizer.model in the checkpoint's folder, else in its parent.
-
-    A folder that was asked for stands for its tokenizer.model. Raises CheckpointError when there is none, or when it
-    does not have the checkpoint's vocabulary.
-    """
-    folder = source.folder
-    parent = Path(os.path.realpath(folder)).parent
-    paths = [folder / TOKENIZER, parent / TOKENIZER]
-    if asked is not None:
-        paths = [Path(asked, TOKENIZER) if os.path.isdir(asked) else Path(asked)]
-    path = next((path for path in paths if os.path.isfile(path)), None)
-    if path is None:
-        looked = " and ".join(str(path) for path in paths)
-        raise CheckpointError(
-            f"{folder}: has no tokenizer (looked for {looked}); its SentencePiece file is needed{_instead(paths[0])}: "
-            f"name it with --tokenizer FILE (of npllama export)."
-        )
-    pieces, rows = Tokenizer(path).n_pieces, source.config.vocab_size
-    if not vocabulary_fits(pieces, rows):
-        raise CheckpointError(
-            f"{path}: has {pieces:,} pieces, but the checkpoint's vocabulary has {rows:,} rows: more pieces than rows; "
-            f"name the tokenizer that belongs to it with --tokenizer FILE (of npllama export)."
-        )
-    return path
-
-
-def _instead(path: Path) -> str:
-    """What lies where a tokenizer was looked for, and is none that is read, but may show where there is one."""
-    try:
-        names = sorted(os.listdir(path.parent))
-    except OSError:  # said already: nothing was found there
-        return ""
-    if other := next((name for name in names if name.endswith(".model")), None):
-        return f", which may be {quote(other)}"
-    if "tokenizer.json" in names:
-        return ", and tokenizer.json is another kind: take tokenizer.model of the model that this one was made from"
-    return ""
-
-
 def write_model(
     source: Source,
     out: Path,
     number_format: NumberFormat,
-    tokenizer_file: Path,
+    tokenizer: StoredTokenizer,
     force: bool,
     progress: Progress | None,
     sampling: SamplingOptions | None = None,
@@ -245,11 +205,12 @@ def write_model(
         _check_space(out, total)
         meter = _Meter(total, progress)
         tensors = {kind: _write_kind(source, folder, kind, *how, meter) for kind, how in kinds.items()}
-        manifest = build_manifest(source.config, _copy_tokenizer(tokenizer_file, folder / TOKENIZER), tensors, sampling)
+        for name, content in tokenizer.files.items():
+            _write_file(folder / name, content)
+        manifest = build_manifest(source.config, tokenizer.entry, tensors, sampling)
         text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
         _write_file(folder / MANIFEST, text.encode("ascii"))
-        check_model(folder)
-        Tokenizer(folder / TOKENIZER)
+        open_tokenizer(folder, *check_model(folder))
     return manifest
 
 
@@ -274,7 +235,7 @@ def build_manifest(
     manifest = {"format": FORMAT, "config": config.to_json(), "tokenizer": tokenizer, "tensors": tensors}
     if sampling is not None:
         manifest["sampling"] = sampling.to_json()
-    version = version_of([*manifest, *manifest["config"]])
+    version = version_of([*manifest, *manifest["config"], *tokenizer])
     return {**manifest, "version": version, **({NEEDS: FIRST_READER[version]} if version > 1 else {})}
 
 
@@ -420,11 +381,3 @@ def _write_file(path: Path, data: bytes) -> None:
     with open(path, "xb", buffering=0) as file:
         _write_all(file, data)
         sync_file(file.fileno())
-
-
-def _copy_tokenizer(source: Path, target: Path) -> dict[str, Any]:
-    """Copy the tokenizer; returns its entry for the manifest."""
-    size = Tokenizer(source).n_pieces
-    data = source.read_bytes()
-    _write_file(target, data)
-    return {"file": TOKENIZER, "size": size, "sha256": sha256_hex(data)}

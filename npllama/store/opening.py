@@ -2,7 +2,7 @@
 
     npllama.json      the manifest: config, number format of every weight, file/shape/dtype/sha256 of every array;
                       how it may grow is said in version.py
-    tokenizer.model   SentencePiece
+    tokenizer.*       the tokenizer, in one or several files (tokenizers.py)
     *.npy             one file per kind of weight, its layers stacked (or one per part, where a format has parts)
 
 Nothing of the arrays is read on opening: each file is mapped, so a model opens at once whatever its size, and several
@@ -29,6 +29,7 @@ from npllama.config import ModelConfig
 from npllama.errors import ModelError, UsageError, quote
 from npllama.numbers import FORMATS, ArraySpec
 from npllama.options import OPTIONS, SamplingOptions
+from npllama.store import tokenizers
 from npllama.store.npy import (
     AGAIN,
     map_array,
@@ -40,6 +41,7 @@ from npllama.store.npy import (
     reason,
     unreadable,
 )
+from npllama.store.tokenizers import MAX_TOKENIZER_BYTES, TOKENIZER, sha256_hex
 from npllama.system import signatures, strict_json
 from npllama.system.closing import Closing
 from npllama.version import NEEDS, SINCE, VERSION, unknown_key, unknown_version
@@ -47,9 +49,6 @@ from npllama.weights import KINDS, Weights, kind_shapes
 
 FORMAT = "npllama"
 MANIFEST = "npllama.json"
-TOKENIZER = "tokenizer.model"
-
-MAX_TOKENIZER_BYTES = 32 << 20
 CHUNK_BYTES = 4 << 20
 
 log = logging.getLogger("npllama")
@@ -66,7 +65,11 @@ def array_files(kind: str, parts: Iterable[str]) -> dict[str, str]:
 
 def is_model_file(name: str) -> bool:
     """Whether a file of this name is part of a model directory."""
-    return name in (MANIFEST, TOKENIZER) or (name.endswith(".npy") and name.split(".")[0] in Weights._fields)
+    return (
+        name == MANIFEST
+        or name in tokenizers.FILES
+        or (name.endswith(".npy") and name.split(".")[0] in Weights._fields)
+    )
 
 
 def vocabulary_fits(pieces: int, vocab_size: int) -> bool:
@@ -90,7 +93,6 @@ class OpenModel(Closing):
         self.manifest = manifest
         self.config = config
         self.sampling = suggested_sampling(path / MANIFEST, manifest)
-        self.tokenizer_path = path / TOKENIZER
         self.size_bytes = size_bytes(manifest)
         self._weights: Weights | None = _map_weights(path, manifest)
         self._closing: list[Callable[[], object]] = []
@@ -175,11 +177,6 @@ def check_hashes(path: str | os.PathLike[str], progress: Progress | None = None)
         )
 
 
-def sha256_hex(data: bytes) -> str:
-    """The SHA-256 of bytes, 64 hexadecimal digits."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def _arrays(manifest: dict[str, Any]) -> Iterator[tuple[str, ArraySpec, str]]:
     """File name, what it must hold, and sha256 of every array of a checked manifest."""
     for tensor in manifest["tensors"].values():
@@ -247,8 +244,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: {unknown_version(version, manifest.get(NEEDS))}")
     needed = {"format", "version", "config", "tokenizer", "tensors"}
     _check_keys(path, "the manifest", manifest, needed, {NEEDS, "sampling"})
-    config = manifest["config"] if isinstance(manifest["config"], dict) else {}
-    if early := [key for key in (*manifest, *config) if SINCE.get(key, 1) > version]:
+    parts = [part for part in (manifest["config"], manifest["tokenizer"]) if isinstance(part, dict)]
+    if early := [key for part in (manifest, *parts) for key in part if SINCE.get(key, 1) > version]:
         raise ModelError(
             f"{path}: has {quote(early[0])}, which needs version {SINCE[early[0]]}, but says version {version}; {AGAIN}"
         )
@@ -336,22 +333,39 @@ def _check_arrays(path: Path, kind: str, arrays: Any, number_format: str, shape:
 def _check_tokenizer(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
     """The tokenizer is the one that was exported: a damaged one often still loads, and then means other words."""
     path = folder / MANIFEST
-    _check_keys(path, "tokenizer", tokenizer, {"file", "size", "sha256"})
-    _require(path, "tokenizer: file", tokenizer["file"], TOKENIZER)
-    _check_sha256(path, "the tokenizer", tokenizer["sha256"])
+    if isinstance(tokenizer, dict) and "kind" in tokenizer:
+        _check_files(path, tokenizer)
+    else:
+        _check_keys(path, "tokenizer", tokenizer, {"file", "size", "sha256"})
+        _require(path, "tokenizer: file", tokenizer["file"], TOKENIZER)
+        _check_sha256(path, "the tokenizer", tokenizer["sha256"])
     size = tokenizer["size"]
     if type(size) is not int or not vocabulary_fits(size, config.vocab_size):
         raise ModelError(
             f"{path}: tokenizer: size is {quote(size)}, but vocab_size of the config is {config.vocab_size}; "
             f"a number from 1 to that is needed, because every piece has a row of its own: {AGAIN}"
         )
-    data = read_small(folder / TOKENIZER, MAX_TOKENIZER_BYTES)
-    if sha256_hex(data) != tokenizer["sha256"]:
+    for name, sha256 in tokenizers.hashes(tokenizer).items():
+        data = read_small(folder / name, MAX_TOKENIZER_BYTES)
+        if sha256_hex(data) == sha256:
+            continue
         if what := signatures.pointer_or_page(data[: signatures.HEAD]):
-            raise ModelError(f"{folder / TOKENIZER}: is {what}; the tokenizer that was exported is needed.")
+            raise ModelError(f"{folder / name}: is {what}; the tokenizer that was exported is needed.")
         raise ModelError(
-            f"{folder / TOKENIZER}: is not the tokenizer that was exported (sha256 differs from {MANIFEST}); {AGAIN}"
+            f"{folder / name}: is not the tokenizer that was exported (sha256 differs from {MANIFEST}); {AGAIN}"
         )
+
+
+def _check_files(path: Path, tokenizer: dict[str, Any]) -> None:
+    """The entry of a tokenizer whose kind is named: all of its files, each with a sha256."""
+    _check_keys(path, "tokenizer", tokenizer, {"kind", "size", "sha256"})
+    named = {kind: found for kind, found in tokenizers.KINDS.items() if kind != tokenizers.SENTENCEPIECE}
+    kind = tokenizer["kind"]
+    if not isinstance(kind, str) or kind not in named:
+        raise ModelError(f"{path}: tokenizer: kind is {quote(kind)}, needed is one of {' '.join(named)}; {AGAIN}")
+    _check_keys(path, "tokenizer: sha256", tokenizer["sha256"], set(named[kind].files))
+    for name, sha256 in tokenizer["sha256"].items():
+        _check_sha256(path, name, sha256)
 
 
 # ---------------------------------------------------------------- the arrays

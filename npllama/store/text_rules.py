@@ -2,7 +2,7 @@
 
     tokenizer_config.json      add_bos_token, add_eos_token; other options of the tokenizer
     special_tokens_map.json    bos_token, eos_token
-    added_tokens.json          tokens that tokenizer.model does not have
+    added_tokens.json          tokens that the tokenizer may not have
     generation_config.json     do_sample, temperature, top_k, top_p, min_p, repetition_penalty
 
 What would change results and is not done here is said in a remark, never dropped in silence.
@@ -20,8 +20,8 @@ from npllama.checkpoints import read_json
 from npllama.checkpoints.configs.hugging_face import GENERATION_CONFIG
 from npllama.errors import CheckpointError, UsageError, quote
 from npllama.options import OFF, SamplingOptions
+from npllama.store.tokenizers import FoundTokenizer
 from npllama.system import strict_json
-from npllama.text.sentencepiece import Tokenizer
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 MAX_BYTES = 16 << 20
@@ -39,31 +39,32 @@ class TextRules(NamedTuple):
     remarks: tuple[str, ...]
 
 
-def text_rules(folder: Path, tokenizer: Tokenizer) -> TextRules:
-    """Read the files of a checkpoint's folder; where it has none for the tokenizer, those beside the tokenizer.
+def beside(folder: Path, tokenizer: Path) -> Path:
+    """The folder whose small files are about a tokenizer: the checkpoint's, if it has any, else the tokenizer's."""
+    return folder if os.path.exists(folder / TOKENIZER_CONFIG) else tokenizer.parent
+
+
+def text_rules(folder: Path, found: FoundTokenizer) -> TextRules:
+    """Read the small files of a checkpoint's folder, and those about its tokenizer.
 
     Raises CheckpointError for a file that is no JSON object, or a flag that is neither true nor false.
     """
     remarks: list[str] = []
-    beside = folder if os.path.exists(folder / TOKENIZER_CONFIG) else tokenizer.path.parent
-    said, special, added = (_read(beside / name) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS))
-    add_bos, add_eos = _flag(said, "add_bos_token", True), _flag(said, "add_eos_token", False)
-    if not add_bos:
-        remarks.append(f"{TOKENIZER_CONFIG}: add_bos_token is false: a text gets no BOS unless --bos (bos=True) asks")
-    if add_eos:
-        remarks.append(
-            f"{TOKENIZER_CONFIG}: add_eos_token is true: a text gets EOS behind it unless --no-eos (eos=False)"
-        )
-    remarks += _other_control_ids(said, special, tokenizer, add_bos, add_eos)
-    remarks += _added_tokens(said, special, added, tokenizer)
-    remarks += _unused(TOKENIZER_CONFIG, said, TOKENIZER_DONE, TOKENIZER_OFF)
-    generation = _read(folder / GENERATION_CONFIG)
+    names = (TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
+    said, special, added = (None if found.settings is None else read_settings(found.settings / name) for name in names)
+    add_bos, add_eos, about = _around(said, found)
+    remarks += about
+    remarks += _other_control_ids(said, special, found, add_bos, add_eos)
+    remarks += _added_tokens(said, special, added, found)
+    done = TOKENIZER_DONE if found.rules is None else TOKENIZER_DONE | SAID_BY_ITSELF
+    remarks += _unused(TOKENIZER_CONFIG, said, done, TOKENIZER_OFF)
+    generation = read_settings(folder / GENERATION_CONFIG)
     sampling = suggested_sampling(generation or {}, remarks.append)
     remarks += _unused(GENERATION_CONFIG, generation, GENERATION_DONE, GENERATION_OFF)
     return TextRules(add_bos, add_eos, sampling, tuple(remarks))
 
 
-def _read(path: Path) -> dict[str, object] | None:
+def read_settings(path: Path) -> dict[str, object] | None:
     """A file that may be absent: then None."""
     if not os.path.lexists(path):
         return None
@@ -71,7 +72,32 @@ def _read(path: Path) -> dict[str, object] | None:
     return read_json(path, MAX_BYTES, digits)
 
 
-def _flag(said: Mapping[str, object] | None, key: str, default: bool) -> bool:
+def _around(said: Mapping[str, object] | None, found: FoundTokenizer) -> tuple[bool, bool, list[str]]:
+    """Whether a text gets BOS and EOS, and what is to be said of it."""
+    asked = _flag(said, "add_bos_token", None), _flag(said, "add_eos_token", None)
+    remarks = []
+    if found.rules is None:
+        add_bos, add_eos = asked[0] is not False, asked[1] is True
+        if not add_bos:
+            remarks.append(
+                f"{TOKENIZER_CONFIG}: add_bos_token is false: a text gets no BOS unless --bos (bos=True) asks"
+            )
+        if add_eos:
+            remarks.append(
+                f"{TOKENIZER_CONFIG}: add_eos_token is true: a text gets EOS behind it unless --no-eos (eos=False)"
+            )
+        return add_bos, add_eos, remarks
+    own = bool(found.rules.prefix), bool(found.rules.suffix)
+    for what, option, is_asked, is_so in zip(("BOS", "EOS"), ("bos", "eos"), asked, own, strict=True):
+        if is_asked not in (None, is_so):
+            remarks.append(
+                f"{TOKENIZER_CONFIG}: add_{option}_token is {str(is_asked).lower()}, but {found.name} counts, by which "
+                f"a text gets {what if is_so else f'no {what}'} (--{'no-' if is_so else ''}{option} asks otherwise)"
+            )
+    return *own, remarks
+
+
+def _flag(said: Mapping[str, object] | None, key: str, default: bool | None) -> bool | None:
     value = (said or {}).get(key)
     if value is not None and not isinstance(value, bool):
         raise CheckpointError(f"{TOKENIZER_CONFIG}: {key} is {quote(value)}, but true or false is needed; correct it")
@@ -90,16 +116,17 @@ def _content(token: object) -> str | None:
 def _other_control_ids(
     said: Mapping[str, object] | None,
     special: Mapping[str, object] | None,
-    tokenizer: Tokenizer,
+    found: FoundTokenizer,
     add_bos: bool,
     add_eos: bool,
 ) -> Iterator[str]:
-    """Remarks where another token than tokenizer.model's is to begin or end a text."""
+    """Remarks where another token than the tokenizer's is to begin or end a text."""
+    tokenizer = found.tokenizer
     for key, used, token in (("bos_token", add_bos, tokenizer.bos_id), ("eos_token", add_eos, tokenizer.eos_id)):
         for file, values in ((TOKENIZER_CONFIG, said), (SPECIAL_TOKENS, special)):
-            asked, own = _content((values or {}).get(key)), tokenizer.spelling(token)
-            if used and asked is not None and asked != own:
-                yield f"{file}: {key} is {quote(asked)}, but a text gets tokenizer.model's {quote(own)} (id {token})"
+            asked = _content((values or {}).get(key))
+            if used and asked is not None and token is not None and asked != (own := tokenizer.spelling(token)):
+                yield f"{file}: {key} is {quote(asked)}, but a text gets {found.name}'s {quote(own)} (id {token})"
                 break
 
 
@@ -107,9 +134,10 @@ def _added_tokens(
     said: Mapping[str, object] | None,
     special: Mapping[str, object] | None,
     added: Mapping[str, object] | None,
-    tokenizer: Tokenizer,
+    found: FoundTokenizer,
 ) -> Iterator[str]:
-    """A remark for the tokens that tokenizer.model does not have, by whichever file names them."""
+    """A remark for the tokens that the tokenizer does not have, by whichever file names them."""
+    tokenizer = found.tokenizer
     files: dict[str, list[tuple[str, object]]] = {}
     listed = (said or {}).get("added_tokens_decoder")
     entries = [(_content(token), number) for number, token in listed.items()] if isinstance(listed, dict) else []
@@ -123,11 +151,11 @@ def _added_tokens(
         if other:
             first = f"first {quote(other[0][0])} (id {_value(other[0][1])})"
             yield (
-                f"{file}: tokens that tokenizer.model does not have: {len(other)}, {first}; "
+                f"{file}: tokens that {found.name} does not have: {len(other)}, {first}; "
                 "a text never becomes one, and only those that end a text are sampled unless --padding-ids asks"
             )
         elif file == ADDED_TOKENS and added is not None:
-            yield f"{file}: not read, as it names nothing that tokenizer.model does not have"
+            yield f"{file}: not read, as it names nothing that {found.name} does not have"
 
 
 # ---------------------------------------------------------------- sampling
@@ -206,6 +234,9 @@ TOKENIZER_DONE = {
     *("prefix_token", "middle_token", "suffix_token", "eot_token", "fill_token", "suffix_first", "unk_id"),
 }
 """Keys that are honoured, or do not change the ids of a text: names of files, padding, chat."""
+
+SAID_BY_ITSELF = {"add_prefix_space", "legacy", "tokenizer_class", "errors", "unk_token_id"}
+"""Keys that a vocabulary which knows its own rules has no need of."""
 
 TOKENIZER_OFF = {"legacy": True, "add_prefix_space": True, "errors": "replace"}
 

@@ -21,7 +21,7 @@ MAX_DEPTH = 32
 MAX_DIGITS = 18  # every such number fits a signed 64-bit integer
 
 # An open string ends with the text: each match succeeds where it starts, so the scan takes one pass whatever the text.
-_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
+_STRING_OR_NO_BRACKET = re.compile(r'"[^"]*(?:"|\Z)|[^"\[\]{}]+')
 
 
 def parse(data: bytes, max_bytes: int = MAX_BYTES, max_digits: int = MAX_DIGITS) -> object:
@@ -76,8 +76,10 @@ def parse_object(data: bytes, max_bytes: int = MAX_BYTES, max_digits: int = MAX_
 
 def _check_depth(text: str) -> None:
     depth = 0
-    for found in _STRING_OR_BRACKET.finditer(text):
-        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(found.group(), 0)
+    # Two backslashes escape no quote. A group for escapes would do, but take memory for each of them.
+    without_escapes = text.replace("\\\\", "").replace('\\"', "")
+    for bracket in _STRING_OR_NO_BRACKET.sub("", without_escapes):
+        depth += 1 if bracket in "{[" else -1
         if depth > MAX_DEPTH:
             raise UsageError(f"JSON nested deeper than {MAX_DEPTH} levels; no config looks like that")
 

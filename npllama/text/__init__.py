@@ -1,11 +1,15 @@
-"""Text to ids and back.
+"""Text to ids and back: tokenizers behind one protocol.
 
 Files, in the order in which to read them:
 
+    protocol.py       what a tokenizer is, whatever kind of file it comes from
+    decoding.py       ids into text, all at once or one at a time
     sentencepiece.py  the tokenizer of LLaMA 2, by the package sentencepiece
+    vocabulary.py     a byte pair vocabulary as data: between the files it is read from and the tokenizer
+    derived.py        the same as files of a model directory
+    bpe/              the tokenizer of such a vocabulary
+    readers/          the files of other programs that hold one
 
-A new tokenizer is a class in a file of its own here, with the public members of `sentencepiece.Tokenizer`.
-`inference.load` opens it; `find_tokenizer` and `_copy_tokenizer` of store/export.py take its file into a model
-directory, `_check_tokenizer` of store/opening.py checks it there; `other_tokenizer` of system/signatures.py is what
-refuses such files today.
+A new tokenizer is a class with the members of `protocol.Tokenizer`, and its kind a line in store/tokenizers.py; which
+file of a checkpoint is taken for it, store/find_tokenizer.py decides.
 """

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from itertools import compress
 from pathlib import Path
@@ -21,6 +20,8 @@ import sentencepiece
 from npllama.errors import ModelError, UsageError, quote
 from npllama.system import signatures
 from npllama.system.regular_files import open_regular, read_up_to
+from npllama.text import decoding
+from npllama.text.protocol import check_text, out_of_range, special_id
 
 MAX_FILE_BYTES = 32 << 20
 """Largest tokenizer file that is read (LLaMA 2's has 500 KB; vocabularies of 256,000 pieces about 5 MB)."""
@@ -28,15 +29,10 @@ MAX_PIECES = 1 << 20
 
 SPACE = "\u2581"
 """How a piece spells a space."""
-BREAK = "\ud800"
-"""What a control id is in `Tokenizer.pieces`: no text, and the end of a run of bytes. No text contains it."""
-
-_BYTE_RUN = re.compile("[\udc80-\udcff]+")
-_BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 
-class Tokenizer:
-    """A SentencePiece model: ids of a text, text of ids.
+class SentencePieceTokenizer:
+    """A SentencePiece model: ids of a text, text of ids. See text/protocol.py for what a tokenizer promises.
 
     vocab_size is the number of ids that the model has (at least the number of pieces; by default just that). add_bos
     and add_eos say what `encode` does unless told otherwise.
@@ -73,15 +69,18 @@ class Tokenizer:
         self.control_ids = frozenset(compress(ids, p.is_control(ids)))
         for i in sorted(self.control_ids):
             _check_control(self.path, i, spelled[i])
-        pieces = [piece.replace(SPACE, " ") for piece in spelled]
+        pieces = [piece.replace(SPACE, " ").encode("utf-8") for piece in spelled]
         for i in compress(ids, p.is_byte(ids)):
-            pieces[i] = bytes([int(spelled[i][3:5], 16)]).decode("utf-8", "surrogateescape")
+            pieces[i] = bytes([int(spelled[i][3:5], 16)])
         for i in self.control_ids:
-            pieces[i] = BREAK
+            pieces[i] = b""
         for i, surface in unknown.items():
-            pieces[i] = surface
-        self.pieces = tuple(pieces) + (BREAK,) * (self.vocab_size - self.n_pieces)
-        """What each id adds inside a text; a byte >= 0x80: its surrogate escape (PEP 383); a control id: BREAK."""
+            pieces[i] = surface.encode("utf-8")
+        self.pieces = tuple(pieces) + (b"",) * (self.vocab_size - self.n_pieces)
+        """What each id adds inside a text."""
+        self.breaks = self.control_ids.union(range(self.n_pieces, self.vocab_size))
+        self.whole_replacement = False
+        self._names = {spelled[i]: i for i in sorted(self.control_ids, reverse=True)}
         self._read_spaces([i for i in ids if spelled[i].startswith(SPACE) and i not in unknown])
 
     def _read_spaces(self, spaced: list[int]) -> None:
@@ -90,7 +89,7 @@ class Tokenizer:
         The file says whether encoding puts a space in front of a text; decoding one piece shows what it says.
         """
         p = self._processor
-        strips = bool(spaced) and p.decode(spaced[:1]) != self.pieces[spaced[0]]
+        strips = bool(spaced) and p.decode(spaced[:1]).encode("utf-8") != self.pieces[spaced[0]]
         self._spaced = frozenset(spaced) if strips else frozenset()
         lone = p.piece_to_id(SPACE)
         self._strips_every_space = lone in self._spaced and p.decode([lone, lone]) == ""
@@ -104,21 +103,13 @@ class Tokenizer:
                 f"one that does not is needed. Use the tokenizer.model that came with a LLaMA 2 checkpoint."
             )
 
-    def encode(self, text: str, bos: bool | None = None, eos: bool | None = None) -> list[int]:
-        """The ids of a text, with BOS in front and EOS behind as asked; never a control id from the text itself.
+    def encode(self, text: str, bos: bool | None = None, eos: bool | None = None, start: bool = True) -> list[int]:
+        """The ids of a text, with BOS in front and EOS behind as asked: see Tokenizer.encode.
 
-        bos, eos None: as the model says, for LLaMA 2 BOS alone. Raises UsageError for what is not a string, or holds
-        half of a surrogate pair. The time grows with the length alone, also where there are no spaces.
+        A text gets its space in front wherever it stands, as in the reference: start changes nothing. The time grows
+        with the length alone, also where there are no spaces.
         """
-        if not isinstance(text, str):
-            raise UsageError(f"the text is of type {type(text).__name__}; a str is needed. Pass ids as ids.")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                f"the text has the lone surrogate {quote(text[error.start])} at character {error.start}; "
-                f"Unicode text without halves of surrogate pairs is needed. Decode the input with errors='replace'."
-            ) from error
+        check_text(text)
         ids: list[int] = self._processor.encode(text)
         if not self.control_ids.isdisjoint(ids):
             raise UsageError(
@@ -134,6 +125,10 @@ class Tokenizer:
         spelled: str = self._processor.id_to_piece(token)
         return spelled
 
+    def special(self, name: str) -> int:
+        """The id of a control piece by its name. Raises UsageError for a name that is none."""
+        return special_id(self._names, name)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, as SentencePiece defines it.
 
@@ -141,49 +136,25 @@ class Tokenizer:
         byte that is not becomes U+FFFD; control ids and padding ids give nothing, but end a run of bytes. Raises
         UsageError for ids out of range.
         """
-        pieces: list[str] = []
-        at_start = True
-        for token in ids:
-            piece = self.piece(token)
-            if at_start:
-                piece, at_start = self.first_piece(token)
-            pieces.append(piece)
-        return _BYTE_RUN.sub(lambda run: text_of_bytes(bytes_of(run[0])), "".join(pieces)).replace(BREAK, "")
+        return decoding.decode(self, ids)
 
-    def piece(self, token: int) -> str:
-        """What an id adds inside a text, as an entry of `pieces`. Raises UsageError for an id out of range."""
+    def piece(self, token: int) -> bytes:
+        """What an id adds inside a text. Raises UsageError for an id out of range."""
         try:
             if token >= 0:
                 return self.pieces[token]
         except (IndexError, TypeError):
             pass
-        raise UsageError(
-            f"the id {quote(token)} is not in the vocabulary; whole numbers from 0 to {self.vocab_size - 1} are needed."
-        )
+        raise out_of_range(token, self.vocab_size)
 
-    def first_piece(self, token: int) -> tuple[str, bool]:
+    def first_piece(self, token: int) -> tuple[bytes, bool]:
         """What a valid id adds at the very start of a text, and whether the next id is still at the start."""
         piece = self.pieces[token]
-        if piece == BREAK:
+        if token in self.breaks:
             return piece, True
         if token not in self._spaced:
             return piece, False
-        return piece[1:], self._strips_every_space and piece == " "
-
-
-def bytes_of(escaped: str) -> bytes:
-    """Surrogate escapes U+DC80 ... U+DCFF -> the bytes 0x80 ... 0xFF that they stand for."""
-    return escaped.encode("utf-8", "surrogateescape")
-
-
-def text_of_bytes(data: bytes) -> str:
-    """Bytes -> their text in UTF-8, with one U+FFFD for each byte that is not part of a character."""
-    return replace_bad_bytes(data.decode("utf-8", "surrogateescape"))
-
-
-def replace_bad_bytes(text: str) -> str:
-    """Surrogate escapes that are left after decoding -> U+FFFD, one each."""
-    return _BAD_BYTE.sub("\ufffd", text)
+        return piece[1:], self._strips_every_space and piece == b" "
 
 
 def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
