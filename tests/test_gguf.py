@@ -24,7 +24,7 @@ from gguf_files import (
     write_gguf,
     write_split,
 )
-from helpers import TINY, write_safetensors_checkpoint, write_tokenizer
+from helpers import TINY, write_safetensors_checkpoint
 from tiny_sentencepiece import BYTES, NORMAL, USUAL, written
 
 import npllama
@@ -149,9 +149,17 @@ def test_a_file_of_the_package_gguf_is_read(tmp_path: Path) -> None:
 def test_a_model_exports_to_the_same_files_from_gguf_and_from_hugging_face(tmp_path: Path) -> None:
     write_safetensors_checkpoint(tmp_path / "hf")
     write_gguf(tmp_path / "gguf")
-    write_tokenizer(tmp_path / "gguf" / "tokenizer.model", TINY.vocab_size)
-    one, other = (export(tmp_path / kind, tmp_path / f"{kind}-model") for kind in ("hf", "gguf"))
+    tokenizer = tmp_path / "hf" / "tokenizer.model"  # not the vocabulary inside the GGUF file
+    one, other = (export(tmp_path / kind, tmp_path / f"{kind}-model", None, tokenizer) for kind in ("hf", "gguf"))
     assert one == other
+
+
+def test_the_vocabulary_inside_becomes_the_tokenizer(tmp_path: Path) -> None:
+    write_gguf(tmp_path)
+    manifest = export(tmp_path, tmp_path / "model")
+    assert manifest["tokenizer"]["kind"] == "bpe"
+    with npllama.load(tmp_path / "model", backend="numpy") as llm:
+        assert llm.tokenizer.decode(llm.tokenizer.encode("the cat")) == "the cat"
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> 
     if not vocabulary_fits(pieces, rows):
         raise CheckpointError(
             f"{found.title}: has {pieces:,} pieces, but the checkpoint's vocabulary has {rows:,} rows: more pieces "
-            f"than rows; name the tokenizer that belongs to it with --tokenizer FILE."
+            f"than rows; name the tokenizer that belongs to it with --tokenizer FILE (of npllama export)."
         )
     return found
 
@@ -72,7 +72,7 @@ def _none(folder: Path, paths: list[Path]) -> CheckpointError:
     looked = str(paths[0]) if len(paths) == 1 else f"{' and '.join(NAMES)} in {folders}"
     return CheckpointError(
         f"{folder}: has no tokenizer (looked for {looked}); one is needed{_instead(paths[0].parent)}: name it with "
-        f"--tokenizer FILE."
+        f"--tokenizer FILE (of npllama export)."
     )
 
 
