@@ -161,6 +161,14 @@ def test_a_byte_order_mark_and_the_last_line_end_are_no_part_of_a_prompt(
     assert echoed(call, model, "-f", "-", stdin=data) == prompt
 
 
+@pytest.mark.parametrize("command", ["generate", "perplexity"])
+@pytest.mark.parametrize("name", ["no", ".", "a\0b"])
+def test_a_text_file_that_cannot_be_read_is_one_line(call, command: str, name: str) -> None:
+    done = call(command, "-f", name)
+    assert (done.code, done.text, done.err.count("\n")) == (1, "", 1)
+    assert "cannot be read" in done.err
+
+
 def test_text_in_utf16_is_named_as_such(call, model: Path) -> None:
     done = call("generate", "-m", model, stdin="the cat".encode("utf-16"))
     assert done.code == 1
