@@ -40,13 +40,15 @@ class TextRules(NamedTuple):
 
 
 def text_rules(folder: Path, tokenizer: Tokenizer) -> TextRules:
-    """Read the files of a checkpoint's folder; where it has none for the tokenizer, those beside the tokenizer.
+    """Read the files of a checkpoint's folder; of those for the tokenizer, what it lacks may lie beside the tokenizer.
 
     Raises CheckpointError for a file that is no JSON object, or a flag that is neither true nor false.
     """
     remarks: list[str] = []
-    beside = folder if os.path.exists(folder / TOKENIZER_CONFIG) else tokenizer.path.parent
-    said, special, added = (_read(beside / name) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS))
+    said, special, added = (
+        _read((folder if os.path.lexists(folder / name) else tokenizer.path.parent) / name)
+        for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
+    )
     add_bos, add_eos = _flag(said, "add_bos_token", True), _flag(said, "add_eos_token", False)
     if not add_bos:
         remarks.append(f"{TOKENIZER_CONFIG}: add_bos_token is false: a text gets no BOS unless --bos (bos=True) asks")
