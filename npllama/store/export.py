@@ -208,7 +208,7 @@ def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> 
     if path is None and asked is not None and os.path.exists(paths[0]):
         path = paths[0]  # a device, or a directory: its reader says so
     if path is None:
-        looked = " and ".join(str(path).replace("\0", "\\0") for path in paths)
+        looked = " and ".join(str(path) for path in paths)
         has = f"{folder}: has no tokenizer" if asked is None else "there is no such tokenizer"
         raise CheckpointError(
             f"{has} (looked for {looked}); its SentencePiece file is needed{_instead(paths[0])}: "
