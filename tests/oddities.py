@@ -571,6 +571,12 @@ def an_end_of_text_outside_the_vocabulary(folder: Path) -> None:
     config(folder, eos_token_id=300)
 
 
+@loads("tokenizer_config.json: tokens that tokenizer.model does not have: 1, first '<image>'")
+def special_tokens_in_tokenizer_config_json_alone(folder: Path) -> Weights:
+    (folder / "tokenizer_config.json").write_text('{"extra_special_tokens": {"image_token": "<image>"}}')
+    return write_hugging_face(folder)
+
+
 @loads("added_tokens.json: tokens that tokenizer.model does not have: 1, first '<pad>'")
 def added_tokens_without_tokenizer_config_json(folder: Path) -> Weights:
     (folder / "added_tokens.json").write_text('{"<pad>": 300}')

@@ -105,6 +105,15 @@ def _other_control_ids(
                 break
 
 
+def _more(said: Mapping[str, object] | None) -> list[tuple[str, object]]:
+    """Texts of the special tokens that a file lists without ids; what kind each is, is said since transformers 5."""
+    found: list[object] = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = (said or {}).get(key)
+        found += listed if isinstance(listed, list) else listed.values() if isinstance(listed, dict) else []
+    return [(text, "?") for text in dict.fromkeys(map(_content, found)) if text]
+
+
 def _added_tokens(
     said: Mapping[str, object] | None,
     special: Mapping[str, object] | None,
@@ -115,10 +124,9 @@ def _added_tokens(
     files: dict[str, list[tuple[str, object]]] = {}
     listed = (said or {}).get("added_tokens_decoder")
     entries = [(_content(token), number) for number, token in listed.items()] if isinstance(listed, dict) else []
-    files[TOKENIZER_CONFIG] = [(text, number) for text, number in entries if text is not None]
+    files[TOKENIZER_CONFIG] = [(text, number) for text, number in entries if text is not None] or _more(said)
     files[ADDED_TOKENS] = list((added or {}).items())
-    more = (special or {}).get("additional_special_tokens")
-    files[SPECIAL_TOKENS] = [(text, "?") for text in map(_content, more if isinstance(more, list) else []) if text]
+    files[SPECIAL_TOKENS] = _more(special)
     known = {tokenizer.spelling(i) for i in range(tokenizer.n_pieces)} if any(files.values()) else set()
     for file, tokens in files.items():
         other = [(text, number) for text, number in tokens if text not in known]
