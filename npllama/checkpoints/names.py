@@ -11,8 +11,8 @@ DERIVED = re.compile(
 )
 """What tables that follow from the config, masks, caches and counters of profilers are called: not read."""
 
-ROTARY = re.compile(r"rope|attn_rot_embd|.*rotary.*")
-"""Modules of rotary positions: whatever they hold follows from the config."""
+ROTARY = {"rope", "attn_rot_embd"}
+"""Modules of rotary positions, beside those with "rotary" in their names: what they hold follows from the config."""
 
 MASK = re.compile(r"(.*\.)?(self_attn|attn|attention)\.bias")
 """A causal mask where it has several axes, as GPT-2's code called it."""
@@ -31,8 +31,8 @@ QUANTIZED = re.compile(r".*[._](qweight|qzeros|g_idx|SCB|absmax|quant_map|weight
 
 def is_derived(name: str) -> bool:
     """Whether a tensor follows from the config, or counts something: by its name or its module's."""
-    *modules, last = name.split(".")
-    rotary = any(ROTARY.fullmatch(module) for module in modules)
+    modules, _, last = name.rpartition(".")
+    rotary = "rotary" in modules or not ROTARY.isdisjoint(modules.split("."))
     return rotary or "inv_freq" in last or DERIVED.fullmatch(last) is not None
 
 
