@@ -19,7 +19,10 @@ QUOTED_CHARACTERS = 80
 
 
 class NpllamaError(Exception):
-    """Base of every error that npllama raises on purpose."""
+    """Base of every error that npllama raises on purpose. Its text is one line, whatever the names in it hold."""
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 
 class CheckpointError(NpllamaError):

@@ -218,6 +218,21 @@ def an_index_without_its_shards_beside_a_bin(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+@loads("model.safetensors is read; consolidated.00.pth beside it is not")
+def metas_weights_without_their_sizes_beside_a_whole_model(folder: Path) -> Weights:
+    write_meta(folder, seed=7)
+    (folder / "params.json").unlink()
+    return write_hugging_face(folder)
+
+
+@refuses("holds a variant of a checkpoint alone; if it is meant, give model.safetensors.index.fp16.json")
+def a_variant_in_shards_alone(folder: Path) -> None:
+    write_hugging_face(folder, files=2)
+    for part in folder.glob("model-*"):
+        part.rename(folder / part.name.replace("model-", "model.fp16-"))
+    (folder / INDEX).rename(folder / "model.safetensors.index.fp16.json")
+
+
 @refuses("its folder 'original' holds one: give that")
 def a_checkpoint_one_folder_further(folder: Path) -> None:
     write_meta(folder / "original")
@@ -335,6 +350,30 @@ def buffers_of_all_versions(folder: Path) -> Weights:
 
 
 @loads()
+def tables_of_rotary_positions_and_caches_under_other_names(folder: Path) -> Weights:
+    names = ("rotary_emb.freqs", "rotary_emb._cos_cached", "rotary_pos_emb.scale", "rope.table", "_sin_cached")
+    extra = {f"{LAYER}.{name}": np.ones((8, 2)) for name in (*names, "k_cache", "tril")}
+    return hugging_face(folder, {**extra, "model.rotary_emb.inv_freq_local": np.ones(2)})
+
+
+@loads()
+def numbers_that_only_count(folder: Path) -> Weights:
+    weights = hugging_face(folder, {"num_batches_tracked": np.ones(1), f"{LAYER}.local_heads": np.ones(6)})
+    data = (folder / "model.safetensors").read_bytes()
+    for name, kind in (("num_batches_tracked", "I32"), (f"{LAYER}.local_heads", "U32")):
+        head = f'"{name}": {{"dtype": "'.encode()
+        assert head + b"F32" in data
+        data = data.replace(head + b"F32", head + kind.encode())
+    (folder / "model.safetensors").write_bytes(data)
+    return weights
+
+
+@loads()
+def what_sharded_training_leaves_of_a_parameter(folder: Path) -> Weights:
+    return hugging_face(folder, {"model.flat_param": np.ones((0, 24))})
+
+
+@loads()
 def masks_of_llama2c(folder: Path) -> Weights:
     weights = write_llama2c(folder, tied=False)
     tree = {f"_orig_mod.{name}.weight": stored(w) for name, w in weights.items()}
@@ -382,6 +421,25 @@ def one_bias_among_zeros(folder: Path) -> None:
     extra = zeros("mlp", MLP)
     extra["model.layers.1.mlp.up_proj.bias"][63] = 1e-30
     hugging_face(folder, extra, mlp_bias=True)
+
+
+@refuses(r"tensor 'model.norm.bias' has no place")
+def one_bias_alone(folder: Path) -> None:
+    hugging_face(folder, {"model.norm.bias": np.ones(24)})
+
+
+@refuses(r"model.safetensors: layers.1.attention.wv\[3, 5\] is nan")
+def a_weight_that_is_no_number(folder: Path) -> None:
+    value = random_weights(SMALL, 0)["layers.1.attention.wv"]
+    value[3, 5] = np.nan
+    write_hugging_face(folder)
+    weights = {**random_weights(SMALL, 0), "layers.1.attention.wv": value}
+    (folder / "model.safetensors").write_bytes(noted(hugging_face_tensors(weights), None))
+
+
+@refuses("tensor 'model.layers.0.self_attn.k_proj.weight' has shape \\[8, 24\\], but config.json needs \\[24, 24\\]")
+def heads_that_config_json_does_not_have(folder: Path) -> None:
+    config(folder, num_key_value_heads=6)
 
 
 @refuses("config.json: mlp_bias is True: biases in the feed-forward network")
@@ -503,6 +561,28 @@ def an_empty_quantization_config(folder: Path) -> Weights:
     return config(folder, quantization_config={})
 
 
+@loads("config.json: bos_token_id -1 dropped")
+def no_bos_as_minus_one(folder: Path) -> Weights:
+    return config(folder, bos_token_id=-1)
+
+
+@refuses("config.json: eos_token_id is 300, but")
+def an_end_of_text_outside_the_vocabulary(folder: Path) -> None:
+    config(folder, eos_token_id=300)
+
+
+@loads("tokenizer_config.json: tokens that tokenizer.model does not have: 1, first '<image>'")
+def special_tokens_in_tokenizer_config_json_alone(folder: Path) -> Weights:
+    (folder / "tokenizer_config.json").write_text('{"extra_special_tokens": {"image_token": "<image>"}}')
+    return write_hugging_face(folder)
+
+
+@loads("added_tokens.json: tokens that tokenizer.model does not have: 1, first '<pad>'")
+def added_tokens_without_tokenizer_config_json(folder: Path) -> Weights:
+    (folder / "added_tokens.json").write_text('{"<pad>": 300}')
+    return write_hugging_face(folder)
+
+
 @loads("vocabulary: the last 413 of 713 rows have no piece in the tokenizer")
 def a_vocabulary_padded_by_many_rows(folder: Path) -> Weights:
     weights = random_weights(dataclasses.replace(SMALL, vocab_size=713), 5)
@@ -557,6 +637,36 @@ def a_pointer_for_the_index(folder: Path) -> None:
 @refuses("generation_config.json: it is a web page")
 def a_page_for_generation_config_json(folder: Path) -> None:
     replaced(folder, write_hugging_face, "generation_config.json", PAGE)
+
+
+@refuses("config.json: it is not JSON yet: a byte order mark .BOM. comes first; save it as UTF-8 without one")
+def a_byte_order_mark_before_config_json(folder: Path) -> None:
+    replaced(folder, write_hugging_face, "config.json", b"\xef\xbb\xbf{}")
+
+
+@refuses("config.json: it is UTF-16 and not UTF-8, which JSON must be")
+def config_json_as_powershell_writes_it(folder: Path) -> None:
+    replaced(folder, write_hugging_face, "config.json", "{}".encode("utf-16"))
+
+
+@refuses("generation_config.json: it is empty, and so not JSON; download the file again")
+def an_empty_generation_config_json(folder: Path) -> None:
+    replaced(folder, write_hugging_face, "generation_config.json", b" \n")
+
+
+@refuses("tokenizer_config.json: it is not JSON, but a text that begins with 'Entry not found'")
+def words_of_a_server_for_tokenizer_config_json(folder: Path) -> None:
+    replaced(folder, write_hugging_face, "tokenizer_config.json", b"Entry not found")
+
+
+@refuses("tokenizer.model: found a text that begins with 'Invalid username or password.'")
+def words_of_a_server_for_the_tokenizer(folder: Path) -> None:
+    replaced(folder, write_hugging_face, "tokenizer.model", b"Invalid username or password.\n")
+
+
+@refuses("tokenizer.model: found a web page")
+def a_fragment_of_a_page_for_the_tokenizer(folder: Path) -> None:
+    replaced(folder, write_hugging_face, "tokenizer.model", b"\n<div>404</div>")
 
 
 @refuses("tokenizer.model: found a Git-LFS pointer")

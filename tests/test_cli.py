@@ -317,7 +317,7 @@ def test_a_prompt_that_is_not_utf8_is_one_line_with_the_byte(
     [
         (PermissionError(13, "Permission denied", "x.npy"), 1, "x.npy: Permission denied; check the path"),
         (MemoryError(), 1, "the memory does not suffice; use a smaller model"),
-        (npllama.CheckpointError("two\nlines"), 1, "two lines"),
+        (npllama.CheckpointError("two\nlines"), 1, r"two\nlines"),
         (npllama.UsageError("no such number"), 2, "no such number"),
         (ModuleNotFoundError("No module named 'x'", name="x"), 1, "pip install x"),
     ],

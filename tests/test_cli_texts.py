@@ -10,6 +10,7 @@ from helpers import TINY, random_weights, write_model_directory, write_safetenso
 
 import npllama
 from npllama.commands.generate import unescaped
+from npllama.store.export import export
 
 BOM = b"\xef\xbb\xbf"
 
@@ -159,6 +160,23 @@ def test_a_byte_order_mark_and_the_last_line_end_are_no_part_of_a_prompt(
     assert echoed(call, model, stdin=data) == prompt
     assert echoed(call, model, "-", stdin=data) == prompt
     assert echoed(call, model, "-f", "-", stdin=data) == prompt
+
+
+@pytest.mark.parametrize("command", ["generate", "perplexity"])
+@pytest.mark.parametrize("name", ["no", ".", "a\0b"])
+def test_a_text_file_that_cannot_be_read_is_one_line(call, command: str, name: str) -> None:
+    done = call(command, "-f", name)
+    assert (done.code, done.text, done.err.count("\n")) == (1, "", 1)
+    assert "cannot be read" in done.err
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\0b", "a\rb", "a\x1b[2Jb", "a\u2028b", "a\udcffb"])
+def test_errors_are_one_printable_line_whatever_the_path_holds(tmp_path: Path, model: Path, name: str) -> None:
+    path = tmp_path / name
+    for attempt in (lambda: npllama.load(path), lambda: export(path, tmp_path / "out"), lambda: export(model, path)):
+        with pytest.raises(npllama.NpllamaError) as caught:
+            attempt()
+        assert str(caught.value).isprintable()
 
 
 def test_text_in_utf16_is_named_as_such(call, model: Path) -> None:

@@ -243,6 +243,11 @@ def test_a_tokenizer_that_was_asked_for_and_is_missing_is_named(tmp_path: Path, 
     )
 
 
+def test_a_tokenizer_that_was_asked_for_and_is_no_file_is_called_that(tmp_path: Path, checkpoint: Path):
+    for asked, reason in {"/dev/null": "null: found no regular file", "a\0b": r"(looked for a\x00b)"}.items():
+        assert reason in refusal(NpllamaError, checkpoint, tmp_path / "m", tokenizer=asked)
+
+
 @pytest.mark.parametrize("pieces", [301, 1000])
 def test_a_tokenizer_with_more_pieces_than_the_vocabulary_is_refused(tmp_path: Path, checkpoint: Path, pieces: int):
     write_tokenizer(checkpoint / "tokenizer.model", pieces)

@@ -89,6 +89,9 @@ def _open_folder(folder: Path, pool: Pool) -> Checkpoint:
         llama2c = ["ckpt.pt"]
     elif meta or hugging_face or gguf or len(llama2c) > 1:
         llama2c = []  # files of a trainer beside the weights
+    unsized: list[str] = []
+    if hugging_face and "config.json" in files and "params.json" not in files:
+        unsized, meta = meta[:1], []  # in Meta's format, but without the file that says its sizes
     kinds = [found[0] for found in (meta, hugging_face, llama2c) if found]
     kinds = kinds or whole or gguf or _llama2c_bin_files(folder, files, pool)
     if len(kinds) > 1:
@@ -97,7 +100,7 @@ def _open_folder(folder: Path, pool: Pool) -> Checkpoint:
         )
     if not kinds:
         raise _nothing(folder, files)
-    others = [name for name in (*hugging_face[1:], *whole, *gguf) if name != kinds[0]]
+    others = [name for name in (*hugging_face[1:], *whole, *unsized, *gguf) if name != kinds[0]]
 
     def read() -> Checkpoint:
         if meta:
@@ -203,8 +206,10 @@ def _complete(folder: Path, shards: list[str]) -> list[Path]:
 def _nothing(folder: Path, files: list[str]) -> CheckpointError:
     """Why a folder holds no checkpoint, as far as the names in it show."""
     parts = [name for name in files if HF_SHARD.fullmatch(name)]
+    if parts and (index := _index_of(parts[0])) in files:
+        return CheckpointError(f"{folder.name} holds a variant of a checkpoint alone; if it is meant, give {index}")
     if parts:
-        return CheckpointError(f"the index of {parts[0]} (.index.json) is missing in {folder.name}; download it too")
+        return CheckpointError(f"the index of {parts[0]} ({index}) is missing in {folder.name}; download it too")
     if any(ADAPTER.fullmatch(name) for name in files):
         return CheckpointError(f"{folder.name} holds a LoRA adapter alone; merge it into its model first")
     if "zero_to_fp32.py" in files:

@@ -39,8 +39,11 @@ class Checkpoint(Closing):
         self.pool.close()
 
 
-def merge(name: str, shape: tuple[int, ...], parts: Sequence[View], config: str) -> Tensor:
-    """One weight from its shards, of which each holds an equal share; CheckpointError when shapes or formats differ."""
+def merge(name: str, shape: tuple[int, ...], parts: Sequence[View], config: str, called: str = "") -> Tensor:
+    """One weight from its shards, of which each holds an equal share; CheckpointError when shapes or formats differ.
+
+    called: what the files call it, where that is not Meta's name.
+    """
     n = len(parts)
     axis = 1 if kind_of(name).split_columns else 0
     if name == "tok_embeddings" and parts[0].shape[1:] == shape[1:]:
@@ -51,8 +54,8 @@ def merge(name: str, shape: tuple[int, ...], parts: Sequence[View], config: str)
         if part.shape != share or not whole:
             shards = f" in each of {n} shards" if n > 1 else ""
             raise CheckpointError(
-                f"{part.storage.file.name}: tensor {quote(name)} has shape {_shape(part)}, but {config} needs "
-                f"{list(share)}{shards}; {_advice(part.shape, shape, n, config)}"
+                f"{part.storage.file.name}: tensor {quote(called or name)} has shape {_shape(part)}, but {config} "
+                f"needs {list(share)}{shards}; {_advice(part.shape, shape, n, config)}"
             )
         if part.dtype != parts[0].dtype:
             raise CheckpointError(

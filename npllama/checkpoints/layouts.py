@@ -162,7 +162,10 @@ def open_hugging_face(weights: Path, pool: Pool) -> Checkpoint:
     if tie:
         _tie(shard.tensors, wanted)
     found = shard.select(wanted, hugging_face_name)
-    tensors = {name: merge(name, shape, [found[name]], "config.json") for name, shape in wanted.items()}
+    tensors = {
+        name: merge(name, shape, [found[name]], "config.json", f"{hugging_face_name(name)}.weight")
+        for name, shape in wanted.items()
+    }
     for name, tensor in tensors.items():
         if kind_of(name) in (KINDS["wq"], KINDS["wk"]):
             tensors[name] = Tensor(name, tensor.shape, tensor.parts, neox_head_dim=config.head_dim)
@@ -240,8 +243,8 @@ def _indexed(index: Path, pool: Pool, tied: bool) -> Shard:
 def _may_be_absent(name: str, tied: bool) -> bool:
     """Whether an index may name a tensor that no file has: a buffer, or one of two names for tied weights."""
     short = names.plain(name)
-    buffer = names.DERIVED.fullmatch(short) or names.MASK.fullmatch(short)
-    return bool(buffer) or (tied and short.endswith(("lm_head.weight", "embed_tokens.weight")))
+    buffer = names.is_derived(short) or names.MASK.fullmatch(short) is not None
+    return buffer or (tied and short.endswith(("lm_head.weight", "embed_tokens.weight")))
 
 
 def _plain(name: object) -> bool:

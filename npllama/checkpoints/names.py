@@ -6,11 +6,13 @@ import re
 from collections.abc import Collection, Iterable
 
 DERIVED = re.compile(
-    r"(.*\.)?(inv_freq|original_inv_freq|rope\.freqs|freqs_(cos|sin|cis)|(cos|sin)_cached?|cos_sin_cache"
-    r"|mask|(causal|attn|attention)_mask|masked_bias|position_ids|cache_[kv]|total_(ops|params)|_extra_state"
-    r"|attn_rot_embd\.weight)"
+    r"freqs_(cos|sin|cis)|_?(cos|sin|cos_sin|sin_cos)_cached?|_?(causal_|attn_|attention_)?mask|masked_bias"
+    r"|tril|position_ids|embed_positions|cache_[kv]|[kv]_cache|kv_cache|total_(ops|params)|_extra_state"
 )
-"""Tables that follow from the config, masks, counters of profilers: not read."""
+"""What tables that follow from the config, masks, caches and counters of profilers are called: not read."""
+
+ROTARY = {"rope", "attn_rot_embd"}
+"""Modules of rotary positions, beside those with "rotary" in their names: what they hold follows from the config."""
 
 MASK = re.compile(r"(.*\.)?(self_attn|attn|attention)\.bias")
 """A causal mask where it has several axes, as GPT-2's code called it."""
@@ -25,6 +27,13 @@ ADAPTER = re.compile(r"(.*\.)?(lora_\w+|ia3_l|hada_w\d\w*|lokr_w\d\w*|oft_\w+|pr
 
 QUANTIZED = re.compile(r".*[._](qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_packed|weight_scale(_inv)?)")
 """Parts of quantized weights: GPTQ and AWQ, bitsandbytes, compressed-tensors and FP8."""
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor follows from the config, or counts something: by its name or its module's."""
+    modules, _, last = name.rpartition(".")
+    rotary = "rotary" in modules or not ROTARY.isdisjoint(modules.split("."))
+    return rotary or "inv_freq" in last or DERIVED.fullmatch(last) is not None
 
 
 def meta_names(names: Collection[str]) -> tuple[dict[str, str], str]:

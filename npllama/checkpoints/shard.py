@@ -16,6 +16,9 @@ from npllama.errors import CheckpointError, quote
 COMPARED_ROWS = 256  # rows at a time, when two tensors should be equal
 COMPARED_NUMBERS = 1 << 16  # of a bias at a time
 
+COUNTED = ("bool", "i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64")
+"""Number formats of masks, positions and counters; no weight has one without a scale beside it."""
+
 Rename = Callable[[Collection[str]], tuple[dict[str, str], str]]
 """Names as they stand in files -> names of the layout, and the prefix that was left out (names.meta_names ...)."""
 
@@ -84,9 +87,13 @@ class Shard:
         return {name: self._weight(called) for called, name in foreign.items()}
 
     def _is_buffer(self, name: str) -> bool:
+        """Whether a tensor has no say in the logits: by its name, or because it holds no number with a fraction."""
+        if names.is_derived(name):
+            return True
         view = self.tensors[name]
-        mask = isinstance(view, View) and len(view.shape) > 1 and names.MASK.fullmatch(name) is not None
-        return mask or names.DERIVED.fullmatch(name) is not None
+        if not isinstance(view, View) or names.QUANTIZED.fullmatch(name):
+            return False
+        return view.dtype in COUNTED or 0 in view.shape or (len(view.shape) > 1 and bool(names.MASK.fullmatch(name)))
 
     def _leave_out_biases(self, extra: list[str]) -> None:
         """CheckpointError for a tensor that is no bias of zeros."""
@@ -95,8 +102,9 @@ class Shard:
             is_bias = name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in self.tensors
             if name in without_place and not (is_bias and _is_zero(name, tensor)):
                 what = "biases are not supported" if is_bias else "no LLaMA 2 of this config has it"
+                more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
                 raise CheckpointError(
-                    f"{self.source}: tensor {quote(name)} (and {len(extra) - 1} more) has no place: {what}; "
+                    f"{self.source}: tensor {quote(name)}{more} has no place: {what}; "
                     "use weights and config that belong together"
                 )
         if extra:

@@ -128,6 +128,11 @@ class Tensor:
     def dtype(self) -> str:
         return self.parts[0].dtype
 
+    @property
+    def source(self) -> str:
+        """The names of the files that have it."""
+        return ", ".join(dict.fromkeys(part.storage.file.name for part in self.parts))
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop`, read from the file now: C-contiguous, native, new; bfloat16 as its bits in uint16.
 

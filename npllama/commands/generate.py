@@ -214,10 +214,10 @@ def _read_file(name: str) -> bytes:
     try:
         with open(name, "rb") as file:
             return file.read()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no path holds a NUL
         raise NpllamaError(
-            f"{name}: cannot be read ({error.strerror}); -f needs a text file in UTF-8. Check the path, "
-            f"or give the text itself with -p."
+            f"{name}: cannot be read ({getattr(error, 'strerror', error)}); -f needs a text file in UTF-8. Check the "
+            f"path, or give the text itself with -p."
         ) from error
 
 

@@ -69,7 +69,11 @@ def _read(name: str) -> str:
     """A text file as it is, line ends too; a byte order mark is no part of the text."""
     try:
         return Path(name).read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
+    except (OSError, ValueError) as error:
+        if not isinstance(error, UnicodeDecodeError):  # a ValueError: no path holds a NUL
+            raise NpllamaError(
+                f"{name}: cannot be read ({getattr(error, 'strerror', error)}); -f needs a text file in UTF-8."
+            ) from error
         raise NpllamaError(
             f"{name}: is not text in UTF-8 ({error.reason} at byte {error.start}); convert it, for example with iconv."
         ) from error

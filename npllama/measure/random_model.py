@@ -54,6 +54,7 @@ class _Tensor(NamedTuple):
     drawn: np.ndarray
     start: int
     dtype: str = "f32"
+    source: str = "random weights"
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start .. stop-1, float32."""

@@ -58,8 +58,10 @@ _Planned = tuple[NumberFormat, tuple[int, ...]]
 
 
 class SourceTensor(Protocol):
-    """What the exporter asks of a tensor: shape, number format, and rows start .. stop-1."""
+    """What the exporter asks of a tensor: file names, shape, number format, and rows start .. stop-1."""
 
+    @property
+    def source(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
@@ -146,6 +148,7 @@ class _StoredTensor(NamedTuple):
 
     stored: np.ndarray
     dtype: str
+    source: str
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -170,14 +173,15 @@ class OpenedSource:
                     f"{opened.path}: {kind} is {tensor['format']} already, and rounding twice loses more; "
                     f"quantize the f32, f16 or bf16 model, or export the checkpoint again."
                 )
-            self._add(kind, getattr(opened.weights, kind), tensor["format"])
+            file = ", ".join(record["file"] for record in tensor["arrays"].values())
+            self._add(kind, getattr(opened.weights, kind), tensor["format"], file)
 
-    def _add(self, kind: str, w: Weight, number_format: str) -> None:
+    def _add(self, kind: str, w: Weight, number_format: str, file: str) -> None:
         stored = w if isinstance(w, np.ndarray) else w[0]
         stored = stored.view(np.float16) if number_format == "f16" else stored
         names = tensor_names(kind, self.config.n_layers)
         layers = stored if KINDS[kind].in_layers else [stored]
-        self.tensors |= {name: _StoredTensor(one, number_format) for name, one in zip(names, layers, strict=True)}
+        self.tensors |= {name: _StoredTensor(one, number_format, file) for name, one in zip(names, layers, strict=True)}
 
 
 def own_format(source: Checkpoint) -> NumberFormat:
@@ -285,7 +289,8 @@ def _write_kind(
     with ExitStack() as stack:
         files = {part: stack.enter_context(_ArrayFile(folder / names[part], spec)) for part, spec in specs.items()}
         for name, row, block, dtype in _blocks(source, kind, number_format):
-            for part, stored in encode(number_format, block, dtype, f"{source.folder}: {name}", row).items():
+            where = f"{source.folder}: {source.tensors[name].source}: {name}"
+            for part, stored in encode(number_format, block, dtype, where, row).items():
                 files[part].write(stored)
                 meter.advance(stored.nbytes, name)
     arrays = {part: file.record() for part, file in files.items()}

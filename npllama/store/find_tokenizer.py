@@ -44,8 +44,10 @@ def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> 
     else:
         paths = _paths(source.folder, asked)
         path = next((path for path in paths if os.path.isfile(path)), None)
+        if path is None and asked is not None and os.path.exists(paths[0]):
+            path = paths[0]  # a device, or a directory: its reader says so
         if path is None:
-            raise _none(source.folder, paths)
+            raise _none(source.folder, paths, asked is not None)
         found = _read(path, source.folder)
     pieces, rows = found.tokenizer.n_pieces, source.config.vocab_size
     if not vocabulary_fits(pieces, rows):
@@ -67,12 +69,13 @@ def _paths(folder: Path, asked: str | os.PathLike[str] | None) -> list[Path]:
     return [one / name for one in folders for name in NAMES]
 
 
-def _none(folder: Path, paths: list[Path]) -> CheckpointError:
+def _none(folder: Path, paths: list[Path], asked: bool) -> CheckpointError:
     folders = " and ".join(dict.fromkeys(str(path.parent) for path in paths))
     looked = str(paths[0]) if len(paths) == 1 else f"{' and '.join(NAMES)} in {folders}"
+    has = "there is no such tokenizer" if asked else f"{folder}: has no tokenizer"
     return CheckpointError(
-        f"{folder}: has no tokenizer (looked for {looked}); one is needed{_instead(paths[0].parent)}: name it with "
-        f"--tokenizer FILE (of npllama export)."
+        f"{has} (looked for {looked}); one is needed{_instead(paths[0].parent)}: name it with --tokenizer FILE "
+        f"(of npllama export)."
     )
 
 

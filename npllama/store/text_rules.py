@@ -45,13 +45,13 @@ def beside(folder: Path, tokenizer: Path) -> Path:
 
 
 def text_rules(folder: Path, found: FoundTokenizer) -> TextRules:
-    """Read the small files of a checkpoint's folder, and those about its tokenizer.
+    """Read the files of a checkpoint's folder; of those for the tokenizer, what it lacks may lie beside the tokenizer.
 
     Raises CheckpointError for a file that is no JSON object, or a flag that is neither true nor false.
     """
     remarks: list[str] = []
     names = (TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
-    said, special, added = (None if found.settings is None else read_settings(found.settings / name) for name in names)
+    said, special, added = (_about_tokenizer(folder, found, name) for name in names)
     add_bos, add_eos, about = _around(said, found)
     remarks += about
     remarks += _other_control_ids(said, special, found, add_bos, add_eos)
@@ -62,6 +62,13 @@ def text_rules(folder: Path, found: FoundTokenizer) -> TextRules:
     sampling = suggested_sampling(generation or {}, remarks.append)
     remarks += _unused(GENERATION_CONFIG, generation, GENERATION_DONE, GENERATION_OFF)
     return TextRules(add_bos, add_eos, sampling, tuple(remarks))
+
+
+def _about_tokenizer(folder: Path, found: FoundTokenizer, name: str) -> dict[str, object] | None:
+    """One of the small files about a tokenizer: the checkpoint's own, else the one beside the tokenizer."""
+    if found.settings is None:
+        return None
+    return read_settings((folder if os.path.lexists(folder / name) else found.settings) / name)
 
 
 def read_settings(path: Path) -> dict[str, object] | None:
@@ -130,6 +137,15 @@ def _other_control_ids(
                 break
 
 
+def _more(said: Mapping[str, object] | None) -> list[tuple[str, object]]:
+    """Texts of the special tokens that a file lists without ids; what kind each is, is said since transformers 5."""
+    found: list[object] = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = (said or {}).get(key)
+        found += listed if isinstance(listed, list) else listed.values() if isinstance(listed, dict) else []
+    return [(text, "?") for text in dict.fromkeys(map(_content, found)) if text]
+
+
 def _added_tokens(
     said: Mapping[str, object] | None,
     special: Mapping[str, object] | None,
@@ -141,10 +157,9 @@ def _added_tokens(
     files: dict[str, list[tuple[str, object]]] = {}
     listed = (said or {}).get("added_tokens_decoder")
     entries = [(_content(token), number) for number, token in listed.items()] if isinstance(listed, dict) else []
-    files[TOKENIZER_CONFIG] = [(text, number) for text, number in entries if text is not None]
+    files[TOKENIZER_CONFIG] = [(text, number) for text, number in entries if text is not None] or _more(said)
     files[ADDED_TOKENS] = list((added or {}).items())
-    more = (special or {}).get("additional_special_tokens")
-    files[SPECIAL_TOKENS] = [(text, "?") for text in map(_content, more if isinstance(more, list) else []) if text]
+    files[SPECIAL_TOKENS] = _more(special)
     known = {tokenizer.spelling(i) for i in range(tokenizer.n_pieces)} if any(files.values()) else set()
     for file, tokens in files.items():
         other = [(text, number) for text, number in tokens if text not in known]

@@ -46,7 +46,7 @@ def cpu_quota() -> float:
                 period = (folder / "cpu.cfs_period_us").read_text().strip()
             if quota not in ("max", "-1"):
                 limits.append(float(quota) / float(period))
-        except (OSError, ValueError):
+        except (OSError, ValueError, ZeroDivisionError):
             continue
     return min(limits)
 

@@ -29,13 +29,17 @@ MAGICS = (
     (b"PK\x05\x06", "an empty zip archive; download the file again"),
 )
 
+MARKUP = (
+    *("!doctype", "html", "head", "body", "script", "meta", "title", "?xml", "!--", "div", "style", "link", "center"),
+    *("pre>", "p>", "h1>", "error>"),
+)
 POINTER = "a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`"
 PAGE = "a web page; download the file itself"
 TEXTS = (
     ("version https://git-lfs", POINTER),
     ("version https://hawser", POINTER),
     ("# xet version", "a Xet pointer, not the file itself; download the file itself"),
-    *((f"<{tag}", PAGE) for tag in ("!doctype", "html", "head", "body", "script", "meta", "title", "?xml", "!--")),
+    *((f"<{tag}", PAGE) for tag in MARKUP),
 )
 """How texts begin, in lower case, behind a byte order mark and blanks."""
 

@@ -6,6 +6,7 @@ all of these are refused here.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import math
@@ -16,8 +17,10 @@ from contextlib import contextmanager
 from npllama.errors import UsageError, quote
 from npllama.system import signatures
 
+JSON_STARTS = ("{", "[", '"', "-", *"0123456789", "true", "false", "null", "NaN", "Infinity")
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
+NAMES = {list: "list", str: "text", bool: "truth value", int: "number", float: "number", type(None): "null"}
 MAX_DIGITS = 18  # every such number fits a signed 64-bit integer
 
 # An open string ends with the text: each match succeeds where it starts, so the scan takes one pass whatever the text.
@@ -49,12 +52,26 @@ def parse_first(data: bytes) -> tuple[object, int]:
 def _decoded(data: bytes, max_bytes: int) -> str:
     if len(data) > max_bytes:
         raise UsageError(f"{len(data):,} bytes of JSON, but at most {max_bytes:,} are read; this is another file")
-    if what := signatures.named(data[: signatures.HEAD]):
+    if what := signatures.named(data[: signatures.HEAD]) or _other_text(data):
         raise UsageError(f"it is {what}")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"byte {error.start} is not UTF-8, but JSON must be; the file is damaged") from error
+
+
+def _other_text(data: bytes) -> str | None:
+    """What text is that cannot be JSON in UTF-8, and what to do about it."""
+    if not data.strip():
+        return "empty, and so not JSON; download the file again"
+    if data.startswith(codecs.BOM_UTF8):
+        return "not JSON yet: a byte order mark (BOM) comes first; save it as UTF-8 without one"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16 and not UTF-8, which JSON must be; save it so"
+    line = signatures.plain_text(data[: signatures.HEAD])
+    if line and not line.startswith(JSON_STARTS):
+        return f"not JSON, but a text that begins with {quote(line)}; download the file itself"
+    return None
 
 
 @contextmanager
@@ -70,7 +87,7 @@ def parse_object(data: bytes, max_bytes: int = MAX_BYTES, max_digits: int = MAX_
     """Read one JSON object, as `parse` does; any other value is a UsageError."""
     value = parse(data, max_bytes, max_digits)
     if not isinstance(value, dict):
-        raise UsageError(f"holds a JSON {type(value).__name__}, but an object {{...}} is needed; this is another file")
+        raise UsageError(f"holds a JSON {NAMES[type(value)]}, but an object {{...}} is needed; this is another file")
     return value
 
 

@@ -179,7 +179,9 @@ def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         processor.LoadFromSerializedProto(data)
     except (RuntimeError, UnicodeDecodeError) as error:  # the second where the message quotes a piece that is not UTF-8
-        raise ModelError(_malformed(path, "what SentencePiece does not accept")) from error
+        line = signatures.plain_text(data[: signatures.HEAD])
+        found = f"a text that begins with {quote(line)}" if line else "what SentencePiece does not accept"
+        raise ModelError(_malformed(path, found)) from error
     return processor
 
 

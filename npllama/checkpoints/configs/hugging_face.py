@@ -61,7 +61,7 @@ def usable_ids(
 ) -> dict[str, object]:
     """BOS and EOS ids of config.json or generation_config.json that can be used; `warn` gets a line for others.
 
-    An EOS id of -1 means none. In generation_config.json, whose ids no weight depends on, whatever is no id of the
+    An id of -1 means none. In generation_config.json, whose ids no weight depends on, whatever is no id of the
     vocabulary is left out too; in config.json it is refused by `from_hugging_face`. Raises UsageError for too many.
     """
     found: dict[str, object] = {}
@@ -83,7 +83,7 @@ def usable_ids(
 
 def _usable_id(token: object, key: str, file: str, vocab_size: object) -> bool:
     if file == CONFIG or type(vocab_size) is not int:
-        return key != "eos_token_id" or type(token) is not int or token != -1
+        return type(token) is not int or token != -1
     return type(token) is int and 0 <= token < vocab_size
 
 
@@ -135,6 +135,7 @@ KEYS = {
     "norm_eps": "rms_norm_eps",
     "max_seq_len": "max_position_embeddings",
     "dim": "hidden_size",
+    "eos_token_ids": "eos_token_id",
 }
 _KEY = re.compile(r"\b(" + "|".join(KEYS) + r")\b")
 
