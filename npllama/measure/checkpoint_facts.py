@@ -49,6 +49,7 @@ def _text_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """The tokenizer that an export would take, what is said about texts, and remarks."""
     from npllama.store.find_tokenizer import find_tokenizer
     from npllama.store.text_rules import text_rules
+    from npllama.store.tokenizers import KINDS, kind_of
 
     remarks = list(checkpoint.warnings)
     try:
@@ -58,6 +59,7 @@ def _text_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     rules = text_rules(checkpoint.folder, found)
     return {
         "tokenizer": {
+            "kind": KINDS[kind_of(found.stored.entry)].title,
             "file": found.title,
             "pieces": found.tokenizer.n_pieces,
             "add_bos_token": rules.add_bos_token,
