@@ -3,13 +3,13 @@
 Axes: L layers, N sequences, G key/value heads, S slots, E head size.
 
 Why a cache: a token's keys and values never change once computed, so each is computed once and kept. Why a ring: memory
-is bounded, and position p simply replaces position p - ring; the order of slots does not matter to attention, because
-every key is stored rotated by its own position. One rule decides what a query at position p sees:
+is bounded, and position p replaces position p - ring. The order of slots does not matter to attention, because every
+key is stored rotated by its own position. One rule decides what a query at position p sees:
 
     visible(p, s)  =  0 <= pos[s] <= p   and   (pos[s] > p - window  or  pos[s] < n_sink)
 
 That is the causal mask, the empty slot (pos = -1), the lapped ring, the sliding window and the attention sinks
-(Xiao et al. 2023, arXiv:2309.17453) at once.
+(Xiao et al. 2023, arXiv:2309.17453) at once. Nothing in the package asks for windows, sinks or several sequences yet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from npllama.numbers.f16 import F16, f16_bits, from_f16
 EMPTY = -1
 
 
-class Rounded(NamedTuple):
+class Int8KV(NamedTuple):
     """Keys or values in 8 bits, each head's row rounded in groups as activations.quantize_rows does it.
 
     codes (L, N, G, S, E) int8, scales (L, N, G, S, groups) float32.
@@ -36,7 +36,7 @@ class Rounded(NamedTuple):
     scales: np.ndarray
 
 
-Stored = np.ndarray | F16 | Rounded
+Stored = np.ndarray | F16 | Int8KV
 """Keys or values of all layers and sequences in a number format: float32, float16 or 8 bits."""
 
 KV_DTYPES = ("f32", "f16", "q8")
@@ -45,10 +45,10 @@ KV_DTYPES = ("f32", "f16", "q8")
 class KVCache(NamedTuple):
     """Keys and values of all layers and sequences, and which position each slot holds.
 
-    k, v (L, N, G, S, E) in any of the formats; pos (L, N, S) int64, EMPTY where nothing is stored: of each layer,
-    because a chunk that laps the ring is written piece by piece within the layer. Slots 0 .. n_sink-1 are pinned to
-    the first positions, the other S - n_sink >= window slots are the ring. Whatever the format, a query sees every key
-    and value as stored, its own included: so a result does not depend on how the tokens were cut into calls.
+    k, v (L, N, G, S, E) in any of the formats; pos (L, N, S) int64, EMPTY where nothing is stored. It is kept for each
+    layer, because a chunk that laps the ring is written piece by piece within a layer. Slots 0 .. n_sink-1 are pinned
+    to the first positions, the other S - n_sink >= window slots are the ring. A query sees every key and value as
+    stored, its own too, so a result does not depend on how the tokens were cut into calls.
     """
 
     k: Stored
@@ -101,11 +101,21 @@ def allocate(
     return KVCache(k, v, np.full((n_layers, n_seqs, n_slots), EMPTY, np.int64), window, n_sink)
 
 
+def slots_and_window(context: int, sliding_window: int | None, chunk: int) -> tuple[int, int]:
+    """Slots and window (0: none) for texts of `context` tokens, read in chunks, by a model that sees so far back.
+
+    A chunk that is written whole before it is read must replace nothing that its first row sees.
+    """
+    if sliding_window is None or sliding_window >= context:
+        return context, 0
+    return min(context, sliding_window + chunk - 1), sliding_window
+
+
 def check_fits(cache: KVCache, n_layers: int, n_kv_heads: int, head_dim: int, kv_dtype: str) -> None:
     """Raise UsageError unless this is a cache for such a model, and laid out as kernels address it.
 
-    Checked are the type, shape, number format and layout (C-contiguous, aligned, writable) of every array, and that
-    sinks and window fit into the slots: kernels compute addresses from all of these, and check none.
+    Kernels compute addresses from all that is checked here: type, shape, number format and layout (C-contiguous,
+    aligned, writable) of every array, and whether sinks and window fit into the slots.
     """
     if type(cache) is not KVCache or type(cache.pos) is not np.ndarray or cache.pos.ndim != 3:
         found = f" with pos {_described(cache.pos)}" if type(cache) is KVCache else ""
@@ -142,7 +152,7 @@ def _parts(name: str, stored: Stored, shape: tuple[int, ...], kv_dtype: str) -> 
         return [(name, stored, shape, _FLOAT32)]  # type: ignore[list-item] # any other is refused
     if kv_dtype == "f16" and type(stored) is F16:
         return [(f"{name}.bits", stored.bits, shape, _UINT16)]
-    if kv_dtype == "q8" and type(stored) is Rounded:
+    if kv_dtype == "q8" and type(stored) is Int8KV:
         scales = (*shape[:-1], _n_groups(shape[-1]))
         return [(f"{name}.codes", stored.codes, shape, _INT8), (f"{name}.scales", stored.scales, scales, _FLOAT32)]
     raise UsageError(
@@ -181,7 +191,7 @@ def _zeros(shape: tuple[int, ...], kv_dtype: str) -> Stored:
     if kv_dtype == "f16":
         return F16(np.zeros(shape, np.uint16))
     if kv_dtype == "q8":
-        return Rounded(np.zeros(shape, np.int8), np.zeros((*shape[:-1], _n_groups(shape[-1])), np.float32))
+        return Int8KV(np.zeros(shape, np.int8), np.zeros((*shape[:-1], _n_groups(shape[-1])), np.float32))
     return np.zeros(shape, np.float32)
 
 
@@ -194,7 +204,7 @@ def write(stored: Stored, l: int, n: int, at: slice | list[int], rows: np.ndarra
     heads = rows.transpose(1, 0, 2)  # (T, G, E) -> (G, T, E)
     if isinstance(stored, F16):
         stored.bits[l, n][:, at] = f16_bits(heads)
-    elif isinstance(stored, Rounded):
+    elif isinstance(stored, Int8KV):
         G, T, E = heads.shape
         codes, scales = quantize_rows(heads.reshape(G * T, E))
         stored.codes[l, n][:, at] = codes.reshape(G, T, -1)[:, :, :E]
@@ -207,7 +217,7 @@ def read(stored: Stored, l: int, n: int, used: int) -> np.ndarray:
     """The first `used` slots of sequence n in layer l: (G, used, E) float32, a view where that is how they lie."""
     if isinstance(stored, F16):
         return from_f16(stored.bits[l, n, :, :used])
-    if isinstance(stored, Rounded):
+    if isinstance(stored, Int8KV):
         codes, scales = stored.codes[l, n, :, :used], stored.scales[l, n, :, :used]
         return codes * np.repeat(scales, GROUP, axis=-1)[:, :, : codes.shape[-1]]
     return stored[l, n, :, :used]
@@ -240,8 +250,8 @@ def store(cache: KVCache, l: int, n: int, pos: np.ndarray, k: np.ndarray, v: np.
 def run_stop(cache: KVCache, pos: np.ndarray, seq: np.ndarray, start: int, most: int) -> int:
     """End of the longest run of rows from `start` that may be written to the cache before its rows look at it.
 
-    A run is of one sequence, has at most `most` rows, and overwrites nothing that its first row still sees:
-    writing p replaces p - ring, which the row at first needs unless p - ring <= first - window.
+    A run is of one sequence, has at most `most` rows, and overwrites nothing that its first row still sees. Writing p
+    replaces p - ring, which the row at position `first` needs unless p - ring <= first - window.
     """
     n_slots = cache.pos.shape[2]
     last = max(n_slots - 1, pos[start] + (n_slots - cache.n_sink) - cache.window)

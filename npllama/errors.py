@@ -11,6 +11,7 @@ Every message says what was found, what is needed and what to do, on one line.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -46,13 +47,14 @@ def quote(foreign: object) -> str:
     return f"'{shown}'"
 
 
-def whole_number(value: Any) -> int | None:
-    """A whole number of any type (NumPy's too) as an int; None for what is none, True and False among it."""
+def whole_number(value: Any, least: float = -math.inf, most: float = math.inf) -> int | None:
+    """A whole number of any type (NumPy's too) as an int; None for what is none, as True is, or out of range."""
     if isinstance(value, bool) or getattr(value, "dtype", None) == "bool":  # NumPy 1 counts its own as numbers
         return None
     if getattr(value, "shape", ()) != ():  # an array of one number is a list
         return None
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         return None
+    return number if least <= number <= most else None

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from npllama.cache import KVCache, clear
+from npllama.cache import KVCache, clear, slots_and_window
 from npllama.config import ModelConfig
 from npllama.errors import ContextError, UsageError, quote, whole_number
 from npllama.execution.engine import Engine
-from npllama.generation.sampling import PENALTY_WINDOW, SEEDS, Allowed, sample
-from npllama.generation.streaming import StopStrings, stop_texts
-from npllama.options import SamplingOptions, chosen_sampling
-from npllama.store.opening import OpenModel, open_model
+from npllama.generation.chunks import chunk_tokens
+from npllama.generation.requests import Prompt, Request, check_kind, either, is_one, new_request
+from npllama.generation.sampling import PENALTY_WINDOW, Allowed, sample
+from npllama.generation.streaming import StopStrings
+from npllama.options import SamplingOptions
+from npllama.store.direct import open_source
+from npllama.store.opening import OpenModel, Progress
 from npllama.store.tokenizers import open_tokenizer
+from npllama.system.closing import Closing
 from npllama.text.decoding import StreamDecoder
 from npllama.text.protocol import Tokenizer
 
 DEMO = Path(__file__).parent / "demo"
-MOST_CONTEXT_UNASKED = 4096
-# A prompt is read in chunks of a second or two, so that an interrupt is served. The length follows from the model's
-# size alone and not from a clock, so that the same prompt is always cut the same way.
-CHUNK_OPERATIONS = 1.2e12
-MOST_CHUNK = 512
+MAX_DEFAULT_CONTEXT = 4096
 
 log = logging.getLogger("npllama")
-
-Prompt = str | Sequence[int]
 
 
 class Piece(NamedTuple):
@@ -78,19 +74,7 @@ class Result:
     generate_s: float
 
 
-@dataclass(frozen=True)
-class Request:
-    """The validated options of one call."""
-
-    max_tokens: int | None
-    sampling: SamplingOptions
-    seed: int
-    stop: tuple[str, ...]
-    echo: bool
-    padding_ids: bool
-
-
-class Llama:
+class Llama(Closing):
     """An open model. Made by `load`; also a context manager, which closes it."""
 
     def __init__(self, opened: OpenModel, engine: Engine, tokenizer: Tokenizer, context: int) -> None:
@@ -101,7 +85,7 @@ class Llama:
         self._opened = opened
         self._spare: list[KVCache] = []
         self._closed = False
-        self._chunk = chunk_tokens(opened.config)
+        self.chunk = chunk_tokens(opened.config)  # tokens of a prompt that are read in one call
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -143,14 +127,12 @@ class Llama:
         tokenizer's pieces may come too. max_new_tokens and repetition_penalty are other names.
         Raises UsageError for values out of range, ContextError for a prompt that does not fit.
         """
-        max_tokens = _either("max_tokens", max_tokens, 256, "max_new_tokens", max_new_tokens)
-        penalty = _either("repeat_penalty", repeat_penalty, None, "repetition_penalty", repetition_penalty)
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repeat_penalty": penalty}
-        options = chosen_sampling(sampling, self._opened.sampling, given)
-        request = _request(max_tokens, options, seed, stop, echo, bos=bos, eos=eos, padding_ids=padding_ids)
-        if _is_one(prompt):
-            return Stream(self, self._ids(prompt, bos, eos), request, 0).run()  # type: ignore[arg-type]
-        streams = [Stream(self, self._ids(one, bos, eos), request, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
+        given, aliases = (temperature, top_k, top_p, min_p, repeat_penalty), (max_new_tokens, repetition_penalty)
+        source = (sampling, self._opened.sampling)
+        request = new_request(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases)
+        if is_one(prompt):
+            return Stream(self, prompt, request, 0).run()  # type: ignore[arg-type]
+        streams = [Stream(self, one, request, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
         return [stream.run() for stream in streams]
 
     def stream(
@@ -177,46 +159,40 @@ class Llama:
 
         The texts of the pieces, joined, are the text that `generate` returns.
         """
-        max_tokens = _either("max_tokens", max_tokens, 256, "max_new_tokens", max_new_tokens)
-        penalty = _either("repeat_penalty", repeat_penalty, None, "repetition_penalty", repetition_penalty)
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repeat_penalty": penalty}
-        options = chosen_sampling(sampling, self._opened.sampling, given)
-        request = _request(max_tokens, options, seed, stop, echo, bos=bos, eos=eos, padding_ids=padding_ids)
-        if not _is_one(prompt):
+        given, aliases = (temperature, top_k, top_p, min_p, repeat_penalty), (max_new_tokens, repetition_penalty)
+        source = (sampling, self._opened.sampling)
+        request = new_request(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases)
+        if not is_one(prompt):
             raise UsageError("stream takes one prompt (text or a list of ids); generate takes a list of prompts.")
-        return Stream(self, self._ids(prompt, bos, eos), request, 0)
+        return Stream(self, prompt, request, 0)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of the next token after each of the ids: (T, V) float32. Nothing is added to the ids."""
-        _check_kind(ids)
+        check_kind(ids)
         checked = self._ids(list(ids)) if len(ids) else []
         if len(checked) > self.context:
             raise ContextError(self._too_long(len(checked), 0))
         cache = self.borrow_cache()
         try:
-            chunks = [self.read(cache, checked, start, every=True) for start in range(0, len(checked), self._chunk)]
+            chunks = list(self.feed(cache, checked, every=True))
         finally:
             self.return_cache(cache)
         return np.concatenate(chunks) if chunks else np.zeros((0, self.config.vocab_size), np.float32)
 
-    def read(self, cache: KVCache, ids: list[int], start: int, every: bool = False) -> np.ndarray:
-        """Feed the chunk of a prompt that begins at `start`; logits of its last row, or of every row."""
-        stop = min(len(ids), start + self._chunk)
-        n = stop - start
-        out = range(n) if every else range(n - 1, n)
-        return self.engine.forward(cache, ids[start:stop], range(start, stop), [0] * n, list(out))
-
-    @property
-    def chunk(self) -> int:
-        """Tokens of a prompt that are read in one call."""
-        return self._chunk
+    def feed(self, cache: KVCache, ids: list[int], start: int = 0, every: bool = False) -> Iterator[np.ndarray]:
+        """Feed a prompt from position `start` on, chunk by chunk: logits of a chunk's last row, or of every row."""
+        for first in range(start, len(ids), self.chunk):
+            stop = min(len(ids), first + self.chunk)
+            n = stop - first
+            out = range(n) if every else range(n - 1, n)
+            yield self.engine.forward(cache, ids[first:stop], range(first, stop), [0] * n, list(out))
 
     def borrow_cache(self) -> KVCache:
-        """An empty KV cache of the context's length, used before or new."""
+        """An empty KV cache for the context, or for the sliding window and a chunk; used before or new."""
         try:
             return self._spare.pop()
         except IndexError:
-            return self.engine.new_cache(1, self.context)
+            return self.engine.new_cache(1, *slots_and_window(self.context, self.config.sliding_window, self.chunk))
 
     def return_cache(self, cache: KVCache) -> None:
         """Hand a cache back for the next call: its memory is kept."""
@@ -234,7 +210,7 @@ class Llama:
                     + (", or bos=True." if self.tokenizer.bos_id is not None else ".")
                 )
             return ids
-        _check_kind(prompt)
+        check_kind(prompt)
         for name, asked in (("bos", bos), ("eos", eos)):
             if asked:
                 raise UsageError(f"{name}=True is for a prompt of text; ids are taken as they are: put it among them.")
@@ -266,24 +242,17 @@ class Llama:
         self.engine.close()
         self._opened.close()
 
-    def __enter__(self) -> Llama:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 class Stream:
     """A generation under way: an iterator of Piece. `result` is what has come so far, complete after the last piece."""
 
-    def __init__(self, llama: Llama, ids: list[int], request: Request, completion: int) -> None:
-        room, n_new = llama.context - len(ids), 0 if request.max_tokens == 0 else 1
-        if room < n_new:
+    def __init__(self, llama: Llama, prompt: Prompt, request: Request, completion: int) -> None:
+        ids = llama._ids(prompt, request.bos, request.eos)
+        left, n_new = llama.context - len(ids), 0 if request.max_tokens == 0 else 1
+        if left < n_new:
             raise ContextError(llama._too_long(len(ids), n_new))
         self._llama, self._ids, self._request, self._completion = llama, ids, request, completion
-        self._most = room if request.max_tokens is None else min(request.max_tokens, room)
+        self._max_tokens = left if request.max_tokens is None else min(request.max_tokens, left)
         self._n_prompt = len(ids)
         self._text: list[str] = []
         self._tokens: list[int] = []
@@ -329,104 +298,55 @@ class Stream:
             self._llama.return_cache(cache)
 
     def _generate(self, cache: KVCache) -> Iterator[Piece]:
-        llama, request = self._llama, self._request
+        """Read the prompt, then give each id's share of the text as it comes."""
         started = time.perf_counter()
-        decoder, stops = StreamDecoder(llama.tokenizer), StopStrings(request.stop)
+        decoder, stops = StreamDecoder(self._llama.tokenizer), StopStrings(self._request.stop)
         before = "".join([decoder.push(i) for i in self._ids])  # the continuation's text depends on what it continues
-        if request.echo and before:
+        if self._request.echo and before:
             yield Piece(before, None)
-        for start in range(0, len(self._ids), llama.chunk):
-            logits = llama.read(cache, self._ids, start)
+        for logits in self._llama.feed(cache, self._ids):  # noqa: B007 (the last ones are those of the next id)
+            pass
         self._prompt_s = time.perf_counter() - started
         started = time.perf_counter()
-        ends = {*llama.config.eos_token_ids, llama.config.bos_token_id, llama.tokenizer.bos_id}  # each may be None
-        n_ids = llama.config.vocab_size if request.padding_ids else llama.tokenizer.n_pieces
-        allowed = Allowed(n_ids, llama.config.eos_token_ids)
-        for i in range(self._most):
-            position = self._n_prompt + i
-            recent = allowed.places(self._ids[-PENALTY_WINDOW:])
-            drawn = request.sampling, request.seed, self._completion, position
-            token = allowed.id(sample(allowed.logits(logits[0]), recent, *drawn, llama.engine.top_k))
-            if token in ends:
-                self._finish_reason = "stop"
-                break
-            self._ids.append(token)
-            self._tokens.append(token)
+        for token in self._sampled(cache, logits):
             text, stopped = stops.push(decoder.push(token))
+            self._finish_reason = "stop" if stopped else self._finish_reason
             self._generate_s = time.perf_counter() - started
-            if stopped:
-                self._finish_reason = "stop"
-                yield Piece(text, token)
-                return
             yield Piece(text, token)
-            if i + 1 < self._most:
-                logits = llama.engine.forward(cache, [token], [position], [0], [0])
-        text, stopped = stops.push(decoder.finish())
-        if stopped:
-            self._finish_reason = "stop"
-        else:
-            text += stops.finish()
-            if stops.stopped:  # a stop string that an earlier, longer candidate had kept open
-                self._finish_reason = "stop"
+            if stopped:
+                return
+        text = self._held_text(decoder, stops)
         self._generate_s = time.perf_counter() - started
         if text:
             yield Piece(text, None)
 
+    def _sampled(self, cache: KVCache, logits: np.ndarray) -> Iterator[int]:
+        """Sample one id after the other, and feed it, until the text ends or is long enough."""
+        llama, request = self._llama, self._request
+        ends = {*llama.config.eos_token_ids, llama.config.bos_token_id, llama.tokenizer.bos_id}  # each may be None
+        n_ids = llama.config.vocab_size if request.padding_ids else llama.tokenizer.n_pieces
+        allowed = Allowed(n_ids, llama.config.eos_token_ids)
+        for position in range(self._n_prompt, self._n_prompt + self._max_tokens):
+            if position > self._n_prompt:
+                logits = llama.engine.forward(cache, self._ids[-1:], [position - 1], [0], [0])
+            recent = allowed.indices(self._ids[-PENALTY_WINDOW:])
+            drawn = request.sampling, request.seed, self._completion, position
+            token = allowed.id(sample(allowed.logits(logits[0]), recent, *drawn, llama.engine.top_k))
+            if token in ends:
+                self._finish_reason = "stop"
+                return
+            self._ids.append(token)
+            self._tokens.append(token)
+            yield token
 
-def _is_one(prompt: object) -> bool:
-    """Whether a prompt is one prompt (text, or a list of ids) and not a list of prompts."""
-    if isinstance(prompt, str):
-        return True
-    _check_kind(prompt)
-    return len(prompt) == 0 or isinstance(prompt[0], bool) or whole_number(prompt[0]) is not None  # type: ignore[arg-type, index]
-
-
-def _check_kind(prompt: object) -> None:
-    """Refuse what is neither text nor a sequence: bytes would pass for ids, an iterator would be used up by a look."""
-    listed = hasattr(prompt, "__len__") and hasattr(prompt, "__getitem__") and getattr(prompt, "shape", None) != ()
-    if not listed or isinstance(prompt, (bytes, bytearray, dict)):
-        raise UsageError(f"a prompt is text, a list of token ids, or a list of either; got {type(prompt).__name__}.")
-
-
-def _either(name: str, value: Any, default: object, alias: str, other: Any) -> Any:
-    """The value of a parameter that has another name; UsageError when both are given and differ."""
-    if other is None:
-        return value
-    if value not in (default, other):
-        raise UsageError(f"{name}={quote(value)} and {alias}={quote(other)} mean the same; give one of them.")
-    return other
-
-
-def _request(
-    max_tokens: int | None,
-    sampling: SamplingOptions,
-    seed: int | None,
-    stop: str | Sequence[str] | None,
-    echo: bool,
-    **flags: bool | None,
-) -> Request:
-    """Check the options of a call; UsageError names what is out of range."""
-    n_new = whole_number(-1 if max_tokens is None else max_tokens)
-    if n_new is None or n_new < -1:
-        raise UsageError(
-            f"max_tokens={quote(max_tokens)}: needs 0 or more, or -1 (or None) for until the context is full."
-        )
-    key = whole_number(-1 if seed is None else seed)
-    if key is None or not -1 <= key < SEEDS:
-        raise UsageError(
-            f"seed={quote(seed)}: needs a whole number from 0 to 2^64 - 1, or None (or -1) for a random one."
-        )
-    for name, value in flags.items():
-        if not (isinstance(value, bool) or (value is None and name != "padding_ids")):
-            raise UsageError(f"{name}={quote(value)}: needs True or False.")
-    return Request(
-        max_tokens=None if n_new == -1 else n_new,
-        sampling=sampling,
-        seed=secrets.randbits(32) if key == -1 else key,
-        stop=stop_texts(stop),
-        echo=bool(echo),
-        padding_ids=bool(flags["padding_ids"]),
-    )
+    def _held_text(self, decoder: StreamDecoder, stops: StopStrings) -> str:
+        """The text that was held back, now that no id follows; it too ends at a stop string."""
+        text, stopped = stops.push(decoder.finish())
+        if not stopped:
+            text += stops.finish()
+        if stops.stopped:
+            self._finish_reason = "stop"
+        return text
 
 
 def load(
@@ -437,13 +357,17 @@ def load(
     kv_dtype: str = "f32",
     *,
     n_ctx: int | None = None,
+    dtype: str | None = None,
+    progress: Progress | None = None,
 ) -> Llama:
-    """Open a model directory; without an argument, the demo model that ships inside the package.
+    """Open a model directory or a checkpoint; without an argument, the demo model that ships inside the package.
 
     backend "auto", "numpy" or "numba" (see NPLLAMA_BACKEND); threads None: physical cores, affinity or the
     container's quota, whichever is least; context: positions, None: the checkpoint's own, at most 4096 (n_ctx is
-    another name); kv_dtype "f32", "f16" or "q8": how the cache keeps keys and values. Raises ModelError for a directory
-    that is not a sound model, UsageError for values out of range.
+    another name); kv_dtype "f32", "f16" or "q8": how the cache keeps keys and values. A checkpoint is exported once, to
+    NPLLAMA_MODELS_DIR or ~/.cache/npllama/models, in the number format dtype (None: its own); progress is called with
+    (bytes done, bytes in all, tensor) meanwhile. Raises ModelError for a directory that is not a sound model,
+    CheckpointError for a checkpoint that cannot be read, UsageError for values out of range.
 
     What this changes in the process:
     - NumPy execution: how many threads NumPy's OpenBLAS uses, until the last model is closed. Not where
@@ -457,47 +381,44 @@ def load(
     - a fork waits for calls that are under way. After a compiled call a forked child gets an error; before it, or in
       NumPy, it computes as its parent does.
     """
-    if model is not None and not isinstance(model, (str, os.PathLike)):
-        raise UsageError(f"model={quote(model)}: needs the path of a model directory, or None for the demo model.")
-    context = _either("context", context, None, "n_ctx", n_ctx)
-    n_positions = None if context is None else whole_number(context)
-    if context is not None and (n_positions is None or n_positions < 1):
+    context = either("context", context, None, "n_ctx", n_ctx)
+    n_positions = None if context is None else whole_number(context, 1)
+    if context is not None and n_positions is None:
         raise UsageError(f"context={quote(context)}: needs a number of positions, 1 or more.")
-    opened = open_model(DEMO if model is None else model)
+    opened = open_source(DEMO if model is None else model, dtype, progress)
     try:
-        c = opened.config
-        tokenizer = open_tokenizer(opened.path, opened.manifest, c)
-        if tokenizer.eos_id is not None and tokenizer.eos_id not in opened.config.eos_token_ids:
-            log.warning(
-                f"the tokenizer ends a text with id {tokenizer.eos_id}, which is not among the model's end-of-text ids "
-                f"{list(opened.config.eos_token_ids)}; texts end at the model's"
-            )
-        if tokenizer.bos_id is not None and tokenizer.bos_id != opened.config.bos_token_id:
-            log.warning(
-                f"the tokenizer begins a text with id {tokenizer.bos_id}, the model's config says "
-                f"{opened.config.bos_token_id}; using the tokenizer's"
-            )
-        engine = Engine(opened, backend, threads, log.warning, kv_dtype)
-        return Llama(opened, engine, tokenizer, _context(opened.config.max_seq_len, n_positions))
+        tokenizer = _tokenizer_of(opened)
+        context = _context(opened.config.max_seq_len, n_positions)
+        return Llama(opened, Engine(opened, backend, threads, log.warning, kv_dtype, context), tokenizer, context)
     except BaseException:
         opened.close()
         raise
 
 
+def _tokenizer_of(opened: OpenModel) -> Tokenizer:
+    """The tokenizer of a model; where the two differ about the ids that begin and end a text, a warning."""
+    c = opened.config
+    tokenizer = open_tokenizer(opened.path, opened.manifest, c)
+    if tokenizer.eos_id is not None and tokenizer.eos_id not in c.eos_token_ids:
+        log.warning(
+            f"the tokenizer ends a text with id {tokenizer.eos_id}, which is not among the model's end-of-text ids "
+            f"{list(c.eos_token_ids)}; texts end at the model's"
+        )
+    if tokenizer.bos_id is not None and tokenizer.bos_id != c.bos_token_id:
+        log.warning(
+            f"the tokenizer begins a text with id {tokenizer.bos_id}, the model's config says {c.bos_token_id}; "
+            f"using the tokenizer's"
+        )
+    return tokenizer
+
+
 def _context(own: int, asked: int | None) -> int:
     if asked is None:
-        if own > MOST_CONTEXT_UNASKED:
+        if own > MAX_DEFAULT_CONTEXT:
             log.warning(
-                f"the model claims a context of {own} positions; using {MOST_CONTEXT_UNASKED}, context= asks for more"
+                f"the model claims a context of {own} positions; using {MAX_DEFAULT_CONTEXT}, context= asks for more"
             )
-        return min(own, MOST_CONTEXT_UNASKED)
+        return min(own, MAX_DEFAULT_CONTEXT)
     if asked > own:
         log.warning(f"a context of {asked} positions is more than the {own} that the model was trained on")
     return asked
-
-
-def chunk_tokens(c: ModelConfig) -> int:
-    """Tokens of a prompt to read in one call: a power of two from 8 to 512, fewer the larger the model."""
-    block = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim
-    affordable = int(CHUNK_OPERATIONS / (2 * c.n_layers * block))
-    return max(8, min(MOST_CHUNK, 1 << (affordable.bit_length() - 1 if affordable else 0)))

@@ -3,8 +3,8 @@
 Axes: T tokens in this call, D model width, H query heads, G key/value heads, E head size, F feed-forward width,
 V vocabulary, L layers, N sequences, S cache slots. Activations are float32 between any two steps.
 
-Within rms_norm, attend and swiglu they are float64, so that the float32 that a step hands on is, but for the rarest
-ties, the one nearest to its equation: the same in NumPy and in a kernel that adds in another order.
+Within rms_norm, attend and swiglu they are float64. The float32 that a step hands on is then the one nearest to its
+equation, but for the rarest ties: the same in NumPy and in a kernel that adds in another order.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from npllama.numbers.activations import quantize_rows
 from npllama.numbers.groups import Grouped
 
 # Scores of one attention step: at most this many, so that memory does not grow with T x S.
-MOST_SCORES = 1 << 21
-# Sums of groups that one step of a product holds: they stay in the second-level cache.
-MOST_COUNTS = 1 << 17
+MAX_SCORES = 1 << 21
+# Sums of groups that one step of a product holds: they stay in L2.
+MAX_COUNTS = 1 << 17
 
 W = TypeVar("W", bound=Weight)
 
@@ -81,7 +81,7 @@ def _grouped_linear(x: np.ndarray, w: Grouped) -> np.ndarray:
     codes, x_scales = (np.moveaxis(a, 1, 0) for a in quantize_rows(x))  # (T, Q, GROUP) -> (Q, T, GROUP), (Q, T)
     (Q, T), N = x_scales.shape, len(w.factors)
     y = np.zeros((T, N), np.float32)
-    step = max(1, MOST_COUNTS // max(1, T * N))
+    step = max(1, MAX_COUNTS // max(1, T * N))
     for q in range(0, Q, step):
         some = slice(q, q + step)
         counts = codes[some].astype(np.float32) @ w.levels[some]  # (q, T, GROUP) @ (q, GROUP, N) -> (q, T, N)
@@ -101,21 +101,23 @@ def linears(x: np.ndarray, ws: tuple[Weight, ...]) -> tuple[np.ndarray, ...]:
     return tuple(linear(x, w) for w in ws)
 
 
-def rotation(pos: np.ndarray, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of every angle by which positions turn the pairs of a head.
+def rotation(pos: np.ndarray, frequencies: np.ndarray, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of every angle by which positions rotate the pairs of a head.
 
-        angle[t, i] = pos[t] * theta^(-2 i / E)        i = 0 .. E/2 - 1
+        angle[t, i] = pos[t] * frequencies[i]        i = 0 .. E/2 - 1
+        cos, sin = scale * cos(angle), scale * sin(angle)
 
-    pos (T,) integers. Angles are computed in float64: in float32 they lose a digit for each factor of ten in pos.
-    Returns cos, sin (T, E/2) float32. Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
+    pos (T,) integers, frequencies (E/2,) float64 in radians and scale from rope.frequencies. Angles are computed in
+    float64: in float32 they lose a digit for each factor of ten in pos.
+    Returns cos, sin (T, E/2) float32. Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2; scale: Peng et al. 2023,
+    arXiv:2309.00071, section 3.4.
     """
-    frequency = float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)  # (E/2,) float64
-    angle = np.asarray(pos, np.float64)[:, None] * frequency  # (T,) -> (T, E/2)
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    angle = np.asarray(pos, np.float64)[:, None] * frequencies  # (T,) -> (T, E/2)
+    return (scale * np.cos(angle)).astype(np.float32), (scale * np.sin(angle)).astype(np.float32)
 
 
 def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Turn each adjacent pair of a head by its position's angle (rotary position embedding).
+    """Rotate each adjacent pair of a head by its position's angle (rotary position embedding).
 
         y[t, h, 2i]   = x[t, h, 2i] * cos[t, i] - x[t, h, 2i+1] * sin[t, i]
         y[t, h, 2i+1] = x[t, h, 2i] * sin[t, i] + x[t, h, 2i+1] * cos[t, i]
@@ -132,7 +134,7 @@ def rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 
 def rope_to_sinks(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: KVCache) -> np.ndarray:
-    """Turn queries as `rope` does, to the positions from which they see the sinks; x itself where there are none.
+    """Rotate queries as `rope` does, to the positions from which they see the sinks; x itself where there are none.
 
     x (T, H, E) float32, cos and sin (T, E/2) of the positions min(p, n_sink + window - 1). Returns (T, H, E) float32.
     Source: Xiao et al. 2023, arXiv:2309.17453, section 3.2: distances are counted within the cache.
@@ -166,7 +168,7 @@ def attend(
     """
     T, H, E = q.shape
     y = np.empty((T, H * E), np.float32)
-    most = max(1, MOST_SCORES // (H * cache.pos.shape[2]))
+    most = max(1, MAX_SCORES // (H * cache.pos.shape[2]))
     start = 0
     while start < T:
         stop = run_stop(cache, pos, seq, start, most)

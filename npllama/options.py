@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
-from npllama.errors import UsageError, quote
+from npllama.errors import UsageError, quote, whole_number
 
 
 def _option(
@@ -21,14 +21,15 @@ def _option(
     )
 
 
-def _number(value: object) -> float:
-    """A real number of any type as a float; NaN for what is none, or is too large."""
+def _number(value: object, low: float, high: float) -> float | None:
+    """A real number of any type as a float; None for what is none, is out of range, or is not finite."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        return math.nan
+        return None
     try:
-        return float(value)
+        number = float(value)
     except OverflowError:
-        return math.nan
+        return None
+    return number if low <= number <= high and number < math.inf else None
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,11 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for option in fields(self):
             value, about = getattr(self, option.name), option.metadata
-            if isinstance(option.default, int):
-                valid = isinstance(value, Integral) and not isinstance(value, bool)
-            else:
-                number, (low, high) = _number(value), about["range"]
-                valid = low <= number <= high and number < math.inf
-                object.__setattr__(self, option.name, number)
-            if not valid:
+            low, high = about["range"]
+            number = whole_number(value, low, high) if isinstance(option.default, int) else _number(value, low, high)
+            if number is None:
                 raise UsageError(f"{option.name}={quote(value)}: needs {about['needed']}.")
+            object.__setattr__(self, option.name, number)
 
     def changed(self, values: Mapping[str, Any]) -> SamplingOptions:
         """The same options but for the values that are not None."""
@@ -78,7 +76,7 @@ class SamplingOptions:
 
     def to_json(self) -> dict[str, float]:
         """The options as a JSON object; SamplingOptions(**values) reads it back."""
-        return {**asdict(self), "top_k": int(self.top_k)}
+        return asdict(self)
 
 
 OPTIONS: tuple[Field[Any], ...] = fields(SamplingOptions)

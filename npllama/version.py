@@ -21,7 +21,13 @@ NEEDS = "needs_npllama"
 FIRST_READER = {1: "0.1.0", 2: "0.1.0", 3: "0.1.0"}
 """Format version -> the first npllama that reads it."""
 
-SINCE = {NEEDS: 2, "sampling": 2, "add_bos_token": 2, "add_eos_token": 2, "kind": 3}
+EXPORTER = 2
+"""Raised whenever an export of the same checkpoint gives other bytes than before: kept exports are then made anew."""
+
+SINCE = {
+    **dict.fromkeys((NEEDS, "sampling", "add_bos_token", "add_eos_token", "rope_scaling", "sliding_window"), 2),
+    "kind": 3,
+}
 """Key of the manifest, its config or tokenizer -> the format version that brought it; version 1 has all others."""
 
 

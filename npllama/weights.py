@@ -15,7 +15,7 @@ from npllama.numbers import Weight
 
 
 class Kind(NamedTuple):
-    """One kind of weight. axes: of all its layers stacked. meta, hugging_face: its name there, without the layer.
+    """One kind of weight. axes: of all its layers stacked. meta, hugging_face, gguf: its name there, without the layer.
 
     split_columns: model-parallel shards hold columns of it, and rows of the other matrices (Meta's model.py).
     """
@@ -23,6 +23,7 @@ class Kind(NamedTuple):
     axes: str
     meta: str
     hugging_face: str
+    gguf: str
     split_columns: bool = False
 
     @property
@@ -46,21 +47,23 @@ class Weights(NamedTuple):
     """All weights of a model, layers stacked; matrices (rows, columns) = (outputs, inputs) in any number format.
 
     A tied output is the same object as tok_embeddings. Source of the names: Meta's model.py; transformers'
-    convert_llama_weights_to_hf.py.
+    convert_llama_weights_to_hf.py; llama.cpp's gguf-py/gguf/constants.py.
     """
 
-    tok_embeddings: Annotated[Weight, Kind("V D", "tok_embeddings", "model.embed_tokens", split_columns=True)]
-    attention_norm: Annotated[np.ndarray, Kind("L D", "attention_norm", "input_layernorm")]
-    wq: Annotated[Weight, Kind("L H*E D", "attention.wq", "self_attn.q_proj")]
-    wk: Annotated[Weight, Kind("L G*E D", "attention.wk", "self_attn.k_proj")]
-    wv: Annotated[Weight, Kind("L G*E D", "attention.wv", "self_attn.v_proj")]
-    wo: Annotated[Weight, Kind("L D H*E", "attention.wo", "self_attn.o_proj", split_columns=True)]
-    ffn_norm: Annotated[np.ndarray, Kind("L D", "ffn_norm", "post_attention_layernorm")]
-    w1: Annotated[Weight, Kind("L F D", "feed_forward.w1", "mlp.gate_proj")]
-    w2: Annotated[Weight, Kind("L D F", "feed_forward.w2", "mlp.down_proj", split_columns=True)]
-    w3: Annotated[Weight, Kind("L F D", "feed_forward.w3", "mlp.up_proj")]
-    norm: Annotated[np.ndarray, Kind("D", "norm", "model.norm")]
-    output: Annotated[Weight, Kind("V D", "output", "lm_head")]
+    tok_embeddings: Annotated[
+        Weight, Kind("V D", "tok_embeddings", "model.embed_tokens", "token_embd", split_columns=True)
+    ]
+    attention_norm: Annotated[np.ndarray, Kind("L D", "attention_norm", "input_layernorm", "attn_norm")]
+    wq: Annotated[Weight, Kind("L H*E D", "attention.wq", "self_attn.q_proj", "attn_q")]
+    wk: Annotated[Weight, Kind("L G*E D", "attention.wk", "self_attn.k_proj", "attn_k")]
+    wv: Annotated[Weight, Kind("L G*E D", "attention.wv", "self_attn.v_proj", "attn_v")]
+    wo: Annotated[Weight, Kind("L D H*E", "attention.wo", "self_attn.o_proj", "attn_output", split_columns=True)]
+    ffn_norm: Annotated[np.ndarray, Kind("L D", "ffn_norm", "post_attention_layernorm", "ffn_norm")]
+    w1: Annotated[Weight, Kind("L F D", "feed_forward.w1", "mlp.gate_proj", "ffn_gate")]
+    w2: Annotated[Weight, Kind("L D F", "feed_forward.w2", "mlp.down_proj", "ffn_down", split_columns=True)]
+    w3: Annotated[Weight, Kind("L F D", "feed_forward.w3", "mlp.up_proj", "ffn_up")]
+    norm: Annotated[np.ndarray, Kind("D", "norm", "model.norm", "output_norm")]
+    output: Annotated[Weight, Kind("V D", "output", "lm_head", "output")]
 
 
 KINDS: dict[str, Kind] = {
@@ -75,6 +78,11 @@ BY_META = {kind.meta: name for name, kind in KINDS.items()}
 def kind_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every kind of weight, layers stacked, in the order of Weights."""
     return {name: kind.shape(config) for name, kind in KINDS.items()}
+
+
+def layer_products(config: ModelConfig) -> int:
+    """Products of one token with the matrices of all layers: one for each of their numbers."""
+    return sum(math.prod(kind.shape(config)) for kind in KINDS.values() if kind.in_layers and not kind.is_norm)
 
 
 def tensor_names(kind: str, n_layers: int) -> list[str]:
@@ -101,3 +109,9 @@ def hugging_face_name(tensor: str) -> str:
     """Meta's name without ".weight" -> Hugging Face's without ".weight"."""
     name = kind_of(tensor).hugging_face
     return f"model.layers.{tensor.split('.')[1]}.{name}" if tensor.startswith("layers.") else name
+
+
+def gguf_name(tensor: str) -> str:
+    """Meta's name without ".weight" -> the one in GGUF files without ".weight"."""
+    name = kind_of(tensor).gguf
+    return f"blk.{tensor.split('.')[1]}.{name}" if tensor.startswith("layers.") else name

@@ -25,7 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiled code is kept for this run alone, unless a directory was given: code is loaded once it is there."""
+    """Compiled code is kept for this run alone, unless a directory was given: code is loaded once it is there.
+
+    What checkpoints are exported to is kept for this run in any case.
+    """
+    models = os.environ["NPLLAMA_MODELS_DIR"] = tempfile.mkdtemp(prefix="npllama-tests-models-")
+    config.add_cleanup(lambda: shutil.rmtree(models, ignore_errors=True))
     if "NPLLAMA_CACHE_DIR" not in os.environ:
         os.environ["NPLLAMA_CACHE_DIR"] = tempfile.mkdtemp(prefix="npllama-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("NPLLAMA_CACHE_DIR")))

@@ -15,6 +15,7 @@ from npllama.config import ModelConfig
 from npllama.numbers import FORMATS, named
 from npllama.numbers.bf16 import bf16_bits
 from npllama.store.export import quantize_model
+from npllama.version import version_of
 
 TINY = ModelConfig(
     dim=24,
@@ -102,7 +103,7 @@ def write_model_directory(
     tensors = {kind: _save_kind(folder, kind, w, dtype) for kind, w in stacked(weights, config.n_layers).items()}
     manifest = {
         "format": "npllama",
-        "version": 1,
+        "version": version_of(config.to_json()),
         "config": config.to_json(),
         "tokenizer": tokenizer,
         "tensors": tensors,

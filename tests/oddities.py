@@ -14,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from gguf_files import write_gguf
 from helpers import hugging_face_config, random_weights, safetensors_bytes, write_tokenizer
+from llama2c_files import version_0
 from torch_files import (
     MODEL_ARGS,
     PARAMS,
@@ -572,11 +574,36 @@ def a_page_for_the_weights(folder: Path) -> None:
     replaced(folder, write_hugging_face, "model.safetensors", PAGE)
 
 
-@refuses("stories.bin looks like a llama2.c run.c file, whose first kind has no magic number; give the ckpt.pt")
-def a_file_of_llama2c_without_a_magic_number(folder: Path) -> tuple[None, Path]:
-    sizes = np.array([24, 64, 2, 6, 2, -300, 64], "<i4")
-    (folder / "stories.bin").write_bytes(sizes.tobytes() + bytes(4000))
-    return None, folder / "stories.bin"
+@loads()
+def a_file_of_llama2c_without_a_magic_number(folder: Path) -> Weights:
+    weights = random_weights(SMALL, 0, tied=True)
+    (folder / "stories.bin").write_bytes(version_0(SMALL, weights))
+    (folder / "other.bin").write_bytes(b"something else")
+    return weights
+
+
+@loads("model.safetensors is read; model-Q8_0.gguf beside it is not")
+def a_gguf_file_beside_what_it_was_made_from(folder: Path) -> Weights:
+    (folder / "model-Q8_0.gguf").write_bytes(b"GGUF")
+    return hugging_face(folder)
+
+
+@loads()
+def a_gguf_file_among_files_of_a_trainer(folder: Path) -> Weights:
+    weights = write_gguf(folder, config=SMALL)
+    (folder / "best.pt").write_bytes(b"x")
+    return weights
+
+
+@refuses("holds no checkpoint .*; its folder 'gguf' holds one: give that")
+def a_gguf_file_one_folder_below(folder: Path) -> None:
+    write_gguf(folder / "gguf", config=SMALL)
+
+
+@refuses("model.safetensors is a Git-LFS pointer.*beside model.safetensors lies model.gguf: give that file")
+def a_damaged_file_beside_a_gguf_file(folder: Path) -> None:
+    write_gguf(folder, config=SMALL)
+    replaced(folder, write_hugging_face, "model.safetensors", POINTER)
 
 
 @refuses("model.safetensors is a text that begins with 'Access to model meta-llama/Llama-2-7b-hf is restricted")

@@ -31,7 +31,7 @@ def report() -> dict[str, Any]:
     from npllama.execution.kernels.int8_dot import DOT
 
     digests = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in products().items()}
-    return {"dot": DOT, "matrix_unit": USED, "digests": digests}
+    return {"dot": DOT, "amx": USED, "digests": digests}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from npllama import cache as kv
-from npllama.cache import KVCache, Rounded
+from npllama.cache import Int8KV, KVCache
 from npllama.errors import UsageError
 from npllama.execution.engine import Engine
 from npllama.numbers.f16 import F16
@@ -110,7 +110,7 @@ def test_a_cache_that_is_not_this_models_is_refused_before_anything_is_computed(
 def test_each_array_of_a_narrow_cache_is_checked(narrow: Engine, kind: str) -> None:
     cache = narrow.new_cache(1, 8)
     assert feed(narrow, cache, [1, 2]).shape == (1, C.vocab_size)
-    assert isinstance(cache.v, Rounded)
+    assert isinstance(cache.v, Int8KV)
     short = getattr(cache.v, kind)[:, :, :, :4].copy()
     with pytest.raises(UsageError, match=rf"its v\.{kind} is .* take one from this model's new_cache"):
         feed(narrow, cache._replace(v=cache.v._replace(**{kind: short})), [1, 2])

@@ -289,12 +289,6 @@ def test_a_missing_model_is_one_line_with_what_to_do(call, tmp_path: Path) -> No
     assert "npllama export" in done.err
 
 
-def test_a_checkpoint_given_as_model_is_told_apart(call, checkpoint: Path) -> None:
-    done = call("generate", "-m", checkpoint, "-p", "a")
-    assert done.code == 1
-    assert "is a checkpoint, not a model directory" in only_line(done.err)
-
-
 def test_a_prompt_that_does_not_fit_is_one_line(call, model: Path) -> None:
     done = call("generate", "-m", model, "-p", "the cat " * 40)
     assert (done.code, done.text) == (1, "")
@@ -331,7 +325,7 @@ def test_a_prompt_that_is_not_utf8_is_one_line_with_the_byte(
 def test_whatever_is_expected_to_fail_fails_with_one_line(
     call, monkeypatch: pytest.MonkeyPatch, model: Path, error: Exception, code: int, message: str
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("npllama.inference.load", fail)
@@ -410,7 +404,7 @@ def test_ctrl_c_with_json_still_prints_the_object(endless: Path, monkeypatch: py
 
 
 def test_ctrl_c_while_loading_ends_with_130_and_silence(call, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("npllama.inference.load", interrupted)

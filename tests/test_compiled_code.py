@@ -130,7 +130,7 @@ def test_the_kernels_compiled_are_those_asked_for() -> None:
     assert ("+f16c" in features or target.ARM64) == target.HAS_F16
 
 
-def test_code_for_the_matrix_unit_is_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_for_amx_is_kept_in_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that the system does not let use it must not load what another has compiled for it."""
     pytest.importorskip("numba")
     from npllama.execution.kernels import amx

@@ -17,7 +17,7 @@ from npllama.execution import compiled_code
 from npllama.execution.compiled_sources import compiled_sources
 
 PACKAGE = Path(npllama.__file__).parent
-STAMP = "from npllama import compiled_code; print(compiled_code.stamp())"
+STAMP = "from npllama.execution import compiled_code; print(compiled_code.stamp())"
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_files_of_other_installations_stay_until_nobody_uses_them(tmp_path: Path
     new = written(tmp_path, "forward-f32.0.kv_f32-aaaa-cpu")
     others = [written(tmp_path, f"forward-f32.0.kv_f32-{stamp}-cpu", 30) for stamp in ("bbbb", "cccc", "dddd")]
     foreign = written(tmp_path, "notes.txt", 1000)
-    old = written(tmp_path, "forward-f32.0.kv_f32-eeee-cpu", compiled_code.KEPT_DAYS + 1)
+    old = written(tmp_path, "forward-f32.0.kv_f32-eeee-cpu", compiled_code.MAX_DAYS + 1)
     unfinished, writing = written(tmp_path, "new-a", 1), written(tmp_path, "new-b")
     compiled_code.tidy(tmp_path, new)
     assert sorted(tmp_path.iterdir()) == sorted([new, *others, foreign, writing])
@@ -134,7 +134,7 @@ def test_files_of_other_installations_stay_until_nobody_uses_them(tmp_path: Path
 
 
 def test_the_longest_unused_files_go_when_all_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_code, "KEPT_BYTES", 35)
+    monkeypatch.setattr(compiled_code, "MAX_BYTES", 35)
     files = [written(tmp_path, f"forward-{age}", age) for age in range(6)]
     compiled_code.tidy(tmp_path, files[5])
     assert sorted(tmp_path.iterdir()) == [*files[:3], files[5]]

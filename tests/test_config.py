@@ -9,8 +9,11 @@ import math
 import pytest
 from helpers import TINY, hugging_face_config
 
-from npllama.config import META_CONTEXT, ModelConfig, feed_forward_width, from_hugging_face, from_llama2c, from_meta
+from npllama.checkpoints.configs.hugging_face import from_hugging_face
+from npllama.checkpoints.configs.meta import CONTEXT, feed_forward_width, from_llama2c, from_meta
+from npllama.config import ModelConfig
 from npllama.errors import UsageError
+from npllama.rope import RopeScaling
 from npllama.system import strict_json
 
 SEVEN = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
@@ -111,7 +114,7 @@ def test_the_feed_forward_width_is_that_of_the_released_models(
 
 def test_params_json_of_the_releases_gives_their_configs() -> None:
     seven = from_meta(SEVEN, vocab_size=32000)
-    assert (seven.n_kv_heads, seven.head_dim, seven.hidden_dim, seven.max_seq_len) == (32, 128, 11008, META_CONTEXT)
+    assert (seven.n_kv_heads, seven.head_dim, seven.hidden_dim, seven.max_seq_len) == (32, 128, 11008, CONTEXT)
     assert (seven.bos_token_id, seven.eos_token_ids, seven.rope_theta) == (1, (2,), 10000.0)
     seventy = from_meta(SEVENTY, vocab_size=32000)
     assert (seventy.n_kv_heads, seventy.head_dim, seventy.hidden_dim) == (8, 128, 28672)
@@ -141,7 +144,7 @@ def test_params_json_may_say_theta_and_context() -> None:
         ({"vocab_size": -2}, "vocab_size is -2"),
         ({"vocab_size": -1.0}, "vocab_size is -1.0"),
         ({"vocab_size": True}, "vocab_size is True"),
-        ({"use_scaled_rope": True}, "use_scaled_rope is True: scaled rotary positions"),
+        ({"use_scaled_rope": 1}, "use_scaled_rope is 1, but true or false is needed"),
         ({"sliding_window": 4096}, "sliding_window is 4096: a sliding attention window"),
         ({"moe": {"num_experts": 8}}, "moe is a dict: a mixture of experts"),
         ({"lora_args": {}}, "lora_args is a dict: a LoRA adapter"),
@@ -199,7 +202,7 @@ def test_end_of_text_is_one_id_or_several_and_the_generation_config_comes_first(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2', but only 'llama'"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2' .*, but only 'llama'"),
         ({"model_type": None}, "model_type is 'None'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures names 'LlamaForSequenceClassification'"),
         ({"attention_bias": True}, "attention_bias is True: biases in attention"),
@@ -210,15 +213,15 @@ def test_end_of_text_is_one_id_or_several_and_the_generation_config_comes_first(
         ({"sliding_window": 63}, "sliding_window is 63, smaller than max_position_embeddings 64"),
         ({"sliding_window": True}, "sliding_window is True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types names a layer"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_scaling asks for rotary positions of type 'ntk'"),
+        ({"rope_parameters": {"rope_type": "mrope"}}, "rope_parameters asks for rotary positions of type 'mrope'"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling sets 'factor', which is not known"),
         (
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_scaling asks for rotary positions of type 'linear'",
+            {"rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0]}},
+            "short_factors of scaled rotary positions has 1 numbers, but heads of 4 elements need 2",
         ),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "type 'llama3', which are not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters asks for rotary positions of type 'yarn'"),
-        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling sets 'factor': not supported"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', but an object is needed"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters sets 'partial_rotary_factor'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5: not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: not supported"),
         ({"rope_theta": True}, "rope_theta is True"),
         ({"hidden_size": None}, "hidden_size is missing"),
@@ -243,15 +246,21 @@ def test_configs_that_are_impossible_or_not_supported_are_refused(change: dict[s
         {"type": "linear", "factor": 1.0},
         {"type": "dynamic", "factor": 1},
         {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.0, "beta_fast": 32.0, "mscale": 0.7},
-        {"rope_type": "llama3", "factor": 1.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192},
+        {
+            "rope_type": "llama3",
+            "factor": 1.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 1,
+        },
         {"factor": 1.0},
     ],
 )
 def test_positions_scaled_by_one_are_not_scaled(said: dict[str, object]) -> None:
     assert hugging_face(rope_scaling=said) == hugging_face()
     assert hugging_face(rope_theta=None, rope_parameters={**said, "rope_theta": 1e4}) == hugging_face()
-    for change in ({"factor": 1.5}, {"factor": True}, {"attention_factor": 1.1}, {"type": "longrope"}, {"new": 1}):
-        with pytest.raises(UsageError, match=r"^rope_scaling (asks for|sets)"):
+    for change in ({"factor": True}, {"rope_type": "ntk"}, {"new": 1}):
+        with pytest.raises(UsageError, match=r"^(rope_scaling (asks for|sets)|factor is True)"):
             hugging_face(rope_scaling={**said, **change})
 
 
@@ -272,11 +281,44 @@ def test_a_quantization_config_that_switches_nothing_on_is_none(said: dict[str, 
             hugging_face(quantization_config={**said, **change})
 
 
-def test_mistral_is_accepted_where_it_has_no_window() -> None:
+def test_the_window_of_mistral_is_read_and_4096_where_it_is_not_said() -> None:
     mistral = {**HUGGING_FACE, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    assert from_hugging_face({**mistral, "sliding_window": None}).n_layers == 2
-    with pytest.raises(UsageError, match="sliding_window is 4096, smaller than max_position_embeddings 32768"):
-        from_hugging_face({**mistral, "max_position_embeddings": 32768})
+    assert from_hugging_face({**mistral, "sliding_window": 7}).sliding_window == 7
+    assert from_hugging_face({**mistral, "max_position_embeddings": 32768}).sliding_window == 4096
+    long = {**mistral, "max_position_embeddings": 32768, "sliding_window": None}
+    assert (
+        from_hugging_face({**mistral, "sliding_window": 64}).sliding_window == 64
+    )  # a longer context may be asked for
+    for config in (long, {**HUGGING_FACE, "sliding_window": 100}):
+        assert from_hugging_face(config).sliding_window is None
+    assert from_hugging_face({**HUGGING_FACE, "sliding_window": 7, "use_sliding_window": False}).sliding_window is None
+
+
+def test_a_config_with_scaled_positions_and_a_window_survives_json() -> None:
+    scaling = RopeScaling(kind="yarn", factor=4.0, original_context=16)
+    config = dataclasses.replace(TINY, rope_scaling=scaling, sliding_window=9)
+    assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert not TINY.to_json().keys() & {"rope_scaling", "sliding_window"}
+    with pytest.raises(UsageError, match="sliding_window is 0, but a whole number from 1"):
+        dataclasses.replace(TINY, sliding_window=0)
+    with pytest.raises(UsageError, match="divisors of scaled rotary positions has 3 numbers"):
+        dataclasses.replace(TINY, rope_scaling=RopeScaling(kind="divisors", divisors=(1.0, 1.0, 1.0)))
+
+
+def test_dynamic_scaling_holds_texts_as_many_times_longer_as_its_factor() -> None:
+    assert hugging_face(rope_scaling={"type": "dynamic", "factor": 2.5}).max_seq_len == 160
+    assert hugging_face(rope_scaling={"type": "linear", "factor": 2.5}).max_seq_len == 64
+
+
+def test_params_json_of_llama_3_gives_what_it_does_not_say() -> None:
+    eight = {**SEVEN, "vocab_size": 128256, "ffn_dim_multiplier": 1.3, "multiple_of": 1024, "n_kv_heads": 8}
+    old = from_meta({**eight, "rope_theta": 500000.0}, vocab_size=128256)
+    assert (old.hidden_dim, old.max_seq_len, old.rope_scaling) == (14336, 8192, None)
+    assert (old.bos_token_id, old.eos_token_ids) == (128000, (128001, 128008, 128009))
+    assert from_meta(eight, vocab_size=128256) == old
+    new = from_meta({**eight, "use_scaled_rope": True}, vocab_size=128256)
+    assert new.max_seq_len == 131072
+    assert new.rope_scaling == RopeScaling(kind="llama3", factor=8.0, original_context=8192)
 
 
 # Strict JSON ----------------------------------------------------------------------------------------------------------

@@ -354,11 +354,14 @@ def test_python_threads_at_once_get_the_same_numbers_as_alone(opened: OpenModel)
     assert all(np.array_equal(one, alone) for one in found)
 
 
+@needs_numba
 def test_weights_are_read_ahead_where_they_fit(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened.prefetch()
-    assert engine_module.opened_bytes_fit(opened)
-    monkeypatch.setattr(machine, "free_memory", lambda: opened.size_bytes)
-    assert not engine_module.opened_bytes_fit(opened)
+    prefetched = []
+    monkeypatch.setattr(opened, "prefetch", lambda: prefetched.append(machine.free_memory()))
+    for free in (2 * opened.size_bytes, 4 * opened.size_bytes):
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
+        Engine(opened, "numba").close()
+    assert prefetched == [4 * opened.size_bytes]
 
 
 def test_a_users_own_settings_of_malloc_stand(monkeypatch: pytest.MonkeyPatch) -> None:

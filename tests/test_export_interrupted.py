@@ -11,6 +11,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from command_line import environment
 from helpers import TINY, write_model_directory, write_safetensors_checkpoint
 
 from npllama.errors import ModelError
@@ -185,9 +186,8 @@ def test_a_disk_that_takes_no_more_bytes_leaves_the_old_model(tmp_path: Path, ch
 
 
 def run(script: str, *arguments: object) -> str:
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(module.__file__).parent.parent)}
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(OPENBLAS_NUM_THREADS="1"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

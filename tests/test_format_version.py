@@ -113,6 +113,26 @@ def test_new_facts_survive_export_and_quantize_and_say_the_version_they_need(tmp
             assert opened.sampling == SamplingOptions(0.6, 50, 0.9, 0.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("said", "key", "stored"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling", {"kind": "linear", "factor": 2.0}),
+        ({"model_type": "mistral", "sliding_window": 9}, "sliding_window", 9),
+    ],
+)
+def test_scaled_positions_and_a_window_are_facts_of_version_2(
+    tmp_path: Path, checkpoint: Path, said: dict[str, object], key: str, stored: object
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "architectures": [], **said}))
+    export(checkpoint, tmp_path / "out")
+    quantize_model(tmp_path / "out", tmp_path / "small", "q8")
+    for folder in (tmp_path / "out", tmp_path / "small"):
+        manifest = manifest_of(folder)
+        assert (manifest["version"], set(manifest["config"])) == (2, {*VERSION_1, key})
+        assert manifest["config"][key] == stored
+
+
 def test_absent_keys_of_the_config_mean_their_default() -> None:
     config = dataclasses.replace(TINY, add_bos_token=False)
     assert ModelConfig.from_json(config.to_json()) == config

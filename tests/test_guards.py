@@ -55,7 +55,7 @@ open_llama2c([1], InputFile(Path(executable), pool), pool)
 from pathlib import Path
 from sys import executable
 from npllama.checkpoints.files import InputFile, Pool
-from npllama.checkpoints.pytorch import _view
+from npllama.checkpoints.pytorch.reader import _view
 _view(InputFile(Path(executable), Pool()), {}, 0, (1,), (1,))
 """,
         "CheckpointError python",

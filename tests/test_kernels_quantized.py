@@ -31,7 +31,7 @@ from npllama.numbers.q8 import Q8  # noqa: E402
 
 SHAPES = [(1, 1), (7, 8), (16, 32), (17, 33), (512, 64), (64, 172), (172, 64), (48, 288)]
 MANY = 43
-"""Tokens that are multiplied in every way there is: by the matrix unit, in a wide tile, and one by one."""
+"""Tokens that are multiplied in every way there is: by AMX, in a wide tile, and one by one."""
 
 both = pytest.mark.parametrize("number_format", ["q8", "q6", "q4"])
 
@@ -210,7 +210,7 @@ def without(*unwanted: str) -> str:
     return ",".join(f"-{f[1:]}" if f[1:].startswith(unwanted) else f for f in FEATURES.split(","))
 
 
-# How codes are multiplied, by vectors and by a matrix unit, in a process with these variables.
+# How codes are multiplied, by vectors and by AMX, in a process with these variables.
 HERE = (DOT, amx.USED)
 ELSEWHERE: dict[str, tuple[tuple[str, bool], dict[str, str]]] = {
     "four threads": (HERE, {"NUMBA_NUM_THREADS": "4"}),
@@ -227,15 +227,15 @@ if TRIPLE.startswith(("x86", "i386", "i686")) and "+avx2" in FEATURES:
         },
     )
 if amx.USED:
-    ELSEWHERE["no matrix unit"] = ((DOT, False), {"NUMBA_CPU_FEATURES": without("amx")})
+    ELSEWHERE["no AMX"] = ((DOT, False), {"NUMBA_CPU_FEATURES": without("amx")})
 
 
 def test_other_threads_and_other_instructions_give_the_same_bits():
     here = quantized_products.report()
-    assert (here["dot"], here["matrix_unit"]) == HERE
+    assert (here["dot"], here["amx"]) == HERE
     with ThreadPoolExecutor(2) as pool:  # compiling is most of their work
         running = {name: pool.submit(run_elsewhere, **variables) for name, (_, variables) in ELSEWHERE.items()}
     found = {name: process.result() for name, process in running.items()}
     for name, (form, _) in ELSEWHERE.items():
-        assert (found[name]["dot"], found[name]["matrix_unit"]) == form, name
+        assert (found[name]["dot"], found[name]["amx"]) == form, name
         assert found[name]["digests"] == here["digests"], name

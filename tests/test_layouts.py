@@ -418,7 +418,7 @@ def test_too_many_ends_of_text_are_refused_with_the_name_of_their_file(tmp_path:
     ("changes", "reason"),
     [
         ({"attention_bias": True}, "attention_bias is True: biases in attention"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary positions of type 'linear'"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rotary positions of type 'ntk'"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights"),
         ({"num_key_value_heads": 5}, "num_attention_heads is 6 and num_key_value_heads 5"),
@@ -574,7 +574,7 @@ def test_the_state_of_an_optimizer_is_refused_by_name(tmp_path: Path) -> None:
     ("files", "reason"),
     [
         ([], r"holds no checkpoint \(nothing\)"),
-        (["model.gguf", "README.md"], r"holds no checkpoint \('README\.md', 'model\.gguf'\)"),
+        (["model.txt", "README.md"], r"holds no checkpoint \('README\.md', 'model\.txt'\)"),
         (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA adapter alone"),
         (["model-00001-of-00002.safetensors"], r"the index of model-00001-of-00002\.safetensors .* is missing"),
         (["a.pt", "b.pt"], r"holds no checkpoint .*; if it is 'a\.pt', give that file"),

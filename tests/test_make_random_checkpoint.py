@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from helpers import write_tokenizer
 
-from npllama.config import from_meta
+from npllama.checkpoints.configs.meta import from_meta
 from npllama.numbers import widen
 from npllama.store.export import export
 from npllama.store.opening import open_model

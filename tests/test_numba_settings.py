@@ -102,7 +102,7 @@ def test_the_simplest_threading_layer_computes_in_a_child_too() -> None:
 
 @pytest.mark.parametrize("setting", ["NUMBA_OPT", "NUMBA_BOUNDSCHECK", "NUMBA_LOOP_VECTORIZE"])
 def test_settings_that_change_code_keep_code_of_their_own(setting: str) -> None:
-    program = "from npllama.execution.kernels import entry; print(entry.target())"
+    program = "from npllama.execution.kernels.compile import target; print(target())"
 
     def target(**settings: str) -> str:
         command = [sys.executable, "-c", program]

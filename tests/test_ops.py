@@ -12,7 +12,7 @@ import pytest
 from helpers import quantize
 
 from npllama import cache as kv
-from npllama import ops
+from npllama import ops, rope
 from npllama.numbers import widen
 from npllama.numbers.bf16 import BF16, bf16_bits
 from npllama.numbers.f16 import F16, f16_bits
@@ -36,6 +36,11 @@ both = pytest.mark.parametrize("step", steps())
 
 def random(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def plain(head_dim: int) -> tuple[np.ndarray, float]:
+    """The last arguments of ops.rotation for positions that are not scaled."""
+    return rope.frequencies(None, head_dim, THETA, 4096)
 
 
 def close(found: np.ndarray, expected: np.ndarray) -> None:
@@ -115,7 +120,7 @@ def test_scaling_a_row_changes_nothing_in_its_norm(step: Any) -> None:
 @pytest.mark.parametrize(("T", "H", "E"), [(1, 1, 2), (3, 2, 8), (5, 3, 18), (2, 4, 64)])
 def test_rope(step: Any, T: int, H: int, E: int) -> None:
     x, pos = random(1, T, H, E), np.arange(T) * 991 + 3
-    close(step.rope(x, *ops.rotation(pos, E, THETA)), naive.rope(x, pos, THETA))
+    close(step.rope(x, *ops.rotation(pos, *plain(E))), naive.rope(x, pos, THETA))
 
 
 @both
@@ -123,16 +128,22 @@ def test_rope_keeps_lengths_and_depends_on_distance_alone(step: Any) -> None:
     q, k = random(1, 1, 1, 16), random(2, 1, 1, 16)
     products = []
     for p in (0, 7, 1000):
-        a = step.rope(q, *ops.rotation(np.array([p + 5]), 16, THETA))
-        b = step.rope(k, *ops.rotation(np.array([p]), 16, THETA))
+        a = step.rope(q, *ops.rotation(np.array([p + 5]), *plain(16)))
+        b = step.rope(k, *ops.rotation(np.array([p]), *plain(16)))
         assert np.linalg.norm(a) == pytest.approx(np.linalg.norm(q), rel=1e-6)
         products.append(float((a * b).sum()))
     assert products == pytest.approx([products[0]] * 3, abs=1e-4)
 
 
 def test_angles_of_late_positions_are_exact_to_float32() -> None:
-    cos, _ = ops.rotation(np.array([1_000_000]), 4, THETA)
+    cos, _ = ops.rotation(np.array([1_000_000]), *plain(4))
     assert cos[0, 0] == np.float32(np.cos(np.float64(1_000_000)))
+
+
+def test_the_scale_of_a_rotation_stretches_without_turning() -> None:
+    pos = np.arange(50)
+    for found, whole in zip(ops.rotation(pos, plain(8)[0], 1.25), ops.rotation(pos, *plain(8)), strict=True):
+        close(found, 1.25 * whole)
 
 
 @both
@@ -168,8 +179,8 @@ def test_swiglu_of_gates_far_out_is_the_limit(step: Any) -> None:
 def attend(step: Any, cache: kv.KVCache, q: Any, k: Any, v: Any, pos: np.ndarray, seq: np.ndarray, l: int) -> Any:
     """Rotate and attend, as model.attention does."""
     E = q.shape[2]
-    turn = ops.rotation(pos, E, THETA)
-    sink = ops.rotation(np.minimum(pos, cache.n_sink + cache.window - 1), E, THETA)
+    turn = ops.rotation(pos, *plain(E))
+    sink = ops.rotation(np.minimum(pos, cache.n_sink + cache.window - 1), *plain(E))
     q_sink = step.rope_to_sinks(q, *sink, cache)
     return step.attend(step.rope(q, *turn), q_sink, step.rope(k, *turn), v, cache, l, pos, seq)
 
@@ -305,6 +316,6 @@ def test_memory_of_attention_is_bounded_by_runs(monkeypatch: pytest.MonkeyPatch)
     sizes: list[int] = []
     inner = ops._attend_run
     monkeypatch.setattr(ops, "_attend_run", lambda q, *rest: sizes.append(len(q)) or inner(q, *rest))
-    monkeypatch.setattr(ops, "MOST_SCORES", 120)
+    monkeypatch.setattr(ops, "MAX_SCORES", 120)
     close(in_chunks(ops, kv.allocate(2, 1, 1, 20, 4), q, k, v, 20), whole)
     assert sizes == [3] * 6 + [2]

@@ -105,11 +105,11 @@ import npllama
 from npllama.execution import affinity
 cpus = os.sched_getaffinity(0)
 llm = npllama.load(backend="numba", threads=len(cpus))
-places.CROWDED_PER_S = -1.0  # every thread counts as interrupted too often
+affinity.CROWDED_PER_S = -1.0  # every thread counts as interrupted too often
 ids = list(range(300, 330))
 for _ in range(3):
     llm.logits(ids)
-    time.sleep(places.LOOK_S)
+    time.sleep(affinity.LOOK_S)
 def tied():
     return [t for t in os.listdir("/proc/self/task") if os.sched_getaffinity(int(t)) != cpus]
 assert tied()

@@ -13,8 +13,8 @@ from torch_files import Stored, stored, torch_legacy, torch_zip, zip_bytes
 
 from npllama.checkpoints.files import InputFile, Pool
 from npllama.checkpoints.layouts import read_tree
-from npllama.checkpoints.opcodes import Opaque
-from npllama.checkpoints.tensors import LARGEST_READ, Tensor, View
+from npllama.checkpoints.pytorch.opcodes import Opaque
+from npllama.checkpoints.tensors import MAX_READ_BYTES, Tensor, View
 from npllama.errors import CheckpointError
 from npllama.numbers import widen
 from npllama.numbers.bf16 import BF16
@@ -169,7 +169,7 @@ def test_a_large_transposed_tensor_is_read_in_small_pieces(tmp_path: Path, monke
     view = item(tree, "x")
     assert isinstance(view, View)
     np.testing.assert_array_equal(Tensor("x", view.shape, (view,)).rows(3, 9), base.T[3:9])
-    assert max(sizes) <= LARGEST_READ
+    assert max(sizes) <= MAX_READ_BYTES
     assert sum(sizes) <= 1500 * 6 * 4
 
 
@@ -507,9 +507,9 @@ def test_another_legacy_protocol_or_no_byte_order_is_refused(tmp_path: Path) -> 
     [
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a Git-LFS pointer.*git lfs pull"),
-        (b"GGUF\3\0\0\0", "is a GGUF file of llama.cpp"),
+        (b"GGUF\3\0\0\0", "is a file of gguf, but its name says PyTorch or safetensors"),
         (b"tjgg\3\0\0\0", "is a GGJT file of llama.cpp"),
-        (b"24ka\1\0\0\0", "is a llama2.c run.c file"),
+        (b"24ka\1\0\0\0", r"is a file of llama2\.c, but its name says PyTorch or safetensors"),
         (b"\x93NUMPY\1\0", "is a NumPy array"),
         (b"\x1f\x8b\x08\0", "is compressed with gzip"),
         (b"<!DOCTYPE html>", "is a web page"),
@@ -522,8 +522,11 @@ def test_another_legacy_protocol_or_no_byte_order_is_refused(tmp_path: Path) -> 
         ("\ufeff<HTML>".encode("utf-16-le"), "is a web page"),
         (b"<?xml version='1.0'?><Error/>", "is a web page"),
         (b"# xet version 0\n", "is a Xet pointer"),
-        (struct.pack("<7i", 64, 172, 5, 8, 4, 512, 512) + bytes(64), "looks like a llama2.c run.c file"),
-        (struct.pack("<7i", 288, 768, 6, 6, 6, -32000, 256), "looks like a llama2.c run.c file"),
+        (
+            struct.pack("<7i", 64, 172, 5, 8, 4, 512, 512) + bytes(64),
+            r"is a file of llama2\.c, but its name says PyTorch",
+        ),
+        (struct.pack("<7i", 288, 768, 6, 6, 6, -32000, 256), r"is a file of llama2\.c, but its name says PyTorch"),
     ],
 )
 def test_other_formats_are_refused_by_name(tmp_path: Path, head: bytes, what: str) -> None:

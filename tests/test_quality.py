@@ -96,8 +96,8 @@ def test_neither_the_blocks_of_rows_nor_the_chunks_of_a_prompt_change_the_figure
         whole = quality(narrow, TEXT, 60, wide)
         monkeypatch.setattr(module, "BLOCK_BYTES", 8 * 300 * 3)
         assert quality(narrow, TEXT, 60, wide) == whole
-        monkeypatch.setattr(narrow, "_chunk", own)
-        monkeypatch.setattr(wide, "_chunk", other)
+        monkeypatch.setattr(narrow, "chunk", own)
+        monkeypatch.setattr(wide, "chunk", other)
         cut = dataclasses.asdict(quality(narrow, TEXT, 60, wide))
         assert cut == pytest.approx(dataclasses.asdict(whole), rel=1e-5)
 
@@ -109,7 +109,7 @@ def test_memory_does_not_grow_with_the_window(tmp_path: Path, monkeypatch: pytes
 
     def peak(n_ctx: int) -> int:
         with npllama.load(tmp_path / "model", "numpy") as llama:
-            monkeypatch.setattr(llama, "_chunk", 16)
+            monkeypatch.setattr(llama, "chunk", 16)
             tracemalloc.start()
             try:
                 quality(llama, TEXT, n_ctx, llama)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from npllama.errors import ModelError, UsageError
 from npllama.generation import sampling
-from npllama.generation.sampling import Allowed, probabilities, sample, uniform
+from npllama.generation.sampling import Allowed, candidates, sample, uniform
 from npllama.options import SamplingOptions
 
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -31,6 +31,13 @@ def some_logits(n: int, seed: int, spread: float, rounded: bool) -> np.ndarray:
     """(n,) float32; rounded ones hold many ties."""
     logits = np.random.default_rng(seed).standard_normal(n) * spread
     return (logits.round() if rounded else logits).astype(np.float32)
+
+
+def probabilities(logits: np.ndarray, recent: list[int], options: SamplingOptions) -> tuple[np.ndarray, np.ndarray]:
+    """The candidates for the next id, and their probabilities."""
+    ids, weights = candidates(logits, recent, options)
+    assert weights.max() == 1
+    return ids, weights / weights.sum()
 
 
 def by_definition(logits: np.ndarray, recent: list[int], options: SamplingOptions) -> dict[int, float]:
@@ -296,7 +303,7 @@ def test_allowed_ids_are_the_first_and_the_named_ones_in_their_order() -> None:
     ids = [*range(90), 93, 95]
     assert np.array_equal(few.logits(logits), logits[ids])
     assert [few.id(place) for place in range(92)] == ids
-    assert few.places([3, 95, 91, 89, 93, 99]) == [3, 91, 89, 90]
+    assert few.indices([3, 95, 91, 89, 93, 99]) == [3, 91, 89, 90]
     assert np.shares_memory(Allowed(90).logits(logits), logits)
     assert np.array_equal(Allowed(100).logits(logits), logits)
 
@@ -311,7 +318,7 @@ def test_a_draw_among_allowed_ids_is_the_draw_from_their_logits(beyond: list[int
     few = Allowed(260, beyond)
     ids = [*range(260), *beyond]
     for position in range(50):
-        recent = few.places([*range(position), 280, 299])
+        recent = few.indices([*range(position), 280, 299])
         found = few.id(sample(few.logits(logits), recent, options, 7, 0, position))
         assert found in ids
         assert found == ids[sample(logits[ids], recent, options, 7, 0, position)]

@@ -211,7 +211,7 @@ def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    refuse(tmp_path, r"cannot read '.*' \((Is a directory|Permission denied)\); .* is needed")
+    refuse(tmp_path, r"no regular file|cannot read '.*' \(Permission denied\); .* is needed")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this platform")

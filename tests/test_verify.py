@@ -37,7 +37,7 @@ def test_the_model_compiled_whole_is_its_kernels_one_by_one(engine: Engine) -> N
 
 
 def test_a_kernel_with_one_wrong_scale_in_a_hundred_is_caught(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = engine.single_kernels()
+    sound = engine.kernels_per_op()
 
     def scaled(y):
         y[:, ::100] *= np.float32(1.01)
@@ -47,7 +47,7 @@ def test_a_kernel_with_one_wrong_scale_in_a_hundred_is_caught(engine: Engine, mo
         "linear": lambda x, w: scaled(sound["linear"](x, w)),
         "linears": lambda x, ws: tuple(scaled(y) for y in sound["linears"](x, ws)),
     }
-    monkeypatch.setattr(engine, "single_kernels", lambda: {**sound, **wrong})
+    monkeypatch.setattr(engine, "kernels_per_op", lambda: {**sound, **wrong})
     failed = {row.weight for row in verify(engine) if not row.passed}
     assert failed == {"wq", "wk", "wv", "wo", "w1", "w2", "w3", "output"}
 

@@ -8,7 +8,8 @@
 Each program runs in a process of its own, because settings of OpenMP and of BLAS are per process, and all of them stay
 open while they are measured in turn: what else the machine does then hurts all of them. Random weights; q4 stands
 against Q4_0 and q8 against Q8_0 as llama.cpp's own quantizer makes them; torch takes part in f32 and bf16. Ratios are
-npllama's rate over the other's, of each round; their median and spread are printed.
+npllama's rate over the other's, of each round; their median and spread are printed. --readme writes the table into a
+README, and draws its chart (speed_chart.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from markers import write_between  # noqa: E402
+from speed_chart import CHART, chart, test_of  # noqa: E402
 
 from npllama.config import ModelConfig  # noqa: E402
 from npllama.inference import DEMO  # noqa: E402
@@ -40,7 +44,7 @@ from npllama.measure.random_model import RandomCheckpoint, shape_config, write_r
 LLAMA_CPP = {"f32": "F32", "f16": "F16", "q8": "Q8_0", "q4": "Q4_0"}
 QUANTIZED = {"q8": 7, "q4": 2}  # llama.cpp's numbers of the formats
 TORCH = {"f32": "f32", "bf16": "bf16"}
-REST_S, LEAST_S = 0.1, 0.4
+REST_S, MIN_S = 0.1, 0.4
 """Seconds of rest before a measurement, and how long it lasts at least: a short test is repeated."""
 
 KV_TYPES = {"f32": 0, "f16": 1}  # llama.cpp's numbers of the cache's formats; its own default is f16, npllama's f32
@@ -50,7 +54,7 @@ Step = Callable[[int, int], None]
 
 
 def main() -> None:
-    """Measure what the arguments ask for, print the table, write JSON and README."""
+    """Measure what the arguments ask for, print the table, write JSON, README and its chart."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="15m,110m,1b")
     parser.add_argument("--formats", default="q4,q8,f16,f32")
@@ -77,7 +81,8 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.readme:
-        write_between_markers(args.readme, text)
+        write_between(MARKERS, args.readme, text)
+        CHART.write_text(chart(report), encoding="utf-8")
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
@@ -288,7 +293,7 @@ def serve(program: str, model: Path, threads: int, context: int, kv_dtype: str) 
             at_depth = depth
         time.sleep(REST_S)  # threads of the program before still spin for a while
         spent, runs = 0.0, -1
-        while runs < 1 or spent < LEAST_S:
+        while runs < 1 or spent < MIN_S:
             forget(depth)
             started = time.perf_counter()
             if n_prompt:
@@ -308,15 +313,13 @@ def random_ids(n: int) -> list[int]:
 def open_npllama(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
     """npllama as users open it; prompts in its own chunks."""
     import npllama
-    from npllama.inference import chunk_tokens
 
     llama = npllama.load(model, backend="numba", threads=threads, context=context, kv_dtype=kv_dtype or "f32")
-    cache, ids, chunk = llama.borrow_cache(), random_ids(context), chunk_tokens(llama.config)
+    cache, ids = llama.borrow_cache(), random_ids(context)
 
     def step(start: int, n: int) -> None:
-        for first in range(start, start + n, chunk):
-            pos = range(first, min(first + chunk, start + n))
-            llama.engine.forward(cache, ids[pos.start : pos.stop], pos, [0] * len(pos), [len(pos) - 1])
+        for _ in llama.feed(cache, ids[: start + n], start):
+            pass
 
     return step, lambda kept: None
 
@@ -359,6 +362,32 @@ def open_llama_cpp(model: Path, threads: int, context: int, kv_dtype: str) -> tu
     return step, forget
 
 
+def torch_weights(model: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config and weights of a model directory in float32 or bfloat16, as tensors."""
+    import torch
+
+    from npllama.numbers.bf16 import BF16
+    from npllama.store.opening import open_model
+
+    opened = open_model(model)
+    w = {}
+    for kind, weight in opened.weights._asdict().items():
+        if isinstance(weight, BF16):
+            w[kind] = torch.from_numpy(weight.bits.view(np.int16).copy()).view(torch.bfloat16)
+        else:
+            w[kind] = torch.from_numpy(weight.copy())
+    return opened.config, w
+
+
+def torch_rotation(c: ModelConfig, context: int) -> Any:
+    """RoPE's angles as complex numbers of length 1: (context, head_dim / 2)."""
+    import torch
+
+    frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+    angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+
+
 def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
     """LLaMA 2 in torch as one would write it: matrix products, scaled_dot_product_attention, a static cache.
 
@@ -367,23 +396,11 @@ def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[
     import torch
     from torch.nn import functional
 
-    from npllama.numbers.bf16 import BF16
-    from npllama.store.opening import open_model
-
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    opened = open_model(model)
-    c = opened.config
-    w = {}
-    for kind, weight in opened.weights._asdict().items():
-        if isinstance(weight, BF16):
-            w[kind] = torch.from_numpy(weight.bits.view(np.int16).copy()).view(torch.bfloat16)
-        else:
-            w[kind] = torch.from_numpy(weight.copy())
+    c, w = torch_weights(model)
     dtype = w["wq"].dtype
-    frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
-    angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
-    turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    rotation = torch_rotation(c, context)
     keys = torch.zeros(c.n_layers, c.n_kv_heads, context, c.head_dim, dtype=dtype)
     values = torch.zeros_like(keys)
     ids = torch.tensor(random_ids(context))
@@ -394,7 +411,7 @@ def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[
 
     def rotate(x: Any, start: int) -> Any:
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * turn[start : start + x.shape[0], None]).flatten(2).to(dtype)
+        return torch.view_as_real(pairs * rotation[start : start + x.shape[0], None]).flatten(2).to(dtype)
 
     def step(start: int, n: int) -> None:
         x = w["tok_embeddings"][ids[start : start + n]]
@@ -424,13 +441,13 @@ def table(report: dict[str, Any]) -> str:
     """The results as a table of Markdown, with what they depend on: a row for each shape, format and peer."""
     about, results = report["about"], report["results"]
     versions = ", ".join(f"{name} {found}" for name, found in about["versions"].items())
-    tests = list(dict.fromkeys(name_of(one) for one in results))
+    tests = list(dict.fromkeys(test_of(one) for one in results))
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for one in results:
         for peer, ratio in one["ratio"].items():
             low, high = one["ratio_spread"][peer]
             cell = f"{one['tokens_per_second']['npllama']:,.0f}, **{ratio:.2f}** ({low:.2f} to {high:.2f})"
-            rows.setdefault((one["shape"], one["format"], peer), {})[name_of(one)] = cell
+            rows.setdefault((one["shape"], one["format"], peer), {})[test_of(one)] = cell
     return "\n".join(
         [
             f"{about['date']}, {about['cpu']}, {about['threads']} threads; "
@@ -444,20 +461,6 @@ def table(report: dict[str, Any]) -> str:
             ),
         ]
     )
-
-
-def name_of(one: dict[str, Any]) -> str:
-    """What one entry of the results measured."""
-    name = f"prompt of {one['n_prompt']}" if one["n_prompt"] else f"generate {one['n_gen']}"
-    return name + (f" after {one['n_depth']}" if one["n_depth"] else "")
-
-
-def write_between_markers(path: Path, text: str) -> None:
-    """Replace what stands between the two markers of a file."""
-    begin, end = MARKERS
-    before, _, rest = path.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":

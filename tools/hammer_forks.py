@@ -19,7 +19,7 @@ import warnings
 import npllama
 
 IDS = [1, *range(300, 324)]
-MOST_S = 60.0  # for one child; under load computing takes long, a hang longer
+MAX_S = 60.0  # for one child; under load computing takes long, a hang longer
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
 def hammer(seconds: float, backend: str) -> int:
     """Three threads compute, one loads and closes a model over and over, this one forks."""
     warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of any fork beside threads
-    faulthandler.dump_traceback_later(seconds + 3 * MOST_S, exit=True)
+    faulthandler.dump_traceback_later(seconds + 3 * MAX_S, exit=True)
     backends = ["numpy", "numba"] if backend == "both" else [backend]
     models = [npllama.load(backend=name) for name in backends]
     usual = [model.logits(IDS).tobytes() for model in models]
@@ -63,7 +63,7 @@ def hammer(seconds: float, backend: str) -> int:
         counts[fork(models, usual)] += 1
     stop.set()
     for worker in workers:
-        worker.join(MOST_S)
+        worker.join(MAX_S)
     print(f"{backend}: children {counts}; threads that gave other logits: {len(wrong)}")
     if counts["hang"] or any(worker.is_alive() for worker in workers):
         return 2
@@ -82,7 +82,7 @@ def fork(models: list[npllama.Llama], usual: list[bytes]) -> str:
             code = 3
         finally:
             os._exit(code)
-    end = time.monotonic() + MOST_S
+    end = time.monotonic() + MAX_S
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:

@@ -24,7 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from helpers import write_tokenizer  # noqa: E402
 
-from npllama.config import ModelConfig, from_meta  # noqa: E402
+from npllama.checkpoints.configs.meta import from_meta  # noqa: E402
+from npllama.config import ModelConfig  # noqa: E402
 from npllama.numbers.bf16 import bf16_bits  # noqa: E402
 
 SHAPES = {

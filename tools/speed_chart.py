@@ -2,7 +2,8 @@
 
     python tools/speed_chart.py            write tools/speed.svg
 
-bench_peers.py draws it too when it writes the README. Text and axis follow the reader's light or dark theme.
+bench_peers.py draws it too when it writes the README. There is no background, and every colour is of a middle
+lightness: so it is legible on a light page and on a dark one, whether or not the page tells an image its theme.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ ROW, BAR, GAP, TOP, BOTTOM = 36, 9, 8, 58, 24
 COLORS = ("#4c8bf5", "#1a9e77", "#d9730d")
 
 STYLE = """
-    text { font: 12px system-ui, sans-serif; fill: #24292f }
+    text { font: 12px system-ui, sans-serif; fill: #747b84 }
     .title { font-size: 14px; font-weight: 600 }
-    .value { font-size: 10px }
-    .axis { stroke: #8b949e; stroke-width: 1 }
-    .one { stroke: #8b949e; stroke-width: 1.5; stroke-dasharray: 4 3 }
-    @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } }
+    .value { font-size: 11px }
+    .axis { stroke: #747b84; stroke-width: 1 }
+    .one { stroke: #747b84; stroke-width: 1.5; stroke-dasharray: 4 3 }
 """
+VALUE_WIDTH = 30
+"""Room for a ratio in digits."""
 
 
 def test_of(one: dict[str, Any]) -> str:
     """What one entry of the results measured."""
-    return f"prompt of {one['n_prompt']}" if one["n_prompt"] else f"generate {one['n_gen']}"
+    name = f"prompt of {one['n_prompt']}" if one["n_prompt"] else f"generate {one['n_gen']}"
+    return name + (f" after {one['n_depth']}" if one["n_depth"] else "")
 
 
 def chart(report: dict[str, Any]) -> str:
@@ -72,11 +75,12 @@ def legend(tests: list[str]) -> list[str]:
 
 
 def bar(i: int, ratio: float, top: int, scale: float) -> str:
-    """The bar of the i-th test, and its ratio behind it."""
-    y, end = top + i * (BAR + 3), LABEL_WIDTH + ratio * scale
+    """The bar of the i-th test, and its ratio behind it: never across the line at 1."""
+    y, end, one = top + i * (BAR + 3), LABEL_WIDTH + ratio * scale, LABEL_WIDTH + scale
+    x = one if end <= one < end + VALUE_WIDTH else end
     return (
         f'<rect x="{LABEL_WIDTH}" y="{y}" width="{ratio * scale:.1f}" height="{BAR}" '
-        f'fill="{COLORS[i % len(COLORS)]}"/><text class="value" x="{end + 5:.1f}" y="{y + 8}">{ratio:.2f}</text>'
+        f'fill="{COLORS[i % len(COLORS)]}"/><text class="value" x="{x + 5:.1f}" y="{y + 8}">{ratio:.2f}</text>'
     )
 
 

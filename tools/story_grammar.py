@@ -50,7 +50,7 @@ T = TypeVar("T")
 WINDOW = 8
 """Words of a sentence that two stories must not share once names and nouns are masked."""
 
-SHORT_SEAMS, LONG_SEAMS, LONGEST_HALF = 0.5, 0.12, 5
+SHORT_SEAMS, LONG_SEAMS, MAX_HALF = 0.5, 0.12, 5
 """How often two sentences become one: if the result has fewer than WINDOW words, and if it has more (then each half
 has at most five). Shared skeletons grow with the square of LONG_SEAMS."""
 
@@ -198,7 +198,7 @@ def weld(seam: re.Match[str], dice: Dice) -> str:
     left = len(END.split(seam.string[: seam.start()])[-1].split())
     right = len(END.split(seam.string[seam.end() :])[0].split())
     short = left + right < WINDOW - 1
-    if (short and dice.chance(SHORT_SEAMS)) or (max(left, right) <= LONGEST_HALF and dice.chance(LONG_SEAMS)):
+    if (short and dice.chance(SHORT_SEAMS)) or (max(left, right) <= MAX_HALF and dice.chance(LONG_SEAMS)):
         return dice.pick(CONJUNCTIONS[seam[1]])
     return ". "
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
-from npllama.checkpoints import names
 from npllama.checkpoints.files import Pool
 from npllama.checkpoints.shard import equal
 from npllama.checkpoints.tensors import Tensor, View
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, quote
+from npllama.system.closing import Closing
+from npllama.weights import kind_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class Checkpoint(Closing):
     """An open checkpoint of any layout; a context manager.
 
     `tensors` has Meta's names without ".weight". `tied`: output is tok_embeddings, and absent from `tensors`.
@@ -38,19 +38,11 @@ class Checkpoint:
         """Close its files."""
         self.pool.close()
 
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def merge(name: str, shape: tuple[int, ...], parts: Sequence[View], config: str) -> Tensor:
     """One weight from its shards, of which each holds an equal share; CheckpointError when shapes or formats differ."""
     n = len(parts)
-    axis = 1 if names.kind(name) in names.SPLIT_COLUMNS else 0
+    axis = 1 if kind_of(name).split_columns else 0
     if name == "tok_embeddings" and parts[0].shape[1:] == shape[1:]:
         axis = 0  # some releases split the vocabulary instead
     share = tuple(size // n if i == axis and len(shape) > 1 else size for i, size in enumerate(shape))

@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: regular files only, bounded reads, a bounded number open at a time.
+"""Files that others have made: regular files only, bounded reads, a bounded number open at a time.
 
 Bytes are read into the caller's memory instead of being mapped: pages of a map would count as this process's memory,
 and a file that shrinks under a map ends the process with a bus error that no Python code can catch.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ from typing import Any
 
 from npllama.errors import CheckpointError, quote
 from npllama.system import signatures
+from npllama.system.regular_files import open_regular, read_up_to
 
-MOST_OPEN = 8
+MAX_OPEN = 8
 
 
 @contextmanager
@@ -89,7 +89,7 @@ class Pool:
         if path in self._open:
             self._open.move_to_end(path)
             return self._open[path]
-        while len(self._open) >= MOST_OPEN:
+        while len(self._open) >= MAX_OPEN:
             self._open.popitem(last=False)[1].close()
         self._open[path] = _open_regular(path)
         return self._open[path]
@@ -103,22 +103,18 @@ class Pool:
 def read_whole(path: Path, max_bytes: int) -> bytes:
     """A small file at once; CheckpointError when it is larger, missing or no regular file."""
     with _reading(path), _open_regular(path) as file:
-        data = b""
-        while len(data) <= max_bytes and (more := file.read(max_bytes + 1 - len(data))):
-            data += more
+        data = read_up_to(file, max_bytes + 1)
     if len(data) > max_bytes:
         raise CheckpointError(f"{path.name} has more than the {max_bytes:,} bytes that such a file may have")
     return data
 
 
 def _open_regular(path: Path) -> io.FileIO:
-    """Open without waiting: a named pipe or a device would block or never end."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    file = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
+    """Open a regular file; CheckpointError for anything else."""
+    file = open_regular(path)
+    if file is None:
         raise CheckpointError(f"{path.name} is not a regular file; give the file itself")
-    return io.FileIO(file, "rb")
+    return file
 
 
 def _identity(file: io.FileIO) -> tuple[int, int, int]:
@@ -126,21 +122,13 @@ def _identity(file: io.FileIO) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-TORCH = (
-    (b"PK\x03\x04", "zip"),
-    (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e", "legacy"),
-)
-"""How the two formats of torch.save begin."""
-
-
 def sniff(file: InputFile) -> str:
-    """Which format the first bytes show: "zip", "legacy" or "safetensors"; any other is refused by its name."""
+    """Which format the first bytes show: "zip", "legacy", "safetensors", "gguf" or "llama2.c"; others are refused."""
     head = file.read(0, min(file.size, signatures.HEAD))
     if not head:
         raise CheckpointError(f"{file.name} is empty; download it again")
-    for magic, kind in TORCH:
-        if head.startswith(magic):
-            return kind
+    if kind := signatures.checkpoint(head):
+        return kind
     if what := signatures.named(head):
         raise CheckpointError(f"{file.name} is {what}")
     if head[257:262] == b"ustar":
@@ -148,6 +136,8 @@ def sniff(file: InputFile) -> str:
     fits = 2 <= int.from_bytes(head[:8], "little") <= file.size - 8
     if head[8:10] == b'{"' or (fits and head[8:9] in b"{ \t\r\n"):  # also one that was cut off, to say just that
         return "safetensors"
+    if signatures.is_llama2c_run(head):
+        return "llama2.c"
     raise _unknown(file.name, head)
 
 
@@ -155,14 +145,9 @@ def _unknown(name: str, head: bytes) -> CheckpointError:
     """What can be said of a file that is none of those that are read."""
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         return CheckpointError(f"{name} is a plain pickle, not written by torch.save; save it with torch.save")
-    if signatures.is_llama2c_run(head):
-        return CheckpointError(
-            f"{name} looks like a llama2.c run.c file, whose first kind has no magic number; give the ckpt.pt that it "
-            "was made from"
-        )
     if line := signatures.plain_text(head):
         return CheckpointError(f"{name} is a text that begins with {quote(line)}; download the file itself")
     return CheckpointError(
         f"{name} begins with {quote(head[:8].decode('latin-1'))}, which is no format that is read; "
-        "a checkpoint of PyTorch or safetensors is needed"
+        "a checkpoint of PyTorch, safetensors, GGUF or llama2.c is needed"
     )

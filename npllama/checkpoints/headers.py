@@ -13,11 +13,11 @@ from collections.abc import Callable
 from npllama.errors import UsageError, quote
 from npllama.system import strict_json
 
-LONGEST_ENTRY = 1 << 10  # bytes; eight dimensions of 18 digits are below 300
-LONGEST_NAME = 1 << 10  # bytes, quotes and escapes included
-MOST_TENSORS = 1 << 16  # LLaMA 2 70B has 723
-MOST_NOTES = 1 << 16
-MOST_UNUSUAL = 1 << 10  # entries that take long to read: not flat objects
+MAX_ENTRY_BYTES = 1 << 10  # bytes; eight dimensions of 18 digits are below 300
+MAX_NAME_BYTES = 1 << 10  # bytes, quotes and escapes included
+MAX_TENSORS = 1 << 16  # LLaMA 2 70B has 723
+MAX_NOTES = 1 << 16
+MAX_UNUSUAL = 1 << 10  # entries that take long to read: not flat objects
 CHUNK = 1 << 20
 
 _BLANKS = re.compile(rb"[ \t\r\n]*")
@@ -72,8 +72,8 @@ class Header:
             self._noted = True
             self._metadata()
             return
-        if len(self.tensors) >= MOST_TENSORS:
-            raise UsageError(f"more than {MOST_TENSORS:,} tensors; no model has so many")
+        if len(self.tensors) >= MAX_TENSORS:
+            raise UsageError(f"more than {MAX_TENSORS:,} tensors; no model has so many")
         self.tensors[key] = self._value()
 
     def _metadata(self) -> None:
@@ -85,15 +85,15 @@ class Header:
     def _note(self, key: str) -> None:
         if self._next() != b'"':
             raise UsageError("__metadata__ is no object of texts; the file is damaged")
-        if len(self.notes) >= MOST_NOTES:
-            raise UsageError(f"more than {MOST_NOTES:,} texts in __metadata__; no trainer notes so many")
+        if len(self.notes) >= MAX_NOTES:
+            raise UsageError(f"more than {MAX_NOTES:,} texts in __metadata__; no trainer notes so many")
         start, end = self._text()
-        if end - start <= LONGEST_NAME:
+        if end - start <= MAX_NAME_BYTES:
             self.notes[key] = self._decoded(start, end)
 
     def _value(self) -> object:
-        """One small value: most end with the next brace, and all within LONGEST_ENTRY bytes."""
-        start, end = self._at, self._data.find(b"}", self._at, self._at + LONGEST_ENTRY) + 1
+        """One small value: most end with the next brace, and all within MAX_ENTRY_BYTES bytes."""
+        start, end = self._at, self._data.find(b"}", self._at, self._at + MAX_ENTRY_BYTES) + 1
         if end and self._data.find(b"{", start + 1, end) < 0:
             try:
                 value = strict_json.parse(bytes(self._data[start:end]))
@@ -102,16 +102,16 @@ class Header:
             except UsageError:
                 pass  # a brace inside a text, or something else than an object: read it as what it is
         self._unusual += 1
-        if self._unusual > MOST_UNUSUAL:
-            raise UsageError(f"more than {MOST_UNUSUAL:,} entries are no objects of dtype, shape and data_offsets")
-        value, size = strict_json.parse_first(bytes(self._data[start : start + LONGEST_ENTRY]))
+        if self._unusual > MAX_UNUSUAL:
+            raise UsageError(f"more than {MAX_UNUSUAL:,} entries are no objects of dtype, shape and data_offsets")
+        value, size = strict_json.parse_first(bytes(self._data[start : start + MAX_ENTRY_BYTES]))
         self._at += size
         return value
 
     def _short_text(self) -> str:
         start, end = self._text()
-        if end - start > LONGEST_NAME:
-            raise UsageError(f"a name of {end - start:,} bytes, but at most {LONGEST_NAME:,} are read")
+        if end - start > MAX_NAME_BYTES:
+            raise UsageError(f"a name of {end - start:,} bytes, but at most {MAX_NAME_BYTES:,} are read")
         return self._decoded(start, end)
 
     def _text(self) -> tuple[int, int]:

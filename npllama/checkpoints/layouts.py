@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from npllama import config as configs
 from npllama.checkpoints import names
 from npllama.checkpoints.checkpoint import Checkpoint, merge
+from npllama.checkpoints.configs import hugging_face, meta
 from npllama.checkpoints.files import InputFile, Pool, read_whole, sniff
 from npllama.checkpoints.pytorch import read_legacy, read_zip
 from npllama.checkpoints.safetensors import read_safetensors
@@ -18,6 +18,7 @@ from npllama.checkpoints.tensors import Tensor, View
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, UsageError, quote
 from npllama.system import strict_json
+from npllama.weights import KINDS, hugging_face_name, kind_of, tensor_shapes
 
 META_SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 META_WHOLE = "consolidated.safetensors"
@@ -30,7 +31,7 @@ HF_WEIGHTS = (
 """The first that is there is taken, as transformers does, whose older files may lie beside newer ones."""
 LLAMA_1 = "layers.0.attention.inner_attention.rope.freqs"
 LLAMA_1_CONTEXT = 2048
-MOST_FILES = 1024
+MAX_FILES = 1024
 
 
 def read_tree(file: InputFile) -> object:
@@ -40,7 +41,12 @@ def read_tree(file: InputFile) -> object:
         "legacy": read_legacy,
         "safetensors": read_safetensors,
     }
-    return readers[sniff(file)](file)
+    kind = sniff(file)
+    if kind not in readers:
+        raise CheckpointError(
+            f"{file.name} is a file of {kind}, but its name says PyTorch or safetensors; give it the name that it had"
+        )
+    return readers[kind](file)
 
 
 def read_json(
@@ -70,15 +76,15 @@ def open_meta(paths: Sequence[Path], pool: Pool) -> Checkpoint:
     for path in paths:
         shards.append(_single(path, pool, names.meta_names))
     old = LLAMA_1 in shards[0].tensors
-    config = _meta_config(params, shards, LLAMA_1_CONTEXT if old else configs.META_CONTEXT)
-    found = [shard.select(names.shapes(config), lambda name: name) for shard in shards]
+    config = _meta_config(params, shards, LLAMA_1_CONTEXT if old else meta.CONTEXT)
+    found = [shard.select(tensor_shapes(config), lambda name: name) for shard in shards]
     tensors = {
         name: merge(name, shape, [views[name] for views in found], "params.json")
-        for name, shape in names.shapes(config).items()
+        for name, shape in tensor_shapes(config).items()
     }
     warnings = [note for shard in shards for note in shard.notes]
     warnings += [
-        f"params.json: {quote(key)} is not known and was ignored" for key in sorted(params.keys() - configs.META_KNOWN)
+        f"params.json: {quote(key)} is not known and was ignored" for key in sorted(params.keys() - meta.KNOWN)
     ]
     if config.norm_eps == 1e-6 and config.vocab_size == 32000 and not old:
         warnings.append(
@@ -101,7 +107,7 @@ def _meta_config(params: Mapping[str, object], shards: Sequence[Shard], context:
     if embedding.shape[1] == params.get("dim"):
         rows *= len(shards)  # split over the vocabulary
     try:
-        config = configs.from_meta(params, vocab_size=rows, max_seq_len=context)
+        config = meta.from_meta(params, vocab_size=rows, max_seq_len=context)
     except UsageError as error:
         raise CheckpointError(f"params.json: {error}") from error
     return config
@@ -121,12 +127,12 @@ def open_llama2c(tree: object, file: InputFile, pool: Pool) -> Checkpoint:
     if not isinstance(tree, dict) or not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"{file.name}: 'model' and 'model_args' must be dicts; it is damaged: download it again")
     try:
-        config = configs.from_llama2c(tree["model_args"])
+        config = meta.from_llama2c(tree["model_args"])
     except UsageError as error:
         raise CheckpointError(f"{file.name}: model_args: {error}") from error
     shard = Shard.of(file.name, [state_dict(tree, file)], names.meta_names)
-    found = shard.select(names.shapes(config), lambda name: name)
-    tensors = {name: merge(name, shape, [found[name]], "model_args") for name, shape in names.shapes(config).items()}
+    found = shard.select(tensor_shapes(config), lambda name: name)
+    tensors = {name: merge(name, shape, [found[name]], "model_args") for name, shape in tensor_shapes(config).items()}
     return _checkpoint("llama2.c", file.path.parent, config, tensors, pool, shard.notes)
 
 
@@ -152,14 +158,14 @@ def open_hugging_face(weights: Path, pool: Pool) -> Checkpoint:
     zero = [key for key in biased if shard.has_bias(BIASES[key])]  # or refused by name, with the tensors
     if zero != biased:
         _hugging_face_config({key: said[key] for key in said if key not in zero}, weights.parent)  # refuses the others
-    wanted = names.shapes(config)
+    wanted = tensor_shapes(config)
     if tie:
         _tie(shard.tensors, wanted)
-    found = shard.select(wanted, names.hugging_face)
+    found = shard.select(wanted, hugging_face_name)
     tensors = {name: merge(name, shape, [found[name]], "config.json") for name, shape in wanted.items()}
     for name, tensor in tensors.items():
-        if names.kind(name) in ("attention.wq", "attention.wk"):
-            tensors[name] = Tensor(name, tensor.shape, tensor.parts, halves=config.head_dim)
+        if kind_of(name) in (KINDS["wq"], KINDS["wk"]):
+            tensors[name] = Tensor(name, tensor.shape, tensor.parts, neox_head_dim=config.head_dim)
     if tie and "output" in tensors and not equal(tensors["output"], tensors["tok_embeddings"]):
         raise CheckpointError(
             f"{shard.source}: 'lm_head.weight' differs from 'model.embed_tokens.weight', but config.json says "
@@ -172,17 +178,17 @@ def _hugging_face_config(
     said: Mapping[str, object], folder: Path, warn: Callable[[str], None] = lambda text: None
 ) -> ModelConfig:
     """config.json, and the token ids of generation_config.json where there is one."""
-    vocab_size, generation = said.get("vocab_size"), folder / configs.GENERATION_CONFIG
+    vocab_size, generation = said.get("vocab_size"), folder / hugging_face.GENERATION_CONFIG
     try:
-        own = configs.usable_ids(said, configs.CONFIG, vocab_size, warn)
+        own = hugging_face.usable_ids(said, hugging_face.CONFIG, vocab_size, warn)
         other = read_json(generation) if os.path.exists(generation) else {}
-        ids = configs.usable_ids(other, configs.GENERATION_CONFIG, vocab_size, warn)
+        ids = hugging_face.usable_ids(other, hugging_face.GENERATION_CONFIG, vocab_size, warn)
     except UsageError as error:
         raise CheckpointError(str(error)) from error
     try:
-        return configs.from_hugging_face({**said, "bos_token_id": None, "eos_token_id": None, **own}, ids)
+        return hugging_face.from_hugging_face({**said, "bos_token_id": None, "eos_token_id": None, **own}, ids)
     except UsageError as error:
-        raise CheckpointError(f"config.json: {names.in_hugging_face_words(str(error))}") from error
+        raise CheckpointError(f"config.json: {hugging_face.in_own_words(str(error))}") from error
 
 
 def _tie(tensors: dict[str, object], wanted: dict[str, tuple[int, ...]]) -> None:
@@ -200,18 +206,18 @@ def _single(path: Path, pool: Pool, rename: Rename) -> Shard:
 
 def _indexed(index: Path, pool: Pool, tied: bool) -> Shard:
     """Several files as one. The index says which files; where in them a tensor lies, they say themselves."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(_plain(place) for place in places.values()):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(_plain(file) for file in weight_map.values()):
         raise CheckpointError(
             f"{index.name}: weight_map must give each tensor a file name without a folder; the file is damaged: "
             "download it again"
         )
-    files = sorted(set(places.values()))
-    if len(files) > MOST_FILES:
+    files = sorted(set(weight_map.values()))
+    if len(files) > MAX_FILES:
         raise CheckpointError(
-            f"{index.name}: weight_map names {len(files):,} files, but at most {MOST_FILES:,} are read"
+            f"{index.name}: weight_map names {len(files):,} files, but at most {MAX_FILES:,} are read"
         )
-    needed = {name: place for name, place in places.items() if not _may_be_absent(name, tied)}
+    needed = {name: file for name, file in weight_map.items() if not _may_be_absent(name, tied)}
     found, needed_files = [], set(needed.values())
     for name in files:
         if not os.path.exists(index.parent / name):
@@ -225,9 +231,9 @@ def _indexed(index: Path, pool: Pool, tied: bool) -> Shard:
         found.append(state_dict(read_tree(file), file))
     shard = Shard.of(index.name, found, names.hugging_face_names)
     known, _ = names.hugging_face_names({names.plain(name) for name in needed})
-    for name, place in needed.items():
+    for name, file in needed.items():
         if known[names.plain(name)] not in shard.tensors:
-            raise CheckpointError(f"{place}: tensor {quote(name)} is missing, though {index.name} says it is there")
+            raise CheckpointError(f"{file}: tensor {quote(name)} is missing, though {index.name} says it is there")
     return shard
 
 

@@ -1,37 +1,14 @@
-"""Which tensors a LLaMA 2 has: their names in Meta's and Hugging Face's checkpoints, their shapes, their shards.
-
-Axes: L layers, D width, H query heads, G key/value heads, E head size, F feed-forward width, V vocabulary.
-"""
+"""What people's files call the tensors of a model beside their names: prefixes, wrappers, tables, adapters."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
 
-from npllama.config import ModelConfig
-
-HUGGING_FACE = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
-"""Source: transformers, convert_llama_weights_to_hf.py."""
-
-SPLIT_COLUMNS = {"tok_embeddings", "attention.wo", "feed_forward.w2"}
-"""Model-parallel shards hold columns of these and rows of the other matrices. Source: Meta's model.py (fairscale)."""
-
 DERIVED = re.compile(
     r"(.*\.)?(inv_freq|original_inv_freq|rope\.freqs|freqs_(cos|sin|cis)|(cos|sin)_cached?|cos_sin_cache"
-    r"|mask|(causal|attn|attention)_mask|masked_bias|position_ids|cache_[kv]|total_(ops|params)|_extra_state)"
+    r"|mask|(causal|attn|attention)_mask|masked_bias|position_ids|cache_[kv]|total_(ops|params)|_extra_state"
+    r"|attn_rot_embd\.weight)"
 )
 """Tables that follow from the config, masks, counters of profilers: not read."""
 
@@ -96,52 +73,3 @@ def resembling(missing: str, names: Iterable[str]) -> str | None:
     for name in names:
         best.setdefault(0 if name.endswith(end) else 1 if name.startswith(module) else 2, name)
     return best[min(best)] if best else None
-
-
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight of the model by Meta's name without ".weight", and its shape (rows, columns) or (n,)."""
-    D, F, V = config.dim, config.hidden_dim, config.vocab_size
-    queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "attention_norm": (D,),
-        "attention.wq": (queries, D),
-        "attention.wk": (keys, D),
-        "attention.wv": (keys, D),
-        "attention.wo": (D, queries),
-        "ffn_norm": (D,),
-        "feed_forward.w1": (F, D),
-        "feed_forward.w2": (D, F),
-        "feed_forward.w3": (F, D),
-    }
-    layers = {f"layers.{i}.{kind}": shape for i in range(config.n_layers) for kind, shape in layer.items()}
-    return {"tok_embeddings": (V, D), **layers, "norm": (D,), "output": (V, D)}
-
-
-def kind(name: str) -> str:
-    """A name without its layer: "layers.3.attention.wq" -> "attention.wq"."""
-    return name.split(".", 2)[2] if name.startswith("layers.") else name
-
-
-def hugging_face(name: str) -> str:
-    """Meta's name without ".weight" -> Hugging Face's without ".weight"."""
-    if name.startswith("layers."):
-        _, layer, rest = name.split(".", 2)
-        return f"model.layers.{layer}.{HUGGING_FACE[rest]}"
-    return HUGGING_FACE[name]
-
-
-KEYS = {
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "hidden_dim": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "max_seq_len": "max_position_embeddings",
-    "dim": "hidden_size",
-}
-_KEY = re.compile(r"\b(" + "|".join(KEYS) + r")\b")
-
-
-def in_hugging_face_words(message: str) -> str:
-    """A message about a ModelConfig in the words of config.json."""
-    return _KEY.sub(lambda found: KEYS[found[0]], message)

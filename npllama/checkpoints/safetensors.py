@@ -16,8 +16,8 @@ from npllama.checkpoints.headers import Header
 from npllama.checkpoints.tensors import Storage, View
 from npllama.errors import CheckpointError, UsageError, quote
 
-LARGEST_HEADER = 100_000_000  # bytes, as in tensor.rs; LLaMA 2 70B needs 90 kB
-MOST_AXES = 8
+MAX_HEADER_BYTES = 100_000_000  # bytes, as in tensor.rs; LLaMA 2 70B needs 90 kB
+MAX_AXES = 8
 
 DTYPES = {
     "F32": ("f32", 4),
@@ -45,7 +45,7 @@ DTYPES = {
 def read_safetensors(file: InputFile) -> dict[str, View]:
     """The tensors of a safetensors file by name; CheckpointError unless they cover its data exactly."""
     size = int.from_bytes(file.read(0, 8), "little")
-    if not 2 <= size <= min(LARGEST_HEADER, file.size - 8):
+    if not 2 <= size <= min(MAX_HEADER_BYTES, file.size - 8):
         raise _damaged(file, f"a header of {size:,} bytes is announced")
     data = bytearray(size)
     file.read_into(8, data)
@@ -74,7 +74,7 @@ def _view(file: InputFile, name: str, entry: object, data: int) -> View:
             f"{file.name}: tensor {quote(name)} is of type {quote(dtype) if isinstance(dtype, str) else 'unknown'}, "
             "but F32, F16, BF16 or F64 is needed; use a checkpoint that is not quantized"
         )
-    if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2 or len(shape) > MOST_AXES:
+    if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2 or len(shape) > MAX_AXES:
         raise _damaged(file, f"shape or data_offsets of tensor {quote(name)} are no whole numbers")
     kind, itemsize = DTYPES[dtype]
     strides = [1]

@@ -9,7 +9,7 @@ import numpy as np
 
 from npllama.checkpoints import names
 from npllama.checkpoints.files import InputFile
-from npllama.checkpoints.opcodes import Opaque
+from npllama.checkpoints.pytorch.opcodes import Opaque
 from npllama.checkpoints.tensors import Tensor, View
 from npllama.errors import CheckpointError, quote
 
@@ -20,7 +20,7 @@ Rename = Callable[[Collection[str]], tuple[dict[str, str], str]]
 """Names as they stand in files -> names of the layout, and the prefix that was left out (names.meta_names ...)."""
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "model_state", "net", "weights")
-MOST_CONTAINERS = 4
+MAX_CONTAINERS = 4
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def state_dict(tree: object, file: InputFile) -> dict[str, object]:
 
     Trainers put the state_dict under "model", "state_dict" and the like, some of them twice.
     """
-    for _ in range(MOST_CONTAINERS):
+    for _ in range(MAX_CONTAINERS):
         inner = [tree[key] for key in CONTAINERS if isinstance(tree.get(key), dict)] if isinstance(tree, dict) else []
         if not inner:
             break

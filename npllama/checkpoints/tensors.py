@@ -18,11 +18,9 @@ from npllama.errors import CheckpointError, quote
 NUMPY = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "f64": np.float64}
 """The formats that weights may have, and the arrays that carry them (bfloat16: its bits)."""
 
-LARGEST_READ = 4 << 20  # bytes; strided views are read in pieces of at most this
-SMALLEST_READ = 4 << 10  # bytes; below this, reading what lies between the elements costs less than another read
-LARGEST_EXPANSION = (
-    1 << 16
-)  # elements; a stride of 0 may repeat a number so often, and cannot ask for memory without end
+MAX_READ_BYTES = 4 << 20  # bytes; strided views are read in pieces of at most this
+MIN_READ_BYTES = 4 << 10  # bytes; below this, reading what lies between the elements costs less than another read
+MAX_EXPANSION = 1 << 16  # elements; a stride of 0 may repeat a number so often, and cannot ask for memory without end
 
 
 @dataclass(eq=False)
@@ -56,7 +54,7 @@ class View:
         if self.dtype not in NUMPY:
             raise CheckpointError(f"{where} is of type {self.dtype}, but f32, f16, bf16 or f64 is needed")
         elements = int(np.prod(np.array(self.shape, dtype=object))) if self.shape else 1
-        if elements > max(self.storage.numel, LARGEST_EXPANSION):
+        if elements > max(self.storage.numel, MAX_EXPANSION):
             raise CheckpointError(
                 f"{where} has {elements:,} elements, but only {self.storage.numel:,} are stored; save it without "
                 "expand()"
@@ -91,7 +89,7 @@ class View:
 
     def _worth_reading(self, span: int, wanted: int) -> bool:
         size = span * self.storage.itemsize
-        return size <= SMALLEST_READ or (size <= LARGEST_READ and span <= 8 * wanted)
+        return size <= MIN_READ_BYTES or (size <= MAX_READ_BYTES and span <= 8 * wanted)
 
     def _c_order(self, shape: tuple[int, ...]) -> bool:
         step = 1
@@ -105,19 +103,26 @@ class View:
         return self.storage.start + element * self.storage.itemsize
 
 
+def as_one_axis(out: np.ndarray) -> np.ndarray:
+    """The elements of `out` in order, a view of the same memory; ValueError where there is none."""
+    if not out.flags.c_contiguous:
+        raise ValueError(f"an array of strides {out.strides} was to be filled in order; needs a C-contiguous one")
+    return out.reshape(-1)
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One weight of the model, under Meta's name and in Meta's row order.
 
-    shape (rows, columns) or (n,); dtype "f32", "f16", "bf16" or "f64". `parts` are merged along `axis`; rows of heads
-    of size `halves` are turned from Hugging Face's two halves to Meta's adjacent pairs (0: they are Meta's already).
+    shape (rows, columns) or (n,); dtype "f32", "f16", "bf16" or "f64". `parts` are merged along `axis`.
+    neox_head_dim: head size where the file has the row order of Hugging Face (GPT-NeoX's); 0 where it has Meta's.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[View, ...]
     axis: int = 0
-    halves: int = 0
+    neox_head_dim: int = 0
 
     @property
     def dtype(self) -> str:
@@ -134,9 +139,9 @@ class Tensor:
             raise IndexError(
                 f"rows {start} to {stop} were asked of {self.shape[0]}; needs 0 <= start <= stop <= {self.shape[0]}"
             )
-        if not self.halves:
+        if not self.neox_head_dim:
             return self._merged(start, stop)
-        E = self.halves
+        E = self.neox_head_dim
         low, high = start // E * E, -(-stop // E) * E
         heads = self._merged(low, high).reshape(-1, 2, E // 2, *self.shape[1:])
         pairs = np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(high - low, *self.shape[1:])

@@ -1,1 +1,19 @@
-"""One module for each command of the command line, and what they share."""
+"""The command line: one module for each command, and what they share.
+
+Files, in the order in which to read them:
+
+    cli.py         which commands there are, and how a command ends
+    terminal.py    output, progress, and kinds of arguments
+    generate.py    continue a text
+    export.py      checkpoint to model directory
+    info.py        what a model is, and what this machine offers
+    models.py      the models that checkpoints were exported to by themselves
+    quantize.py    model directory to a smaller one
+    bench.py       speed
+    perplexity.py  quality on a text
+    verify.py      every kernel against its step in NumPy
+    warmup.py      compile beforehand
+
+A new command is a module here with NAME, SUMMARY, add_arguments(parser) and run(args, notes), and its place in
+`cli.COMMANDS`.
+"""

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from npllama.commands.info import matrix_formats
 from npllama.commands.terminal import (
-    Choices,
     Notes,
     ProgressLine,
+    add_backend,
+    add_dtype,
     add_kv_dtype,
     add_model,
+    load_model,
     model_of,
     number_formats,
     put,
@@ -44,11 +46,10 @@ def numbers(least: int) -> Any:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama bench`."""
-    add_model(parser, "a model directory (default: the demo model)")
+    add_model(parser, "a model directory or a checkpoint (default: the demo model)")
     add = parser.add_argument
     add("--shape", choices=("15m", "110m", "1b", "7b"), help="instead of a model: this shape with random weights")
-    formats = Choices(number_formats)
-    add("--dtype", metavar="FORMAT", choices=formats, help="number format for --shape: %(choices)s (default f32)")
+    add_dtype(parser, number_formats, " for --shape: %(choices)s (default f32)")
     add(
         "-p", "--n-prompt", metavar="N,...", type=numbers(0), default=[512], help="prompt tokens (default 512; 0: none)"
     )
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-t", "--threads", metavar="N,...", type=numbers(1), help="threads (default: see npllama info)")
     add("-c", "--ctx-size", metavar="N", type=whole(1, 2**31), help="context in tokens (default: what the tests need)")
     add_kv_dtype(parser)
-    add("--backend", choices=("auto", "numpy", "numba"), default="auto", help="NumPy or compiled (default: auto)")
+    add_backend(parser)
     add("--profile", action="store_true", help="also show the time of each step, one kernel at a time")
     add("--json", action="store_true", help="print a JSON list of measurements")
 
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     if args.shape is not None and model is not None:
         raise UsageError("a model and --shape were given; one of them is needed.")
     if args.shape is None and args.dtype is not None:
-        raise UsageError("--dtype goes with --shape; a model directory has its own number formats.")
+        raise UsageError("--dtype goes with --shape; a model has its own number formats.")
     if args.shape is None:
         return _measure(args, notes, model, None)
     with tempfile.TemporaryDirectory(prefix="npllama-bench-") as folder:
@@ -103,7 +104,6 @@ def _measure_with(
     args: argparse.Namespace, notes: Notes, model: str | None, shape: str | None, threads: int | None
 ) -> list[Measurement]:
     started = time.perf_counter()
-    import npllama
     from npllama.measure.bench import Start, measure
     from npllama.system.machine import peak_rss_mb
 
@@ -115,7 +115,7 @@ def _measure_with(
     context = args.ctx_size or max(p + n + d for p, n, d in tests)
     started = time.perf_counter()
     options = {"backend": args.backend, "threads": threads, "context": context, "kv_dtype": args.kv_dtype}
-    with npllama.load(model, **options) as llama:
+    with load_model(notes, model, **options) as llama:
         notes.show()
         load_s = time.perf_counter() - started - llama.engine.import_s - llama.engine.compile_s
         start = Start(

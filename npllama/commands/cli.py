@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from npllama.commands import bench, export, generate, info, perplexity, quantize, verify, warmup
+from npllama.commands import bench, export, generate, info, models, perplexity, quantize, verify, warmup
 from npllama.commands.terminal import MARK, Notes, say
 from npllama.errors import NpllamaError, UsageError
 from npllama.version import __version__
 
-COMMANDS = (generate, export, info, quantize, bench, perplexity, verify, warmup)
+COMMANDS = (generate, export, info, models, quantize, bench, perplexity, verify, warmup)
 """Each has NAME, SUMMARY, add_arguments(parser) and run(args, notes) -> exit code."""
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Parser(argparse.ArgumentParser):
     """A parser, its commands' included, whose errors are one line like all others, without the list of all options.
 
-    texts: options of a command whose value is taken as it is, though argparse would take "---" for an option, and loses
-    a "--"; None for the parser of all commands, which leaves their arguments to them.
+    texts: options of a command whose value is taken as it is; argparse would take "---" for an option, and lose a "--".
+    None for the parser of all commands, which leaves their arguments to them.
     """
 
     texts: Mapping[str, str] | None = None

@@ -1,4 +1,4 @@
-"""Turn a checkpoint (Meta release, Hugging Face folder, llama2.c ckpt.pt) into a model directory."""
+"""Turn a checkpoint (Meta release, Hugging Face folder, GGUF, llama2.c) into a model directory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from npllama.commands.info import matrix_formats
-from npllama.commands.terminal import Choices, Notes, ProgressLine, number_formats, say
+from npllama.commands.terminal import Notes, ProgressLine, add_dtype, add_out, number_formats, say
 
 NAME = "export"
 SUMMARY = "turn a checkpoint into a model directory"
@@ -15,19 +15,13 @@ SUMMARY = "turn a checkpoint into a model directory"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama export`."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or file of the checkpoint")
-    parser.add_argument("out", metavar="OUT", help="the model directory to make")
-    parser.add_argument(
-        "--dtype",
-        metavar="FORMAT",
-        choices=Choices(number_formats),
-        help="number format: %(choices)s (default: the checkpoint's own)",
-    )
+    add_out(parser)
+    add_dtype(parser, number_formats, ": %(choices)s (default: the checkpoint's own)")
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
         help="tokenizer.model or tokenizer.json, or a folder (default: inside the checkpoint, in its folder or parent)",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
 
 
 def run(args: argparse.Namespace, notes: Notes) -> int:

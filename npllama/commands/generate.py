@@ -10,7 +10,17 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from npllama.commands.terminal import Notes, add_kv_dtype, put, say, text, whole
+from npllama.commands.terminal import (
+    Choices,
+    Notes,
+    add_execution,
+    load_model,
+    number_formats,
+    put,
+    say,
+    text,
+    whole,
+)
 from npllama.errors import NpllamaError, UsageError
 from npllama.options import OPTIONS, SamplingOptions
 
@@ -27,37 +37,12 @@ INTERRUPTED = 130
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama generate`."""
     add = parser.add_argument
-    add(
-        "prompt_argument", metavar="PROMPT", nargs="?", help="text to continue; - reads it from stdin, as does no "
-        "prompt at all where stdin is not a terminal"
-    )  # fmt: skip
-    add("-m", "--model", metavar="MODEL", help="a model directory (default: the demo model)")
-    add(
-        "-p",
-        "--prompt",
-        metavar="PROMPT",
-        type=text,
-        action="append",
-        default=[],
-        help='the same as PROMPT; may be empty: ""',
-    )
-    add(
-        "-f", "--file", metavar="FILE", action="append", default=[], help="read the prompt from a file in UTF-8 "
-        "(without its last line end)"
-    )  # fmt: skip
+    _add_prompt(parser)
     add(
         "-n", "--max-tokens", metavar="N", type=whole(-1, 2**31), default=256, help="tokens to generate (default 256; "
         "-1: until the context is full; 0: read the prompt only)"
     )  # fmt: skip
-    for option in OPTIONS:
-        flag, letter, help = option.metadata["flag"]
-        kind = whole(-1, 2**31) if isinstance(option.default, int) else float
-        add(flag, dest=option.name, metavar=letter, type=kind, help=help)
-    add(
-        "--sampling", choices=("default", "model"), default="default", help="where the options above come from if they "
-        "are not given: npllama's defaults, or what the model's makers suggest (see npllama info MODEL)"
-    )  # fmt: skip
-    add("-s", "--seed", metavar="N", type=whole(-1), default=None, help="seed of the draws (default: random)")
+    _add_sampling(parser)
     add("--stop", metavar="TEXT", type=text, action="append", default=[], help="end before this text; may be repeated")
     add(
         "-e", "--escape", action="store_true", help="read \\n \\r \\t \\\\ \\' \\\" and \\xHH (a byte) in these texts"
@@ -72,11 +57,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1, 2**31),
         help="context in tokens (default: the model's own, at most 4096)",
     )
-    add_kv_dtype(parser)
-    add("-t", "--threads", metavar="N", type=whole(1, 4096), help="threads (default: see npllama info)")
-    add("--backend", choices=("auto", "numpy", "numba"), default="auto", help="NumPy or compiled (default: auto)")
+    add_execution(parser)
     add("--echo", action="store_true", help="print the prompt too")
     add("--json", action="store_true", help="print one JSON object at the end")
+
+
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
+    """The prompt, and the model that continues it."""
+    add = parser.add_argument
+    add(
+        "prompt_argument", metavar="PROMPT", nargs="?", help="text to continue; - reads it from stdin, as does no "
+        "prompt at all where stdin is not a terminal"
+    )  # fmt: skip
+    add(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="a model directory, or a checkpoint, which is exported once (default: the demo model)",
+    )
+    add(
+        "--dtype", metavar="FORMAT", choices=Choices(number_formats), help="number format that a checkpoint is "
+        "exported to: %(choices)s (default: its own)"
+    )  # fmt: skip
+    add(
+        "-p",
+        "--prompt",
+        metavar="PROMPT",
+        type=text,
+        action="append",
+        default=[],
+        help='the same as PROMPT; may be empty: ""',
+    )
+    add(
+        "-f", "--file", metavar="FILE", action="append", default=[], help="read the prompt from a file in UTF-8 "
+        "(without its last line end)"
+    )  # fmt: skip
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The options of sampling, and where those that are not given come from."""
+    add = parser.add_argument
+    for option in OPTIONS:
+        flag, letter, help = option.metadata["flag"]
+        kind = whole(-1, 2**31) if isinstance(option.default, int) else float
+        add(flag, dest=option.name, metavar=letter, type=kind, help=help)
+    add(
+        "--sampling", choices=("default", "model"), default="default", help="where the options above come from if they "
+        "are not given: npllama's defaults, or what the model's makers suggest (see npllama info MODEL)"
+    )  # fmt: skip
+    add("-s", "--seed", metavar="N", type=whole(-1), default=None, help="seed of the draws (default: random)")
 
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
@@ -85,12 +114,11 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     stops = [_text(_argument_bytes(stop), "--stop", args.escape) for stop in args.stop]
     given: dict[str, Any] = {option.name: getattr(args, option.name) for option in OPTIONS}
     SamplingOptions().changed(given)
-    from npllama.inference import load
-
     options: dict[str, Any] = {"seed": args.seed, "stop": stops, "echo": args.echo, "sampling": args.sampling}
     options |= {"bos": args.bos, "eos": args.eos, "padding_ids": args.padding_ids}
     started = time.perf_counter()
-    with load(args.model, args.backend, args.threads, args.ctx_size, args.kv_dtype) as llama:
+    how = {"backend": args.backend, "threads": args.threads, "context": args.ctx_size, "kv_dtype": args.kv_dtype}
+    with load_model(notes, args.model, dtype=args.dtype, **how) as llama:
         load_s = time.perf_counter() - started
         stream = llama.stream(prompt, args.max_tokens, **given, **options)
         complete = _follow(stream, notes, shown=not args.json)

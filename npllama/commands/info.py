@@ -1,4 +1,4 @@
-"""Show a model: config, number formats, sizes, tokenizer. Without a model: this installation and this machine."""
+"""Show a model or a checkpoint: config, number formats, sizes, tokenizer; without one, installation and machine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Any
 
 from npllama.commands.terminal import Notes, ProgressLine, add_model, model_of, put
 from npllama.errors import UsageError
+from npllama.measure.checkpoint_facts import checkpoint_facts
 from npllama.version import __version__
 
 NAME = "info"
-SUMMARY = "show a model, or this machine"
+SUMMARY = "show a model, a checkpoint, or this machine"
 PACKAGES = ("numpy", "numba", "llvmlite", "sentencepiece")
 FEATURES = (
     "avx",
@@ -38,7 +39,7 @@ FEATURES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama info`."""
-    add_model(parser, "a model directory; without one, the installation and the machine are shown")
+    add_model(parser, "a model directory or a checkpoint; without one, the installation and the machine are shown")
     parser.add_argument("--check", action="store_true", help="also compare every file with its sha256")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -48,7 +49,12 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     model = model_of(args)
     if model is None and args.check:
         raise UsageError("--check needs a model: npllama info MODEL --check.")
-    facts = machine_facts() if model is None else model_facts(model)
+    if model is not None and _is_checkpoint(model):
+        if args.check:
+            raise UsageError(f"--check is for model directories, and {model} is a checkpoint, which has no sha256.")
+        facts = checkpoint_facts(model)
+    else:
+        facts = machine_facts() if model is None else model_facts(model)
     if args.check:
         from npllama.store.opening import check_hashes
 
@@ -57,6 +63,12 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
         facts["check"] = "every file is as it was exported"
     put((json.dumps(facts, ensure_ascii=False) if args.json else _table(facts)) + "\n")
     return 0
+
+
+def _is_checkpoint(path: str) -> bool:
+    from npllama.store.sources import is_checkpoint
+
+    return is_checkpoint(Path(path))
 
 
 def model_facts(path: str) -> dict[str, Any]:
@@ -108,7 +120,7 @@ def machine_facts() -> dict[str, Any]:
 
     n_threads, why = machine.default_threads()
     cpu, features = _cpu()
-    folder, reason = machine.cache_directory()
+    folder, reason = machine.compiled_code_directory()
     facts: dict[str, Any] = {
         "npllama": __version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -160,11 +172,19 @@ def _table(facts: dict[str, Any]) -> str:
     return "\n".join(f"{key:<{width}}  {_shown(key, value)}".rstrip() for key, value in rows)
 
 
+def _words(key: str) -> str:
+    return key.removesuffix("_bytes").replace("_", " ")
+
+
 def _shown(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{_words(inner)} {_shown(inner, what)}" for inner, what in value.items())
+    if value is None:
+        return "not known"
     if isinstance(value, list):
-        return " ".join(map(str, value))
+        return (" " if all(isinstance(one, int) for one in value) else "; ").join(map(str, value))
     if key.endswith("_bytes"):
         return f"{value:,} ({value / 1e6:,.1f} MB)"
     return f"{value:,}" if isinstance(value, int) else str(value)

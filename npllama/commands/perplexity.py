@@ -13,7 +13,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from npllama.commands.terminal import Notes, add_kv_dtype, add_model, model_of, put, whole
+from npllama.commands.terminal import Notes, add_execution, add_model, load_model, model_of, put, whole
 from npllama.errors import NpllamaError
 
 NAME = "perplexity"
@@ -22,7 +22,7 @@ SUMMARY = "measure the quality of a model on a text"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama perplexity`."""
-    add_model(parser, "a model directory (default: the demo model)")
+    add_model(parser, "a model directory or a checkpoint (default: the demo model)")
     add = parser.add_argument
     add("-f", "--file", metavar="FILE", required=True, help="the text, in UTF-8; line ends count as they are")
     add("--reference", metavar="MODEL", help="the same model in another number format, to compare with")
@@ -34,22 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=256,
         help="ids in a window, BOS included (default 256)",
     )
-    add_kv_dtype(parser)
-    add("-t", "--threads", metavar="N", type=whole(1, 4096), help="threads (default: see npllama info)")
-    add("--backend", choices=("auto", "numpy", "numba"), default="auto", help="NumPy or compiled (default: auto)")
+    add_execution(parser)
     add("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Open one or two models, measure, print the figures with the protocol."""
-    import npllama
     from npllama.measure.quality import begins_with_bos, quality
 
     text = _read(args.file)
     options = {"backend": args.backend, "threads": args.threads, "context": args.ctx_size}
     with ExitStack() as stack:
-        llama = stack.enter_context(npllama.load(model_of(args), kv_dtype=args.kv_dtype, **options))
-        reference = stack.enter_context(npllama.load(args.reference, **options)) if args.reference else None
+        llama = stack.enter_context(load_model(notes, model_of(args), kv_dtype=args.kv_dtype, **options))
+        reference = stack.enter_context(load_model(notes, args.reference, **options)) if args.reference else None
         notes.show()
         found = quality(llama, text, args.ctx_size, reference)
         begin = "BOS first, every id of the text" if begins_with_bos(llama) else "every id of the text but the first"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from npllama.commands.export import say_made
-from npllama.commands.terminal import Choices, Notes, ProgressLine, quantized_formats
+from npllama.commands.terminal import Notes, ProgressLine, add_dtype, add_out, quantized_formats
 
 NAME = "quantize"
 SUMMARY = "make a smaller model of a model"
@@ -14,15 +14,8 @@ SUMMARY = "make a smaller model of a model"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama quantize`."""
     parser.add_argument("model", metavar="MODEL", help="the model directory to read (f32, f16 or bf16)")
-    parser.add_argument("out", metavar="OUT", help="the model directory to make")
-    parser.add_argument(
-        "--dtype",
-        metavar="FORMAT",
-        choices=Choices(quantized_formats),
-        default="q4",
-        help="number format: %(choices)s (default q4)",
-    )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
+    add_out(parser)
+    add_dtype(parser, quantized_formats, ": %(choices)s (default q4)", "q4")
 
 
 def run(args: argparse.Namespace, notes: Notes) -> int:

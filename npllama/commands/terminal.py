@@ -10,8 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from npllama.errors import UsageError
+
+if TYPE_CHECKING:
+    from npllama.inference import Llama
 
 REDRAW_S = 0.1
 MARK = "\0"
@@ -75,7 +79,7 @@ class Notes(logging.Handler):
 
     def add(self, line: str) -> None:
         """Take one line."""
-        self._end_wait()
+        self.end_wait()
         if line.endswith("..."):
             self._wait = Wait(line)
         elif self._holding:
@@ -83,14 +87,15 @@ class Notes(logging.Handler):
         else:
             say(line)
 
-    def _end_wait(self) -> None:
+    def end_wait(self) -> None:
+        """The wait that was announced last is over."""
         if self._wait is not None:
             self._wait.end()
             self._wait = None
 
     def show(self) -> None:
         """Show what was held; from here on lines come at once."""
-        self._end_wait()
+        self.end_wait()
         self._holding = False
         while self._held:
             say(self._held.pop(0))
@@ -106,7 +111,7 @@ class Notes(logging.Handler):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end_wait()
+        self.end_wait()
         log = logging.getLogger("npllama")
         log.removeHandler(self)
         log.level, log.propagate = self._before
@@ -141,7 +146,7 @@ class ProgressLine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._shown:
+        if self._drawn >= 0:
             self._draw("")
 
     def _draw(self, line: str) -> None:
@@ -209,6 +214,34 @@ def add_model(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("-m", "--model", metavar="MODEL", help="the same")
 
 
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """The model directory that a command makes."""
+    parser.add_argument("out", metavar="OUT", help="the model directory to make")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is a model directory")
+
+
+def add_dtype(
+    parser: argparse.ArgumentParser, formats: Callable[[], Iterable[str]], note: str, default: str | None = None
+) -> None:
+    """The number format of weights."""
+    choices = Choices(formats)
+    what = f"number format{note}"
+    parser.add_argument("--dtype", metavar="FORMAT", choices=choices, default=default, help=what)
+
+
+def add_execution(parser: argparse.ArgumentParser) -> None:
+    """How a model is run: the number format of its cache, threads, backend."""
+    add_kv_dtype(parser)
+    parser.add_argument("-t", "--threads", metavar="N", type=whole(1, 4096), help="threads (default: see npllama info)")
+    add_backend(parser)
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """NumPy or compiled."""
+    names = ("auto", "numpy", "numba")
+    parser.add_argument("--backend", choices=names, default="auto", help="NumPy or compiled (default: auto)")
+
+
 def add_kv_dtype(parser: argparse.ArgumentParser) -> None:
     """The number format of the cache."""
     parser.add_argument(
@@ -218,6 +251,19 @@ def add_kv_dtype(parser: argparse.ArgumentParser) -> None:
         default="f32",
         help="format of keys and values kept: %(choices)s (default f32)",
     )
+
+
+def load_model(notes: Notes, model: str | None, **options: Any) -> Llama:
+    """npllama.load, with a progress line while a checkpoint is exported."""
+    from npllama.inference import load
+
+    with ProgressLine("exporting") as line:
+
+        def progress(done: int, total: int, what: str) -> None:
+            notes.end_wait()
+            line(done, total, what)
+
+        return load(model, progress=progress, **options)
 
 
 def model_of(args: argparse.Namespace) -> str | None:

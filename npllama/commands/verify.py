@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from npllama.commands.terminal import Notes, add_kv_dtype, add_model, model_of, put
+from npllama.commands.terminal import Notes, add_kv_dtype, add_model, load_model, model_of, put, whole
 
 NAME = "verify"
 SUMMARY = "check every compiled kernel against NumPy, on your weights"
@@ -17,9 +17,9 @@ SWITCH = "NPLLAMA_PLAIN_KERNELS"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `npllama verify`."""
-    add_model(parser, "a model directory (default: the demo model)")
+    add_model(parser, "a model directory or a checkpoint (default: the demo model)")
     add_kv_dtype(parser)
-    parser.add_argument("-t", "--threads", metavar="N", type=int, help="threads (default: see npllama info)")
+    parser.add_argument("-t", "--threads", metavar="N", type=whole(1, 4096), help="threads (default: see npllama info)")
 
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
@@ -35,10 +35,9 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
 
 
 def _verify(args: argparse.Namespace, notes: Notes) -> int:
-    import npllama
     from npllama.measure.verify import verify, whole_model_error
 
-    with npllama.load(model_of(args), backend="numba", threads=args.threads, kv_dtype=args.kv_dtype) as llama:
+    with load_model(notes, model_of(args), backend="numba", threads=args.threads, kv_dtype=args.kv_dtype) as llama:
         notes.show()
         rows = [*verify(llama.engine), whole_model_error(llama.engine)]
         kind = "plain twins" if os.environ.get(SWITCH, "0") not in ("", "0") else "kernels of this CPU"

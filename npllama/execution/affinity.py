@@ -1,12 +1,11 @@
 """Keep the threads of a compiled call on CPUs of their own while other programs compete for them.
 
 Linux balances how many threads wait for each CPU. With two other programs on two CPUs it may put both threads of a call
-on the one and both programs on the other, and leaves it so: then every step of the model waits for the scheduler's next
-turn. Of the idle speed 0.02 to 0.5 was left, whatever came about (15M shape in q4, one busy process per core); with the
-threads kept apart 0.42 to 0.51. Shorter time slices (sched_setattr) did not change it.
+on one CPU and both programs on the other, and leave it so. Every step of the model then waits for the scheduler.
+Shorter time slices (sched_setattr) do not change that; threads tied to one CPU each do.
 
-Only where threads are as many as CPUs, so that no other place can be better, and only while they are taken off them.
-The caller's own thread is not tied, which would outlast the call in every process that it starts: it is moved.
+They are tied only where threads are as many as CPUs, and only while other programs interrupt them. The caller's own
+thread is moved but not tied: that would outlast the call, in every process that it starts.
 """
 
 from __future__ import annotations
@@ -109,10 +108,10 @@ class ThreadAffinity:
         _thread.looked_s, _thread.interruptions = now, interruptions
 
 
-def _masks(places: Sequence[Collection[int]]) -> np.ndarray:
+def _masks(cpu_sets: Sequence[Collection[int]]) -> np.ndarray:
     """The CPUs of each thread as kernels.affinity.pin_threads takes them: (n_threads, words) uint64."""
-    masks = np.zeros((len(places), max(map(max, places)) // 64 + 1), np.uint64)
-    for mask, cpus in zip(masks, places, strict=True):
+    masks = np.zeros((len(cpu_sets), max(map(max, cpu_sets)) // 64 + 1), np.uint64)
+    for mask, cpus in zip(masks, cpu_sets, strict=True):
         for cpu in cpus:
             mask[cpu // 64] |= np.uint64(1 << cpu % 64)
     return masks

@@ -16,7 +16,7 @@ from npllama.execution.affinity import ThreadAffinity
 from npllama.store.opening import OpenModel
 from npllama.system import machine
 
-MOST_KEPT = 64  # logits that the compiled search keeps in order as it goes; it would pay for a few hundred
+MAX_KEPT = 64  # logits that the compiled search keeps in order as it goes; it would pay for a few hundred
 
 Report = Callable[[str], None]
 
@@ -60,23 +60,12 @@ class Compiled:
             report(f"compiling kernels for {compiled_code.formats(opened)} (once; 10 to 20 s) ...")
         self.function = compiler.compile_forward(arguments, cache)
 
-        def make_bind() -> Callable[[np.ndarray], None]:
-            kept = cache_of(compiled_code.named("bind-threads"))
-            bind: Callable[[np.ndarray], None] = compiler.compile_pin_threads(kept)
-            return bind
-
-        @functools.cache
-        def make_top_k() -> Callable[[np.ndarray, np.ndarray], bool]:
-            with threads.COMPILING:
-                name = compiled_code.named("top-k")
-                search: Callable[[np.ndarray, np.ndarray], bool] = compiler.compile_top_k(cache_of(name))
-                return search
-
-        self._affinity = ThreadAffinity(make_bind, numba.threading_layer)
-        self._make_top_k, self._block = make_top_k, compiler.top_k.BLOCK_LOGITS
+        self._affinity = ThreadAffinity(functools.partial(_compile_pin_threads, cache_of), numba.threading_layer)
+        self._make_top_k = functools.cache(functools.partial(_compile_top_k, cache_of))
+        self._block = compiler.top_k.BLOCK_LOGITS
         if cache is None or not cache.loaded:
-            self._affinity.prepare()  # seldom needed, but when it is the machine is busy
-            make_top_k()
+            self._affinity.prepare()  # rarely needed, but when it is the machine is busy
+            self._make_top_k()
         self.compile_s = time.perf_counter() - started
 
     def forward(self, n_threads: int, arguments: tuple[Any, ...]) -> np.ndarray:
@@ -89,7 +78,7 @@ class Compiled:
 
     def top_k(self, logits: np.ndarray, k: int) -> np.ndarray:
         """top_k.top_k, compiled; for many candidates the search in NumPy."""
-        if k > min(MOST_KEPT, len(logits) // self._block):
+        if k > min(MAX_KEPT, len(logits) // self._block):
             return search.top_k(logits, k)
         ids = np.empty(k, np.int64)
         if not self._make_top_k()(logits, ids):
@@ -108,6 +97,25 @@ class Compiled:
         if threads.survived() and self._affinity.apart:
             with threads.using(n_threads):
                 self._affinity.release(n_threads)
+
+
+def _compile_pin_threads(cache_of: Callable[[str], Any]) -> Callable[[np.ndarray], None]:
+    """The kernel that ties threads to CPUs, compiled or loaded."""
+    from npllama.execution.kernels import compile as compiler
+
+    pin: Callable[[np.ndarray], None] = compiler.compile_pin_threads(cache_of(compiled_code.named("bind-threads")))
+    return pin
+
+
+def _compile_top_k(cache_of: Callable[[str], Any]) -> Callable[[np.ndarray, np.ndarray], bool]:
+    """The kernel that searches for the largest logits, compiled or loaded."""
+    from npllama.execution.kernels import compile as compiler
+
+    with threads.COMPILING:
+        search: Callable[[np.ndarray, np.ndarray], bool] = compiler.compile_top_k(
+            cache_of(compiled_code.named("top-k"))
+        )
+    return search
 
 
 def compiled_execution() -> dict[str, str]:

@@ -27,7 +27,7 @@ from npllama.version import __version__
 
 PACKAGE = Path(__file__).parent.parent
 PARTS_OF_NAMES = ("forward-", "bind-threads", "top-k", "stamp-", "new-")
-KEPT_DAYS, KEPT_BYTES = 60, 512 << 20
+MAX_DAYS, MAX_BYTES = 60, 512 << 20
 """A file goes when nobody has used it for so long, or, the longest unused first, when all are larger than that."""
 UNFINISHED_S = 3600  # a file that is still being written after that never will be
 STAMP_DIGITS = 16
@@ -51,7 +51,7 @@ def named(what: str) -> str:
 
 def compiled_exists(opened: OpenModel, kv_dtype: str = "f32") -> bool:
     """Whether compiled code for this model is kept, for this or another CPU. Writes nothing, does not import numba."""
-    folder, _ = machine.cache_directory(make=False)
+    folder, _ = machine.compiled_code_directory(make=False)
     if folder is None or not any(folder.glob("forward-*")):
         return False
     return any(folder.glob(forward_name(opened, kv_dtype) + "-*"))
@@ -100,8 +100,8 @@ def _versions() -> bytes:
 
 
 def _stamp_file(added: tuple[Path, ...]) -> Path | None:
-    """The file that remembers the stamp of the package's files as they are: parsing them takes a tenth of a second."""
-    folder, _ = machine.cache_directory(make=False)
+    """The file that remembers the stamp of the package's files as they are, so that a start need not parse them."""
+    folder, _ = machine.compiled_code_directory(make=False)
     if folder is None:
         return None
     digest = hashlib.sha256(_versions())
@@ -151,7 +151,7 @@ def tidy(folder: Path, kept: Path) -> None:
     for used, size, file in sorted(found, reverse=True):
         unfinished = file.name.startswith("new-")
         total += size
-        most_s = UNFINISHED_S if unfinished else KEPT_DAYS * 86400
-        if file != kept and (now - used > most_s or (total > KEPT_BYTES and not unfinished)):
+        most_s = UNFINISHED_S if unfinished else MAX_DAYS * 86400
+        if file != kept and (now - used > most_s or (total > MAX_BYTES and not unfinished)):
             with contextlib.suppress(OSError):
                 file.unlink()

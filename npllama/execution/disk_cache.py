@@ -21,7 +21,7 @@ DIGEST_BYTES = 32
 
 def open_caches(report: Callable[[str], None]) -> Callable[[str], DiskCache | None]:
     """A function that gives the cache for a name of compiled_code; None, once said why, where code cannot be kept."""
-    folder, why = machine.cache_directory()
+    folder, why = machine.compiled_code_directory()
     if folder is None:
         report(f"compiled code is not kept: {why}")
         return lambda name: None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from npllama import cache as kv
-from npllama import model, ops
+from npllama import model, ops, rope
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
 from npllama.execution import process
@@ -30,8 +30,8 @@ from npllama.weights import Weights, kind_shapes
 
 SMALL_MODEL_BYTES = 20_000_000
 TABULATED = 8192  # positions whose angles are kept; of later ones they are computed in each call
-MOST_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
-MOST_THREADS = 4096
+MAX_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
+MAX_THREADS = 4096
 BACKENDS = ("auto", "numpy", "numba")
 
 
@@ -43,7 +43,8 @@ class Engine:
     """One model ready to compute. Threads may call it at the same time: calls take turns.
 
     backend "auto" | "numpy" | "numba"; threads None: as many as are worth it; kv_dtype "f32" | "f16" | "q8": how its
-    caches keep keys and values. report gets one-line messages.
+    caches keep keys and values; context None: the model's own, some kinds of rope scaling depend on it. report gets
+    one-line messages.
     Raises UsageError for values that cannot be honoured, ModelError when memory does not suffice.
     """
 
@@ -54,6 +55,7 @@ class Engine:
         threads: int | None = None,
         report: Callable[[str], None] = say_nothing,
         kv_dtype: str = "f32",
+        context: int | None = None,
     ) -> None:
         self.config = opened.config
         self.kv_dtype = kv.checked_kv_dtype(kv_dtype)
@@ -62,7 +64,8 @@ class Engine:
         self._report = report
         c = self.config
         self._numbers = model.Numbers(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, float(c.norm_eps))
-        self._table = ops.rotation(np.arange(min(c.max_seq_len, TABULATED)), c.head_dim, c.rope_theta)
+        self._frequencies = rope.frequencies(c.rope_scaling, c.head_dim, c.rope_theta, context or c.max_seq_len)
+        self._table = ops.rotation(np.arange(min(c.max_seq_len, TABULATED)), *self._frequencies)
         self.backend = choose_backend(backend, opened, report, self.kv_dtype)
         self.threads = _checked_threads(threads)
         self.compiled: Compiled | None = None
@@ -124,7 +127,7 @@ class Engine:
             return
         self.threads, self.top_k = self.compiled.n_threads, self.compiled.top_k
         self.import_s, self.compile_s = self.compiled.import_s, self.compiled.compile_s
-        if opened_bytes_fit(self._opened):
+        if self._opened.size_bytes < machine.free_memory() // 2:  # else reading ahead evicts what was read
             self._opened.prefetch()
 
     @property
@@ -147,7 +150,7 @@ class Engine:
             return lambda data: data.reshape(-1, 4096) @ np.ones(4096, np.float32)
         return functools.partial(compiled.read, self.threads)
 
-    def single_kernels(self) -> dict[str, Callable[..., np.ndarray]]:
+    def kernels_per_op(self) -> dict[str, Callable[..., np.ndarray]]:
         """Every step of ops.py compiled on its own. Raises UsageError for the NumPy execution, which has no kernels."""
         if self.backend != "numba":
             raise UsageError("the NumPy execution has no kernels to look at; it needs numba, and backend numba.")
@@ -216,7 +219,7 @@ class Engine:
     def _angles(self, pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(pos) and pos.max() < len(self._table[0]):
             return self._table[0][pos], self._table[1][pos]
-        return ops.rotation(pos, self.config.head_dim, self.config.rope_theta)
+        return ops.rotation(pos, *self._frequencies)
 
     def _check(self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray) -> None:
         c = self.config
@@ -227,7 +230,7 @@ class Engine:
                 f"a batch needs equally many tokens, pos and seq, at least one; got {T}, {pos.shape}, {seq.shape}."
             )
         _check_range("token ids", tokens, self.config.vocab_size)
-        _check_range("positions", pos, MOST_POSITIONS)
+        _check_range("positions", pos, MAX_POSITIONS)
         _check_range("seq", seq, cache.pos.shape[1])
         if len(out):
             _check_range("out", out, T)
@@ -256,11 +259,6 @@ def _forward_in_numpy(*arguments: Any) -> np.ndarray:
         return model.forward(*arguments)
 
 
-def opened_bytes_fit(opened: OpenModel) -> bool:
-    """Whether a model's files fit into half of the free memory, so that reading them ahead evicts nothing."""
-    return opened.size_bytes < machine.free_memory() // 2
-
-
 def stepwise(steps: dict[str, Callable[..., np.ndarray]]) -> Callable[..., np.ndarray]:
     """model.forward, uncompiled, with other functions in place of the steps named: the same source, step by step."""
     scope = {**vars(model), **steps}
@@ -280,9 +278,9 @@ def _check_range(what: str, numbers: np.ndarray, end: int) -> None:
 def _checked_threads(threads: int | None) -> int:
     if threads is None:
         return machine.default_threads()[0]
-    n_threads = whole_number(threads)
-    if n_threads is None or not 1 <= n_threads <= MOST_THREADS:
-        raise UsageError(f"threads={quote(threads)} is not a number of threads; it needs 1 to {MOST_THREADS}.")
+    n_threads = whole_number(threads, 1, MAX_THREADS)
+    if n_threads is None:
+        raise UsageError(f"threads={quote(threads)} is not a number of threads; it needs 1 to {MAX_THREADS}.")
     return n_threads
 
 

@@ -22,7 +22,7 @@ SEEDS = 1 << 64
 FIRST_TRY = 64
 """How many of the largest logits are sorted first when top-k does not say how many can be needed."""
 _PHILOX = np.random.Philox(0)
-"""Given key and counter for each draw, in a tenth of the time that a new one takes to make."""
+"""Given key and counter for each draw, because making a new one takes longer."""
 _DRAWING = threading.Lock()  # guards them; Philox's own is taken by its methods, and was not reentrant before NumPy 2
 _KEY, _COUNTER = np.zeros(2, np.uint64), np.zeros(4, np.uint64)
 _STATE: Any = {
@@ -33,15 +33,15 @@ _STATE: Any = {
     "has_uint32": 0,
     "uinteger": 0,
 }
-_LEAST_TEMPERATURE = 1e-200
+_MIN_TEMPERATURE = 1e-200
 """As good as any lower one: it takes every logit that is not the largest to a weight of 0, and overflows no float64."""
-_LARGEST = float(np.finfo(np.float32).max)
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
-def probabilities(
+def candidates(
     logits: np.ndarray, recent: Sequence[int], options: SamplingOptions, search: Search = top_k
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The candidates for the next id, and their probabilities.
+    """The candidates for the next id and their weights: their probabilities p, times a common factor.
 
         l[v] <- l[v] / penalty if l[v] > 0 else l[v] * penalty      for v among the last 64 of recent
         top-k: the k largest l; among equals the lower id
@@ -50,13 +50,25 @@ def probabilities(
         p = softmax(l / temperature) over what is left; temperature 0: 1 for the largest l, among equals the lowest id
 
     logits (V,) float32; recent ids, the latest last; search: what finds the largest. Returns ids (C,) int64 and
-    p (C,) float64, C >= 1, the most probable first (by id when top-k, top-p and min-p are all off). Raises ModelError
-    for logits that are not finite.
+    weights (C,) float64 of which the largest is 1, C >= 1, the most probable first (by id when top-k, top-p and min-p
+    are all off). Raises ModelError for logits that are not finite.
     Source: the order of llama.cpp's sampler chain; arXiv:1904.09751 section 3.1 (top-p), arXiv:2407.01082 (min-p),
     arXiv:1909.05858 section 4.1 (penalty). Differs: a logit below 0 is multiplied, so that a penalty lowers it too.
     """
-    ids, p = _weighed(logits, recent, options, search)
-    return ids, p / p.sum()
+    if options.repeat_penalty != 1 and len(recent):
+        check_finite(logits)  # the penalty would hide an infinity
+        logits = _penalised(logits, recent, options.repeat_penalty)
+    if options.temperature > 0 and _truncates(options, len(logits)):  # the search checks them
+        ids, relative = _truncated(logits, options, search)
+        return ids, np.exp(relative / max(options.temperature, _MIN_TEMPERATURE))
+    check_finite(logits)
+    if options.temperature == 0:
+        return np.array([logits.argmax()]), np.ones(1)
+    # All V ids stay float32, where exp is much faster, unless the temperature vanishes there.
+    wide = logits if options.temperature > 1e-30 else logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # what lies beyond the range below the largest goes to -inf: probability 0
+        weights = np.exp((wide - wide.max()) / options.temperature)
+    return np.arange(len(logits)), weights.astype(np.float64, copy=False)
 
 
 class Allowed:
@@ -74,16 +86,16 @@ class Allowed:
         first = logits[: self._n_ids]
         return np.concatenate((first, logits[self._beyond])) if len(self._beyond) else first
 
-    def places(self, ids: Sequence[int]) -> Sequence[int]:
-        """Where ids stand among the allowed ones; those that are not allowed are left out."""
+    def indices(self, ids: Sequence[int]) -> Sequence[int]:
+        """The indices of ids among the allowed ones; those that are not allowed are left out."""
         if max(ids, default=0) < self._n_ids:
             return ids
         beyond = {int(token): self._n_ids + i for i, token in enumerate(self._beyond)}
         return [beyond.get(i, i) for i in ids if i < self._n_ids or i in beyond]
 
-    def id(self, place: int) -> int:
-        """The id at a place."""
-        return place if place < self._n_ids else int(self._beyond[place - self._n_ids])
+    def id(self, index: int) -> int:
+        """The id at an index among the allowed ones."""
+        return index if index < self._n_ids else int(self._beyond[index - self._n_ids])
 
 
 def sample(
@@ -95,14 +107,14 @@ def sample(
     position: int,
     search: Search = top_k,
 ) -> int:
-    """The next id: drawn from `probabilities` with a number that (seed, completion, position) alone decide.
+    """The next id: drawn from its `candidates` with a number that (seed, completion, position) alone decide.
 
     logits (V,) float32; 0 <= seed, completion, position < 2^64. Raises ModelError for logits that are not finite,
     UsageError for a seed out of range.
     """
     if not 0 <= seed < SEEDS:
         raise UsageError(f"seed={quote(seed)}: needs a whole number from 0 to 2^64 - 1.")
-    ids, weights = _weighed(logits, recent, options, search)
+    ids, weights = candidates(logits, recent, options, search)
     if len(ids) == 1:
         return int(ids[0])
     below = weights.cumsum()
@@ -123,26 +135,6 @@ def uniform(seed: int, completion: int, position: int) -> float:
     return float(raw >> 11) * 2.0**-53
 
 
-def _weighed(
-    logits: np.ndarray, recent: Sequence[int], options: SamplingOptions, search: Search
-) -> tuple[np.ndarray, np.ndarray]:
-    """What `probabilities` gives, the most probable id's weight 1 instead of the sum."""
-    if options.repeat_penalty != 1 and len(recent):
-        check_finite(logits)  # the penalty would hide an infinity
-        logits = _penalised(logits, recent, options.repeat_penalty)
-    if options.temperature > 0 and _truncates(options, len(logits)):  # the search checks them
-        ids, relative = _truncated(logits, options, search)
-        return ids, np.exp(relative / max(options.temperature, _LEAST_TEMPERATURE))
-    check_finite(logits)
-    if options.temperature == 0:
-        return np.array([logits.argmax()]), np.ones(1)
-    # All V ids stay float32, where exp takes a fifteenth of the time, unless the temperature vanishes there.
-    wide = logits if options.temperature > 1e-30 else logits.astype(np.float64)
-    with np.errstate(over="ignore"):  # what lies beyond the range below the largest goes to -inf: probability 0
-        weights = np.exp((wide - wide.max()) / options.temperature)
-    return np.arange(len(logits)), weights.astype(np.float64, copy=False)
-
-
 def _penalised(logits: np.ndarray, recent: Sequence[int], penalty: float) -> np.ndarray:
     """The logits with the repetition penalty: once for each id of the last 64, however often it is there."""
     ids = np.array(sorted(set(recent[-PENALTY_WINDOW:])), dtype=np.int64)
@@ -150,7 +142,7 @@ def _penalised(logits: np.ndarray, recent: Sequence[int], penalty: float) -> np.
     with np.errstate(over="ignore"):
         new = np.where(old > 0, old / penalty, old * penalty)
     logits = logits.copy()
-    logits[ids] = new.clip(-_LARGEST, _LARGEST)
+    logits[ids] = new.clip(-_MAX_FLOAT32, _MAX_FLOAT32)
     return logits
 
 
@@ -165,7 +157,7 @@ def _truncated(logits: np.ndarray, options: SamplingOptions, search: Search) -> 
     Without top-k, as many of the largest are sorted as top-p and min-p turn out to need, eight times more at each try.
     """
     by_top_k = 0 < options.top_k < len(logits)
-    n = int(options.top_k) if by_top_k else FIRST_TRY
+    n = options.top_k if by_top_k else FIRST_TRY
     total = None
     if not by_top_k:
         check_finite(logits)

@@ -16,9 +16,9 @@ import numpy as np
 
 from npllama.errors import ContextError
 from npllama.execution.engine import Engine, stepwise
-from npllama.inference import Llama, chunk_tokens
+from npllama.inference import Llama
 from npllama.system.machine import free_memory
-from npllama.weights import Weights
+from npllama.weights import Weights, layer_products
 
 BANDWIDTH_BYTES = 1 << 28  # several times a large cache; a quarter of the free memory where that is less
 BETWEEN_S = 0.1  # how long tests run before the bandwidth is measured again, which empties the caches
@@ -30,7 +30,7 @@ class Measurement:
 
     Rates in tokens per second: avg_ts, stddev_ts, samples_ts (one per repetition), median_ts. gb_per_s: weights and
     cache read per second of generation, in 10^9 bytes; share_of_bandwidth: of what this machine could read just before
-    and after, the median over repetitions, because on a shared machine it changes from one second to the next.
+    and after, which changes all the time on a shared machine; the median over repetitions.
     gflops: 10^9 operations of matrix products per second. ttft_s: seconds from the prompt to the first logits.
     """
 
@@ -84,8 +84,7 @@ def _size(w: Any) -> int:
 def operations(llama: Llama, n_out: int, n: int) -> float:
     """Multiplications and additions of the matrix products for n tokens, n_out of which need logits."""
     c = llama.config
-    layer = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads) + 3 * c.dim * c.hidden_dim
-    return 2.0 * (n * c.n_layers * layer + n_out * c.dim * c.vocab_size)
+    return 2.0 * (n * layer_products(c) + n_out * c.dim * c.vocab_size)
 
 
 class Yardstick:
@@ -143,7 +142,7 @@ def profile(llama: Llama, n_tokens: int, repetitions: int = 20) -> tuple[list[tu
 
         return run
 
-    forward = stepwise({name: timed(name, step) for name, step in engine.single_kernels().items()})
+    forward = stepwise({name: timed(name, step) for name, step in engine.kernels_per_op().items()})
     cache, pos = engine.new_cache(1, n_tokens), np.arange(n_tokens)
     ids = np.random.default_rng(0).integers(0, llama.config.vocab_size, n_tokens)
     samples = []
@@ -167,12 +166,9 @@ class Bench:
         self._ids = np.random.default_rng(0).integers(3, llama.config.vocab_size, llama.context).tolist()
 
     def _read(self, cache: Any, start: int, n: int) -> None:
-        """Feed n random tokens in chunks, as a prompt is read; logits of the last one."""
-        chunk = chunk_tokens(self._llama.config)
-        for first in range(start, start + n, chunk):
-            stop = min(first + chunk, start + n)
-            pos = range(first, stop)
-            self._llama.engine.forward(cache, self._ids[first:stop], pos, [0] * len(pos), [len(pos) - 1])
+        """Feed n random tokens as a prompt is read."""
+        for _ in self._llama.feed(cache, self._ids[: start + n], start):
+            pass
 
     def seconds(self, n_prompt: int, n_gen: int, depth: int, repetitions: int) -> Iterator[float]:
         """Seconds of each repetition, after one that is not counted. Raises ContextError for what does not fit."""
@@ -208,35 +204,48 @@ def measure(
     bench = Bench(llama)
     peak_before = peak_rss_mb()
     bandwidth = Yardstick(llama.engine)
-    for n_prompt, n_gen, depth in tests:
+    for test in tests:
+        n_prompt, n_gen, depth = test
         found = list(beside(bench.seconds(n_prompt, n_gen, depth, repetitions), bandwidth))
-        n = n_prompt + n_gen
-        rates = [n / taken for taken, _ in found]
-        median = statistics.median(taken for taken, _ in found)
-        in_cache = depth + n_prompt + n_gen / 2
-        per_token = weight_bytes(llama.engine.weights) + in_cache * llama.engine.cache_bytes_per_position
-        read = n_gen * per_token if n_prompt == 0 else 0.0
-        outputs = n_gen + (1 if n_prompt else 0)
-        yield Measurement(
-            n_prompt=n_prompt,
-            n_gen=n_gen,
-            n_depth=depth,
-            n_threads=llama.engine.threads,
-            avg_ts=statistics.mean(rates),
-            stddev_ts=statistics.stdev(rates) if len(rates) > 1 else 0.0,
-            median_ts=n / median,
-            samples_ts=rates,
-            backend=llama.backend,
-            dtype=start.dtype,
-            kv_dtype=llama.engine.kv_dtype,
-            shape=start.shape,
-            gb_per_s=read / median / 1e9,
-            bandwidth_gb_per_s=statistics.median(b for _, b in found) / 1e9,
-            share_of_bandwidth=statistics.median(read / taken / b for taken, b in found),
-            gflops=operations(llama, outputs, n) / median / 1e9,
-            ttft_s=median if n_gen == 0 else statistics.median(bench.seconds(max(1, n_prompt), 0, depth, repetitions)),
-            import_s=start.import_s,
-            compile_s=start.compile_s,
-            load_s=start.load_s,
-            peak_rss_mb=max(peak_before, peak_rss_mb() - bandwidth.nbytes / 1e6),  # the tests', not the yardstick's
-        )
+        first = (taken for taken, _ in found) if n_gen == 0 else bench.seconds(max(1, n_prompt), 0, depth, repetitions)
+        ttft_s = statistics.median(first)
+        peak = max(peak_before, peak_rss_mb() - bandwidth.nbytes / 1e6)  # the tests', not the yardstick's
+        yield _measurement(llama, start, test, found, ttft_s, peak)
+
+
+def _measurement(
+    llama: Llama,
+    start: Start,
+    test: tuple[int, int, int],
+    found: list[tuple[float, float]],
+    ttft_s: float,
+    peak_rss_mb: float,
+) -> Measurement:
+    """What a test has found: for each repetition its seconds, and the bandwidth beside it."""
+    n_prompt, n_gen, depth = test
+    n = n_prompt + n_gen
+    rates = [n / taken for taken, _ in found]
+    median = statistics.median(taken for taken, _ in found)
+    weights_read = weight_bytes(llama.engine.weights)
+    per_token = weights_read + (depth + n_prompt + n_gen / 2) * llama.engine.cache_bytes_per_position
+    read = n_gen * per_token if n_prompt == 0 else 0.0
+    outputs = n_gen + (1 if n_prompt else 0)
+    return Measurement(
+        n_prompt=n_prompt,
+        n_gen=n_gen,
+        n_depth=depth,
+        n_threads=llama.engine.threads,
+        avg_ts=statistics.mean(rates),
+        stddev_ts=statistics.stdev(rates) if len(rates) > 1 else 0.0,
+        median_ts=n / median,
+        samples_ts=rates,
+        backend=llama.backend,
+        kv_dtype=llama.engine.kv_dtype,
+        gb_per_s=read / median / 1e9,
+        bandwidth_gb_per_s=statistics.median(b for _, b in found) / 1e9,
+        share_of_bandwidth=statistics.median(read / taken / b for taken, b in found),
+        gflops=operations(llama, outputs, n) / median / 1e9,
+        ttft_s=ttft_s,
+        peak_rss_mb=peak_rss_mb,
+        **asdict(start),
+    )

@@ -8,8 +8,8 @@ and leaves the rest out.
 With p the model and r the reference:
 
     perplexity        exp(mean over ids of -log p(id))
-    KL divergence     mean over places of sum_v r(v) (log r(v) - log p(v)), in nats
-    top-1 agreement   share of places where both find the same id most probable
+    KL divergence     mean over ids of sum_v r(v) (log r(v) - log p(v)), in nats
+    top-1 agreement   share of ids where both find the same id most probable
 """
 
 from __future__ import annotations
@@ -122,9 +122,10 @@ def _blocks(llama: Llama, window: list[int], rows: int) -> Iterator[np.ndarray]:
     """The logits of all ids of a window but the last, which predicts nothing in it, `rows` at a time: (rows, V)."""
     cache = llama.borrow_cache()
     try:
-        for start in range(0, len(window), llama.chunk):
-            logits = llama.read(cache, window, start, every=True)
+        start = 0
+        for logits in llama.feed(cache, window, every=True):
             wanted = min(len(logits), len(window) - 1 - start)
+            start += len(logits)
             for row in range(0, wanted, rows):
                 block = logits[row : min(row + rows, wanted)]
                 check_finite(block)

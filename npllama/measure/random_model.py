@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npllama.config import ModelConfig, feed_forward_width
+from npllama.checkpoints.configs.meta import feed_forward_width
+from npllama.config import ModelConfig
 from npllama.numbers import named
 from npllama.store.export import Progress, write_model
 from npllama.store.tokenizers import stored_sentencepiece
@@ -25,7 +26,7 @@ SHAPES = {
 }
 """Feed-forward widths follow from Meta's rule: 768, 2048, 5632, 11008."""
 
-DRAWN = (1 << 22) + 1_000_003  # numbers drawn once; tensors begin at different places among them
+DRAWN = (1 << 22) + 1_000_003  # numbers drawn once; tensors begin at different offsets in them
 
 
 def shape_config(shape: str, max_seq_len: int = 8192) -> ModelConfig:

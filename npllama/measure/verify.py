@@ -1,8 +1,7 @@
 """Does this copy compute LLaMA? Every step of every layer in NumPy against its compiled kernel, on the user's weights.
 
-The model runs step by step through the same model.py. Each step gets the same inputs twice, once in NumPy (for
-quantized weights: the definition of ops.linear) and once in its kernel, and NumPy's result goes on to the next step, so
-that errors do not add up and every kernel is judged alone.
+The model runs step by step through the same model.py. Each step runs twice on the same inputs: in NumPy, and in its
+kernel. NumPy's result goes on to the next step, so errors do not add up and every kernel is judged alone.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ DECODED = 2  # then token by token
 
 
 @dataclass
-class Row:
+class StepCheck:
     """The largest error found of one step (of `linear`: with one kind of weight), and the layer it was found in."""
 
     step: str
@@ -56,19 +55,19 @@ class Row:
         return self.error <= self.tolerance
 
 
-def verify(engine: Engine, seed: int = 0) -> list[Row]:
+def verify(engine: Engine, seed: int = 0) -> list[StepCheck]:
     """Run a few random tokens through the model and compare every step: a row for each step and kind of weight.
 
     engine: one with the compiled execution. Raises UsageError for an engine of the NumPy execution.
     """
-    rows: dict[tuple[str, str], Row] = {}
+    rows: dict[tuple[str, str], StepCheck] = {}
     names = weight_names(engine.weights)
-    kernels = engine.single_kernels()
+    kernels = engine.kernels_per_op()
     n = min(PROMPT + FEW + DECODED, max(DECODED + 1, engine.config.max_seq_len))
     cache, twin = engine.new_cache(1, n), engine.new_cache(1, n)
 
     def record(step: str, found: np.ndarray, expected: np.ndarray, weight: str, layer: int) -> None:
-        row = rows.setdefault((step, weight), Row(step, weight))
+        row = rows.setdefault((step, weight), StepCheck(step, weight))
         row.calls += 1
         error = largest_error(found, expected)
         if not error <= row.error:
@@ -98,7 +97,7 @@ def verify(engine: Engine, seed: int = 0) -> list[Row]:
     return list(rows.values())
 
 
-def whole_model_error(engine: Engine, seed: int = 1) -> Row:
+def whole_model_error(engine: Engine, seed: int = 1) -> StepCheck:
     """The logits of a prompt: the model compiled whole against the same model step by step in its kernels.
 
     Not against NumPy, with which `verify` compares each kernel: what differs here is what compiling them together did.
@@ -107,8 +106,8 @@ def whole_model_error(engine: Engine, seed: int = 1) -> Row:
     ids = np.random.default_rng(seed).integers(0, engine.config.vocab_size, n)
     pos = np.arange(n)
     found = engine.forward(engine.new_cache(1, n), ids, pos, np.zeros(n), [n - 1])
-    expected = engine.run_stepwise(stepwise(engine.single_kernels()), engine.new_cache(1, n), ids, pos)
-    return Row("whole model", "", largest_error(found, expected), calls=1)
+    expected = engine.run_stepwise(stepwise(engine.kernels_per_op()), engine.new_cache(1, n), ids, pos)
+    return StepCheck("whole model", "", largest_error(found, expected), calls=1)
 
 
 def largest_error(found: np.ndarray, expected: np.ndarray) -> float:

@@ -1,20 +1,21 @@
 """Number formats: how a matrix is stored, and what its stored numbers mean. One module each, and one registry.
 
-Read in this order:
+Files, in the order in which to read them:
 
     formats.py      what a format is, and the registry
     f32.py          float32: a plain array
     f16.py          IEEE half precision
     bf16.py         bfloat16
     blocks.py       how numbers stand in a quantized matrix: groups of columns, blocks of rows, 8-bit scales
-    activations.py  the input of its products, rounded to 8 bits
-    rounding.py     float32 to such a matrix: the search for scales
+    activations.py  the input of products with one, rounded to 8 bits
+    rounding.py     float32 to a quantized matrix: the search for scales
     groups.py       what q8, q6 and q4 share
     q8.py           8 bits
     q6.py           6 bits
     q4.py           4 bits
 
-A new format is a module like q8.py, a kernel like kernels/q8.py, and its line here.
+A new format is a module like q8.py, a kernel like execution/kernels/q8.py (named by the format's `kernel`), and its
+place in the last line here. Export, quantize, info, bench and both executions find it through the registry.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import numpy as np
 
 from npllama.numbers.blocks import GROUP
 
-SMALLEST_MAGNITUDE = 1e-30
+MIN_MAGNITUDE = 1e-30
 """A group of activations below it counts as zero: the quotient 127 / magnitude must not overflow."""
 
 
@@ -24,7 +24,7 @@ def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     groups[:, :K] = x
     groups = groups.reshape(T, n_groups, GROUP)  # (T, K) -> (T, Q, GROUP)
     magnitude = np.abs(groups).max(axis=-1)
-    zero = magnitude < np.float32(SMALLEST_MAGNITUDE)
+    zero = magnitude < np.float32(MIN_MAGNITUDE)
     scale = np.where(zero, np.float32(0), magnitude / np.float32(127))
     with np.errstate(invalid="ignore"):  # infinity times 0, and NaN as an integer: their scale is not finite either
         factor = np.where(zero, np.float32(0), np.float32(127) / np.where(zero, np.float32(1), magnitude))

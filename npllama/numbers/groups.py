@@ -17,7 +17,7 @@ import numpy as np
 from npllama.numbers.bf16 import from_bf16
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP, SCALES
 from npllama.numbers.formats import ArraySpec, NumberFormat, UnstorableError, Weight, as_float32
-from npllama.numbers.rounding import LARGEST_WEIGHT, quantize
+from npllama.numbers.rounding import MAX_WEIGHT, quantize
 
 
 class Grouped(NamedTuple):
@@ -74,7 +74,7 @@ class GroupedFormat(NumberFormat):
     def encode(self, block: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
         """As NumberFormat.encode says; `block` begins at a whole block of rows."""
         wide = as_float32(block, dtype)
-        storable = np.abs(wide) <= LARGEST_WEIGHT  # not true for NaN
+        storable = np.abs(wide) <= MAX_WEIGHT  # not true for NaN
         if not storable.all():
             raise UnstorableError(int(np.flatnonzero(~storable)[0]), self.title, self.largest)
         return dict(zip(("codes", "scales", "factors"), quantize(wide, self), strict=True))

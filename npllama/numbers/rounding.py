@@ -13,10 +13,10 @@ from npllama.numbers.bf16 import bf16_bits, from_bf16
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP, SCALES
 
 CHUNK_NUMBERS = 1 << 17
-LARGEST_WEIGHT = 1e6
+MAX_WEIGHT = 1e6
 """A model with larger weights is broken; and the sums below stay far from the largest float32."""
 
-MOST_WORKERS = 8
+MAX_WORKERS = 8
 
 
 class Grid(Protocol):
@@ -29,13 +29,13 @@ class Grid(Protocol):
 
 
 def quantize(w: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float32 (..., N, K), finite, at most LARGEST_WEIGHT -> codes, scales, factors (see GroupedFormat)."""
+    """float32 (..., N, K), finite, at most MAX_WEIGHT -> codes, scales, factors (see GroupedFormat)."""
     N, K = w.shape[-2:]
     B, Q = -(-N // BLOCK_ROWS), -(-K // GROUP)
     stacked = w.reshape(-1, N, K)
     step = max(1, CHUNK_NUMBERS // (BLOCK_ROWS * Q * GROUP))
     pieces = list(itertools.product(range(len(stacked)), range(0, B, step)))
-    with ThreadPoolExecutor(min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
         done = list(pool.map(lambda p: _quantize_blocks(stacked[p[0]], p[1], p[1] + step, grid), pieces))
     codes, scales, factors = (np.concatenate(part) for part in zip(*done, strict=True))
     blocks = (*w.shape[:-2], B)

@@ -51,10 +51,13 @@ BLOCK_BYTES = 4 << 20
 """Rows are read in blocks of this many bytes: large enough for the disk's speed, small beside any matrix."""
 
 SLACK_BYTES = 1 << 20
-"""Room for headers, manifest and directory when free space is compared with what is needed."""
+"""Left free for headers, manifest and directory when free space is compared with what is needed."""
 
 
-class Rows(Protocol):
+_Planned = tuple[NumberFormat, tuple[int, ...]]
+
+
+class SourceTensor(Protocol):
     """What the exporter asks of a tensor: shape, number format, and rows start .. stop-1."""
 
     @property
@@ -74,7 +77,7 @@ class Source(Protocol):
     @property
     def tied(self) -> bool: ...
     @property
-    def tensors(self) -> Mapping[str, Rows]: ...
+    def tensors(self) -> Mapping[str, SourceTensor]: ...
 
 
 def export(
@@ -138,7 +141,7 @@ def quantize_model(
         return write_model(source, target, number_format, tokenizer, force, progress, opened.sampling)
 
 
-class _Rows(NamedTuple):
+class _StoredTensor(NamedTuple):
     """One matrix or norm of a model directory, with what the exporter asks of a checkpoint's tensor."""
 
     stored: np.ndarray
@@ -160,7 +163,7 @@ class OpenedSource:
         self.config, self.folder = opened.config, opened.path
         tensors = opened.manifest["tensors"]
         self.tied = "output" not in tensors
-        self.tensors: dict[str, _Rows] = {}
+        self.tensors: dict[str, _StoredTensor] = {}
         for kind, tensor in tensors.items():
             if FORMATS[tensor["format"]].quantized:
                 raise ModelError(
@@ -174,7 +177,7 @@ class OpenedSource:
         stored = stored.view(np.float16) if number_format == "f16" else stored
         names = tensor_names(kind, self.config.n_layers)
         layers = stored if KINDS[kind].in_layers else [stored]
-        self.tensors |= {name: _Rows(one, number_format) for name, one in zip(names, layers, strict=True)}
+        self.tensors |= {name: _StoredTensor(one, number_format) for name, one in zip(names, layers, strict=True)}
 
 
 def own_format(source: Checkpoint) -> NumberFormat:
@@ -196,15 +199,12 @@ def write_model(
     sampling: SamplingOptions | None = None,
 ) -> dict[str, Any]:
     """Fill a new directory, let the loader open it, and make it `out`."""
-    shapes = kind_shapes(source.config)
-    if source.tied:
-        del shapes["output"]
-    formats = {kind: format_of(kind, number_format, source.tied) for kind in shapes}
-    total = sum(spec.size_bytes for kind in shapes for spec in formats[kind].arrays(shapes[kind]).values())
+    kinds = planned(source.config, source.tied, number_format)
+    total = planned_bytes(source.config, source.tied, number_format)
     with staged(out, force, is_model_file, MANIFEST) as folder:
         _check_space(out, total)
         meter = _Meter(total, progress)
-        tensors = {k: _write_kind(source, folder, k, formats[k], shapes[k], meter) for k in shapes}
+        tensors = {kind: _write_kind(source, folder, kind, *how, meter) for kind, how in kinds.items()}
         for name, content in tokenizer.files.items():
             _write_file(folder / name, content)
         manifest = build_manifest(source.config, tokenizer.entry, tensors, sampling)
@@ -214,10 +214,24 @@ def write_model(
     return manifest
 
 
+def planned(config: ModelConfig, tied: bool, number_format: NumberFormat) -> dict[str, _Planned]:
+    """Every kind of weight that a model directory of a number format holds: its own format, and its shape."""
+    shapes = kind_shapes(config)
+    if tied:
+        del shapes["output"]
+    return {kind: (format_of(kind, number_format, tied), shape) for kind, shape in shapes.items()}
+
+
+def planned_bytes(config: ModelConfig, tied: bool, number_format: NumberFormat) -> int:
+    """Bytes of the numbers of all arrays of a model directory of a number format."""
+    kinds = planned(config, tied, number_format).values()
+    return sum(spec.size_bytes for own, shape in kinds for spec in own.arrays(shape).values())
+
+
 def build_manifest(
     config: ModelConfig, tokenizer: dict[str, Any], tensors: dict[str, Any], sampling: SamplingOptions | None
 ) -> dict[str, Any]:
-    """The manifest, of the lowest format version that has what it says (see format_version.py)."""
+    """The manifest, of the lowest format version that has what it says (see version.py)."""
     manifest = {"format": FORMAT, "config": config.to_json(), "tokenizer": tokenizer, "tensors": tensors}
     if sampling is not None:
         manifest["sampling"] = sampling.to_json()

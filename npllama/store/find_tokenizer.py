@@ -42,37 +42,37 @@ def find_tokenizer(source: Checkpoint, asked: str | os.PathLike[str] | None) -> 
     if asked is None and source.vocabulary is not None:
         found = _inside(source.vocabulary)
     else:
-        places = _places(source.folder, asked)
-        path = next((place for place in places if os.path.isfile(place)), None)
+        paths = _paths(source.folder, asked)
+        path = next((path for path in paths if os.path.isfile(path)), None)
         if path is None:
-            raise _none(source.folder, places)
+            raise _none(source.folder, paths)
         found = _read(path, source.folder)
     pieces, rows = found.tokenizer.n_pieces, source.config.vocab_size
     if not vocabulary_fits(pieces, rows):
         raise CheckpointError(
             f"{found.title}: has {pieces:,} pieces, but the checkpoint's vocabulary has {rows:,} rows: more pieces "
-            f"than rows; name the tokenizer that belongs to it with --tokenizer FILE."
+            f"than rows; name the tokenizer that belongs to it with --tokenizer FILE (of npllama export)."
         )
     return found
 
 
-def _places(folder: Path, asked: str | os.PathLike[str] | None) -> list[Path]:
-    """Where a tokenizer may lie, the first place first."""
+def _paths(folder: Path, asked: str | os.PathLike[str] | None) -> list[Path]:
+    """Where a tokenizer may lie, in the order in which it is looked for."""
     if asked is None:
         folders = [folder, Path(os.path.realpath(folder)).parent]
     elif os.path.isdir(asked):
         folders = [Path(asked)]
     else:
         return [Path(asked)]
-    return [place / name for place in folders for name in NAMES]
+    return [folder / name for folder in folders for name in NAMES]
 
 
-def _none(folder: Path, places: list[Path]) -> CheckpointError:
-    folders = " and ".join(dict.fromkeys(str(place.parent) for place in places))
-    looked = str(places[0]) if len(places) == 1 else f"{' and '.join(NAMES)} in {folders}"
+def _none(folder: Path, paths: list[Path]) -> CheckpointError:
+    folders = " and ".join(dict.fromkeys(str(path.parent) for path in paths))
+    looked = str(paths[0]) if len(paths) == 1 else f"{' and '.join(NAMES)} in {folders}"
     return CheckpointError(
-        f"{folder}: has no tokenizer (looked for {looked}); one is needed{_instead(places[0].parent)}: name it with "
-        f"--tokenizer FILE."
+        f"{folder}: has no tokenizer (looked for {looked}); one is needed{_instead(paths[0].parent)}: name it with "
+        f"--tokenizer FILE (of npllama export)."
     )
 
 

@@ -6,22 +6,22 @@ Where a file system maps no files (some network drives and FUSE), they are read 
 from __future__ import annotations
 
 import errno
+import io
 import math
 import mmap
 import os
-import stat
 import struct
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from npllama.errors import ModelError, quote
 from npllama.numbers import ArraySpec
-from npllama.system import machine, signatures
+from npllama.system import machine, regular_files, signatures
 
-LARGEST_NPY_HEADER = 10_000
+MAX_NPY_HEADER_BYTES = 10_000
 NPY_ALIGNMENT = 64
 CHUNK_BYTES = 4 << 20
 AGAIN = "export the checkpoint again."
@@ -48,17 +48,15 @@ def _npy_dict(spec: ArraySpec) -> bytes:
 # ---------------------------------------------------------------- files
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; a pipe or device, which could block or never end, is refused."""
+def open_regular(path: Path) -> io.FileIO:
+    """Open a regular file for reading. Raises ModelError for anything else."""
     try:
-        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        file = regular_files.open_regular(path)
     except (OSError, ValueError) as error:
         raise ModelError(unreadable(path, error)) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+    if file is None:
         raise ModelError(f"{path}: is not a regular file, which every file of a model directory must be; {AGAIN}")
-    return os.fdopen(descriptor, "rb", buffering=0)
+    return file
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> str:
@@ -73,19 +71,16 @@ def reason(error: OSError | ValueError) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
-def read(file: BinaryIO, size: int, name: str) -> bytes:
+def read(file: io.FileIO, size: int, name: str) -> bytes:
     """Up to `size` bytes; fewer only at the end of the file."""
     try:
-        parts = [file.read(size)]
-        while parts[-1] and sum(map(len, parts)) < size:
-            parts.append(file.read(size - sum(map(len, parts))))
+        return regular_files.read_up_to(file, size)
     except OSError as error:
         raise ModelError(unreadable(Path(name), error)) from error
-    return b"".join(parts)
 
 
 def read_small(path: Path, largest: int) -> bytes:
-    """A whole file that has no business being larger than `largest` bytes."""
+    """A whole file of at most `largest` bytes."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
@@ -119,7 +114,7 @@ def map_array(path: Path, spec: ArraySpec, refused: list[OSError | ValueError]) 
     return array
 
 
-def _mapped(file: BinaryIO, size: int) -> mmap.mmap:
+def _mapped(file: io.FileIO, size: int) -> mmap.mmap:
     """A map of a file: shared, so that processes share one copy on any file system; else private."""
     try:
         return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
@@ -131,7 +126,7 @@ def _mapped(file: BinaryIO, size: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
 
 
-def _read_aligned(path: Path, file: BinaryIO, spec: ArraySpec, why: OSError | ValueError) -> np.ndarray:
+def _read_aligned(path: Path, file: io.FileIO, spec: ArraySpec, why: OSError | ValueError) -> np.ndarray:
     """The numbers of an array, read into memory that begins at a multiple of 64 as those of a map do."""
     size, free = spec.size_bytes, machine.free_memory()
     if size > free:
@@ -139,9 +134,9 @@ def _read_aligned(path: Path, file: BinaryIO, spec: ArraySpec, why: OSError | Va
             f"{path}: cannot be mapped into memory ({reason(why)}), nor read: {size:,} bytes are needed, {free:,} are "
             f"free; copy the model to a local disk."
         )
-    room = np.empty(size + NPY_ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % NPY_ALIGNMENT
-    numbers, done = room[start : start + size], 0
+    buffer = np.empty(size + NPY_ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % NPY_ALIGNMENT
+    numbers, done = buffer[start : start + size], 0
     while done < size:
         chunk = read(file, min(CHUNK_BYTES, size - done), path.name)
         if not chunk:
@@ -151,7 +146,7 @@ def _read_aligned(path: Path, file: BinaryIO, spec: ArraySpec, why: OSError | Va
     return numbers
 
 
-def open_array(path: Path, spec: ArraySpec) -> BinaryIO:
+def open_array(path: Path, spec: ArraySpec) -> io.FileIO:
     """Open one .npy file where its numbers begin, once header and size are exactly what they must be.
 
     Why exactly: a file cut short would end the process when its missing part is touched, and longer or differently
@@ -182,7 +177,7 @@ def prefetch(array: np.ndarray) -> None:
             base.madvise(mmap.MADV_WILLNEED)
 
 
-def _check_npy_header(path: Path, file: BinaryIO, spec: ArraySpec) -> int:
+def _check_npy_header(path: Path, file: io.FileIO, spec: ArraySpec) -> int:
     """Where the numbers start. The header is not parsed but compared: there is one right spelling of it."""
     start = read(file, 12, path.name)
     if start[:6] != b"\x93NUMPY" or start[6:8] not in (b"\x01\x00", b"\x02\x00") or len(start) < 12:
@@ -191,9 +186,9 @@ def _check_npy_header(path: Path, file: BinaryIO, spec: ArraySpec) -> int:
         raise ModelError(f"{path}: {found}, a .npy file (version 1.0, 2.0) is needed; {AGAIN}")
     begin = 10 if start[6] == 1 else 12
     length = int.from_bytes(start[8:begin], "little")
-    if length > LARGEST_NPY_HEADER or (begin + length) % NPY_ALIGNMENT:
+    if length > MAX_NPY_HEADER_BYTES or (begin + length) % NPY_ALIGNMENT:
         raise ModelError(
-            f"{path}: has a header of {length:,} bytes, needed are at most {LARGEST_NPY_HEADER:,} and an end at a "
+            f"{path}: has a header of {length:,} bytes, needed are at most {MAX_NPY_HEADER_BYTES:,} and an end at a "
             f"multiple of {NPY_ALIGNMENT}; {AGAIN}"
         )
     header = start[begin:] + read(file, length - len(start[begin:]), path.name)

@@ -1,7 +1,7 @@
 """Open a model directory: which files make up a model, and are they all exactly what they must be?
 
     npllama.json      the manifest: config, number format of every weight, file/shape/dtype/sha256 of every array;
-                      how it may grow is said in format_version.py
+                      how it may grow is said in version.py
     tokenizer.*       the tokenizer, in one or several files (tokenizers.py)
     *.npy             one file per kind of weight, its layers stacked (or one per part, where a format has parts)
 
@@ -21,7 +21,6 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -44,6 +43,7 @@ from npllama.store.npy import (
 )
 from npllama.store.tokenizers import MAX_TOKENIZER_BYTES, TOKENIZER, sha256_hex
 from npllama.system import signatures, strict_json
+from npllama.system.closing import Closing
 from npllama.version import NEEDS, SINCE, VERSION, unknown_key, unknown_version
 from npllama.weights import KINDS, Weights, kind_shapes
 
@@ -81,7 +81,7 @@ def vocabulary_fits(pieces: int, vocab_size: int) -> bool:
     return 0 < pieces <= vocab_size
 
 
-class OpenModel:
+class OpenModel(Closing):
     """A model directory that has been checked and mapped. Also a context manager.
 
     The maps live as long as arrays taken from `weights` do: unmapping under an array in use would end the process.
@@ -95,6 +95,7 @@ class OpenModel:
         self.sampling = suggested_sampling(path / MANIFEST, manifest)
         self.size_bytes = size_bytes(manifest)
         self._weights: Weights | None = _map_weights(path, manifest)
+        self._closing: list[Callable[[], object]] = []
 
     @property
     def weights(self) -> Weights:
@@ -112,20 +113,18 @@ class OpenModel:
     def close(self) -> None:
         """Let go of the weights; their maps are freed with the last array that refers to them."""
         self._weights = None
+        while self._closing:
+            self._closing.pop()()
 
-    def __enter__(self) -> OpenModel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+    def on_close(self, release: Callable[[], object]) -> None:
+        """Call this too when the model is closed."""
+        self._closing.append(release)
 
 
 def open_model(path: str | os.PathLike[str]) -> OpenModel:
     """Open a model directory: check everything but the arrays' contents, and map the arrays read-only.
 
-    Opens at most one file for each array, writes nothing, and takes milliseconds whatever the size. Raises ModelError,
+    Opens at most one file for each array, writes nothing, and takes equally long whatever the size. Raises ModelError,
     naming the file, for anything that is missing, malformed or does not fit together.
     """
     folder = Path(path)

@@ -1,8 +1,8 @@
 """Make a directory appear whole or not at all, whatever happens on the way.
 
 The files are written into OUT.partial-<8 hex digits> beside OUT and forced to the disk; then one rename makes the
-directory OUT. A process that is killed leaves OUT as it was (absent, or the old one), and perhaps a partial directory,
-which the next one for the same OUT removes: it knows by a lock, which ends with its process, whether the owner lives.
+directory OUT. A process that is killed leaves OUT as it was (absent, or the old one), and perhaps a partial directory.
+The next process for the same OUT removes it: a lock, which ends with its process, tells whether the owner lives.
 Nothing is ever deleted but files whose names the caller knows as its own.
 
 File systems lack parts of this. Where directories cannot be renamed (overlays, network shares), their files are moved
@@ -43,8 +43,8 @@ CANNOT_RENAME = NOT_SUPPORTED | {errno.EXDEV, errno.EPERM, errno.EACCES, errno.E
 """How a file system refuses to rename a directory whose files it may still move: EXDEV on overlays, EBUSY or EACCES on
 shares while something in it is open, EMFILE where a rename copies and the directory is large."""
 
-LONGEST_NAME = 255  # bytes that file systems accept
-MOST_TRIES = 100
+MAX_NAME_BYTES = 255  # bytes that file systems accept
+MAX_TRIES = 100
 
 
 def target_path(out: str | os.PathLike[str]) -> Path:
@@ -140,6 +140,15 @@ def remove_leftovers(out: Path, is_ours: IsOurs) -> None:
                 _remove(path, is_ours)
 
 
+def remove(folder: Path, is_ours: IsOurs, seal: str) -> None:
+    """Remove a directory of ours, the seal first: what is left of it by a kill is no whole. Raises ModelError."""
+    try:
+        (folder / seal).unlink(missing_ok=True)
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be removed ({error.strerror or error}); give permission.") from error
+    _remove(folder, is_ours)
+
+
 def sync_file(descriptor: int) -> None:
     """Force a file's contents to the disk, where its file system can. Raises OSError when contents are lost."""
     try:
@@ -170,7 +179,7 @@ def sync_directory(path: Path) -> None:
 def _partial_prefix(out: Path) -> str:
     """What the names of partial directories begin with: that of `out`, cut where the whole would be too long."""
     name = out.name
-    while len(os.fsencode(name)) > LONGEST_NAME - len(".partial-") - 8:
+    while len(os.fsencode(name)) > MAX_NAME_BYTES - len(".partial-") - 8:
         name = name[:-1]
     return f"{name}.partial-"
 
@@ -181,7 +190,7 @@ def _partial_name(out: Path) -> Path:
 
 def _create(out: Path) -> tuple[Path, int | None]:
     """A new directory beside `out`, locked while this process lives."""
-    for _ in range(MOST_TRIES):
+    for _ in range(MAX_TRIES):
         path = _partial_name(out)
         os.mkdir(path)
         try:
@@ -278,17 +287,24 @@ def _swap(a: Path, b: Path) -> bool:
     return failed == 0
 
 
+def _renamed(source: Path, target: Path) -> bool:
+    """Rename a file or directory; False where the file system refuses that, and copying may do."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno not in CANNOT_RENAME:
+            raise
+        return False
+    return True
+
+
 def _move(source: Path, target: Path, seal: str, arriving: bool) -> None:
     """Rename a directory; where the file system refuses that, make `target` and move the files, or undo all of it.
 
     The seal goes first, and where a model arrives it comes last: what is at `out` has it only while it is whole.
     """
-    try:
-        os.rename(source, target)
+    if _renamed(source, target):
         return
-    except OSError as error:
-        if error.errno not in CANNOT_RENAME:
-            raise
     os.mkdir(target)
     moved: list[str] = []
     try:
@@ -307,12 +323,8 @@ def _move(source: Path, target: Path, seal: str, arriving: bool) -> None:
 
 def _move_file(source: Path, target: Path) -> None:
     """Rename a file; where the file system refuses that, copy it."""
-    try:
-        os.rename(source, target)
+    if _renamed(source, target):
         return
-    except OSError as error:
-        if error.errno not in CANNOT_RENAME:
-            raise
     try:
         with open(source, "rb") as read, open(target, "xb") as written:
             shutil.copyfileobj(read, written, 4 << 20)

@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from npllama.checkpoints import read_json
-from npllama.config import GENERATION_CONFIG
+from npllama.checkpoints.configs.hugging_face import GENERATION_CONFIG
 from npllama.errors import CheckpointError, UsageError, quote
 from npllama.options import OFF, SamplingOptions
 from npllama.store.tokenizers import FoundTokenizer
 from npllama.system import strict_json
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-LARGEST_BYTES = 16 << 20
-MOST_DIGITS = 400
+MAX_BYTES = 16 << 20
+MAX_DIGITS = 400
 """model_max_length is written as a whole number of 31 digits where there is no limit."""
-MOST_NAMED = 6
+MAX_NAMED = 6
 
 
 class TextRules(NamedTuple):
@@ -68,8 +68,8 @@ def read_settings(path: Path) -> dict[str, object] | None:
     """A file that may be absent: then None."""
     if not os.path.lexists(path):
         return None
-    digits = MOST_DIGITS if path.name == TOKENIZER_CONFIG else strict_json.MAX_DIGITS
-    return read_json(path, LARGEST_BYTES, digits)
+    digits = MAX_DIGITS if path.name == TOKENIZER_CONFIG else strict_json.MAX_DIGITS
+    return read_json(path, MAX_BYTES, digits)
 
 
 def _around(said: Mapping[str, object] | None, found: FoundTokenizer) -> tuple[bool, bool, list[str]]:
@@ -250,8 +250,8 @@ def _unused(file: str, said: Mapping[str, object] | None, done: set[str], off: M
     keys = [key for key, value in left.items() if value not in (None, False, "", [], {}, off.get(key))]
     keys += [key for key, value in left.items() if off.get(key) is True and value is False]
     if keys:
-        named = ", ".join(f"{quote(key)[1:-1]} ({_value(left[key])})" for key in sorted(keys)[:MOST_NAMED])
-        more = f" and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else ""
+        named = ", ".join(f"{quote(key)[1:-1]} ({_value(left[key])})" for key in sorted(keys)[:MAX_NAMED])
+        more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
         yield f"{file}: not used here, and may change results elsewhere: {named}{more}"
 
 

@@ -1,4 +1,4 @@
-"""What this machine offers: processors, memory, a place for compiled code, which is all that is ever made here."""
+"""What this machine offers: processors, memory, a private directory for compiled code."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import stat
 import sys
 from pathlib import Path
 
-# glibc's numbers of two settings (malloc.h), and their values: the largest that it accepts, and room for all steps.
+# glibc's numbers of two settings (malloc.h), and their values: the largest that it accepts, and enough for all steps.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST_KEPT, KEPT_BYTES = 32 << 20, 128 << 20
+MAX_KEPT_BLOCK_BYTES, MAX_KEPT_BYTES = 32 << 20, 128 << 20
 
 
 def affinity() -> int:
@@ -119,7 +119,7 @@ def _cgroup_folders(controller: str) -> list[Path]:
     return folders
 
 
-def cache_directory(make: bool = True) -> tuple[Path | None, str]:
+def compiled_code_directory(make: bool = True) -> tuple[Path | None, str]:
     """The private directory for compiled code, made when missing (if `make`); None and the reason where there is none.
 
     NPLLAMA_CACHE_DIR, else npllama under XDG_CACHE_HOME, else under ~/.cache. Refused unless this user owns it and no
@@ -146,14 +146,14 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep freed blocks for the next call instead of giving their pages back; False where it is absent.
 
     Every step makes a new array of up to some megabytes, and taking its pages from the system anew costs more than
-    the step's arithmetic. At most KEPT_BYTES stay that would have gone back. A user's own MALLOC_ settings win.
+    the step's arithmetic. At most MAX_KEPT_BYTES stay that would have gone back. A user's own MALLOC_ settings win.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)) and bool(mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
+    return bool(mallopt(M_MMAP_THRESHOLD, MAX_KEPT_BLOCK_BYTES)) and bool(mallopt(M_TRIM_THRESHOLD, MAX_KEPT_BYTES))
 
 
 def give_back_memory() -> None:

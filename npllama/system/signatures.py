@@ -8,12 +8,18 @@ import struct
 HEAD = 512
 """Bytes of the beginning that are looked at."""
 
+CHECKPOINTS = (
+    (b"PK\x03\x04", "zip", "a zip archive, as torch.save writes it"),
+    (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e", "legacy", "a file of an old torch.save"),
+    (b"GGUF", "gguf", "a GGUF file of llama.cpp"),
+    (b"24ka", "llama2.c", "a file of weights for llama2.c"),
+)
+"""How checkpoints begin that are read, their format, and what they are where another kind of file is needed."""
+
 MAGICS = (
-    (b"GGUF", "a GGUF file of llama.cpp; give the checkpoint that it was made from"),
     (b"tjgg", "a GGJT file of llama.cpp; give the checkpoint that it was made from"),
     (b"lmgg", "a GGML file of llama.cpp; give the checkpoint that it was made from"),
     (b"fmgg", "a GGMF file of llama.cpp; give the checkpoint that it was made from"),
-    (b"24ka", "a llama2.c run.c file; give the ckpt.pt that it was made from"),
     (b"\x93NUMPY", "a NumPy array; give a PyTorch or safetensors checkpoint"),
     (b"\x89HDF", "an HDF5 file; give a PyTorch or safetensors checkpoint"),
     (b"\x1f\x8b", "compressed with gzip; unpack it first"),
@@ -36,9 +42,14 @@ TEXTS = (
 _MERGES = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
+def checkpoint(head: bytes) -> str | None:
+    """The format of a checkpoint that begins with `head`, where a magic number says it (not in safetensors files)."""
+    return next((kind for magic, kind, _ in CHECKPOINTS if head.startswith(magic)), None)
+
+
 def named(head: bytes) -> str | None:
     """What a file that begins with `head` is, and what to do about it; None for what is not known here."""
-    for magic, what in MAGICS:
+    for magic, what in (*((magic, what) for magic, _, what in CHECKPOINTS), *MAGICS):
         if head.startswith(magic):
             return what
     return pointer_or_page(head)
@@ -64,7 +75,7 @@ def plain_text(head: bytes) -> str | None:
 
 
 def is_llama2c_run(head: bytes) -> bool:
-    """Whether a file can be the first kind of llama2.c's, which has no magic number: seven int32 that fit together.
+    """Whether a file can be of version 0 of llama2.c's, which has no magic number: seven int32 that fit together.
 
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size (negative: the output is not tied), seq_len. Source:
     llama2.c, export.py, version 0.

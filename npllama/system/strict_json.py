@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for: one value, no surprises, bounded work.
+"""JSON from files that others have made: one value, no surprises, bounded work.
 
 Python's own reader accepts NaN, repeated keys (the last wins), numbers without end and nesting until the stack is gone;
 all of these are refused here.

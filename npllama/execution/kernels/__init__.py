@@ -2,16 +2,30 @@
 
 The path of one product, q = wq x in q4, from ops.linear to the instruction:
 
-    model.attention calls ops.linears        compile.py compiles model.forward, where linear.py overloads it
-    linear.py      the type Q4 selects       formats.py the kernels that q4.py has registered
-    fused_inputs   wq, wk, wv together       three matrices share x, and one parallel loop
-    int8_input     x is rounded to 8 bits    activations.quantize_rows, in the order of the tiles
-    int8_linear    threads take blocks       16 rows of w; a tile is a block times 8 tokens, or times 1
-    q4.py          a group of a tile         64 bytes of codes -> levels, looked up in the codebook
-    int8_dot       the dot product           llvm.x86.avx512.vpdpbusd, or what this CPU has instead
+    compile.py       model.forward is compiled; model.attention calls ops.linears, which linear.py overloads
+    linear.py        the type Q4 selects kernels
+    formats.py       those that q4.py has registered
+    fused_inputs.py  wq, wk and wv together: three matrices share x, and one parallel loop
+    int8_input.py    x is rounded to 8 bits as activations.quantize_rows does, in the order of the tiles
+    int8_linear.py   threads take blocks: 16 rows of w; a tile is a block times 8 tokens, or times 1
+    q4.py            a group of a tile: 64 bytes of codes -> levels, looked up in the codebook
+    int8_dot.py      the dot product: llvm.x86.avx512.vpdpbusd, or what this CPU has instead
 
-The same bits come out for any number of threads: a thread owns whole outputs, whose order of addition depends on shapes
-alone; nothing is summed over threads, and no flag lets the compiler reorder (flags.py).
+Why the bits of a result do not depend on the number of threads:
+
+    1. A thread owns whole outputs: nothing is summed over threads.
+    2. Each output is summed in one order, which follows from shapes and positions, not from who computes what.
+    3. The compiler may not reorder, contract or approximate (flags.py), and ir_math.py spells out what it would choose.
+
+Why, in q8, q6 and q4, they do not depend either on how a prompt is cut, nor on what is computed beside it:
+
+    4. Products of codes are integers, so their sums are exact in any order and by any instruction. Groups are added in
+       ascending order, each operation rounded to float32: ops.linear in NumPy does the same.
+    5. Attention adds blocks of slots that begin at fixed slots, in float64; a masked slot adds an exact zero.
+    6. Norms, rotations and SwiGLU compute each row alone.
+
+In f32, f16 and bf16 few tokens (GEMV) and many (GEMM) are summed in two orders, each the same for any number of
+threads: so another cut changes the last digits. tests/test_same_bits.py and tests/test_conventions.py hold these.
 
 Files, in the order in which to read them:
 
@@ -29,7 +43,7 @@ Files, in the order in which to read them:
     int8_dot.py         vector operations on 8-bit codes, in the form that this CPU has
     amx.py              the same products by Intel's AMX
     attention.py        ops.attend: online softmax over blocks of the KV cache
-    weighted_sum.py     its two products, in float64
+    weighted_sum.py     the two products of attention, in float64
     kv_formats.py       keys and values in float32, float16 and 8 bits
     elementwise.py      RMSNorm, RoPE, SwiGLU
     top_k.py            the largest logits, for sampling
@@ -43,4 +57,7 @@ Files, in the order in which to read them:
     affinity.py         ties threads to CPUs
     per_op.py           every op compiled on its own
     bandwidth.py        reads memory as fast as possible
+
+A new step of the model is a function of ops.py, its overload here (elementwise.py has the shortest), an entry of
+`per_op.OPS` and of `TOLERANCE` in measure/verify.py; then model.py calls it.
 """

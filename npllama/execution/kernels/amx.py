@@ -143,7 +143,7 @@ def add_scaled_sums(typingctx, total, sums, i, scale, array, offset, tile_stride
 
 @intrinsic
 def bytes_to_line(typingctx, array):
-    """Bytes from an array's beginning to the next cache line: rows that cross lines load at half the speed."""
+    """Bytes from an array's beginning to the next cache line: rows that cross lines load more slowly."""
 
     def generate(context, builder, signature, args):
         start = address(context, builder, signature.args[0], args[0], ir.Constant(i64, 0))

@@ -4,8 +4,7 @@ A tile of query rows, tokens of one sequence times the query heads that share a 
 the KV cache once. Sums are kept relative to the highest score so far, and rescaled when a higher one appears (online
 softmax, Milakov & Gimelshein 2018, arXiv:1805.02867).
 
-Blocks begin at fixed slots, and a masked slot adds an exact zero. So a row's result depends, to the bit, on its
-position and on what the cache holds for it: not on how the prompt was cut, nor on the rows beside it.
+Blocks begin at fixed slots, and a masked slot adds an exact zero: why that matters is said in kernels/__init__.py.
 
 Axes as in ops.py. M query rows of a tile; P: E rounded up to a multiple of WIDTH, zeros beyond E.
 """

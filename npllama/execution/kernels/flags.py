@@ -1,8 +1,8 @@
 """The compiler flags of every kernel, and the switches that are read once.
 
-No fastmath: with reassociation, fresh and kept code give different bits, and element-wise code differs with the number
-of threads. Contraction is not what NumPy computes; a kernel that means one rounding says `fma`. Every kernel states its
-flags: one that does not inherits those of its first caller.
+No fastmath: with reassociation, fresh and kept code give different bits (see kernels/__init__.py). Contraction is not
+what NumPy computes; a kernel that means one rounding says `fma`. Every kernel states its flags: one that does not
+inherits those of its first caller.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 Few tokens (GEMV): the weights stream by once, straight from the mapped file; memory is the limit. Many tokens (GEMM):
 strips of weights are widened into a buffer in L1 while all tokens pass; arithmetic is the limit.
 
-A thread owns whole outputs. Each is summed in an order that depends on the shape of w and on which of the two ways it
-goes: so logits are the same to the bit for any number of threads, and nearly the same for another chunk.
+A thread owns whole outputs, and each of the two ways has one order of addition (see kernels/__init__.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Dot products of one row of x with some rows of w, each sum in a register of its own: for few tokens (GEMV).
 
 A dot product is summed in WIDTH lanes, lane i taking the columns i, i + WIDTH, ...; then the lanes are added by halves.
-That order does not depend on how many rows are read at once, so an output depends on its two rows alone, to the bit.
+That order does not depend on how many rows are read at once.
 
 Columns that do not fill a vector are read as the last WIDTH columns of w's row, which overlap the vector before.
 `copy_row` has put zeros into x in place of what overlaps.

@@ -13,7 +13,7 @@ from numba import njit, prange
 
 from npllama.execution.kernels.flags import INNER, INNER_PARALLEL
 from npllama.execution.kernels.int8_dot import TOKEN_TILE, abs_max, round_group
-from npllama.numbers.activations import SMALLEST_MAGNITUDE
+from npllama.numbers.activations import MIN_MAGNITUDE
 from npllama.numbers.blocks import GROUP
 
 SERIAL_BELOW = 1 << 15
@@ -35,7 +35,7 @@ class QuantizedInput(NamedTuple):
 def group_scale(x, begin):
     """quantize_rows for the group from x[begin] on: its scale, and the factor of its numbers."""
     magnitude = abs_max(x, begin)
-    if magnitude < np.float32(SMALLEST_MAGNITUDE):
+    if magnitude < np.float32(MIN_MAGNITUDE):
         return np.float32(0), np.float32(0)
     return magnitude / np.float32(127), np.float32(127) / magnitude
 

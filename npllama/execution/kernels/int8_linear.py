@@ -2,8 +2,8 @@
 
     y[t, n] = w_factor[n] * sum_g (sum_k w_code[n, g, k] * x_code[t, g, k]) * (w_scale[n, g] * x_scale[t, g])
 
-The inner sum is exact. The outer one runs over g in ascending order, for each y on its own: a row of y has the same
-bits in every batch and chunk, on any number of threads, and in NumPy.
+The inner sum is exact. The outer one runs over g in ascending order, for each y on its own; why that matters is said
+in kernels/__init__.py.
 
 A tile is a block (16 rows of w) times M tokens. A format brings functions for one group of a block: see
 `register_grouped`.
@@ -297,8 +297,8 @@ def make_embed(level):
 def register_grouped(weight, code_bits, lowest, dot_group, unpack_group, level):
     """Register a grouped format by its kernels for one group of a block, all njit(**INLINE) but `level`, njit(**INNER).
 
-    weight: a NamedTuple with the fields of quant.Q4; code_bits of a weight; lowest: what is to be added to the codes
-    that `dot_group` multiplies by, minus their zero point.
+    weight: a NamedTuple with the fields of numbers.q4.Q4; code_bits of a weight; lowest: what is to be added to the
+    codes that `dot_group` multiplies by, minus their zero point.
 
     dot_group(dots, codes, begin, x, at, tile_stride): dots plus, for each token, its codes from x[at] on times the
     group at codes[begin]; prefetches PREFETCH_BYTES ahead with int8_dot.prefetch_line.

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 from numba.extending import overload
 
-from npllama.cache import Rounded
+from npllama.cache import Int8KV
 from npllama.execution.kernels.flags import INNER
 from npllama.execution.kernels.gemv_f32 import StridedRows
 from npllama.execution.kernels.int8_dot import round_group
@@ -129,8 +129,8 @@ def store_tail_q8(stored, row, E, x, at):
 def _pointers(stored):
     if namedtuple_class(stored) is F16:
         return lambda stored: F16(pointer(stored.bits, 0))
-    if namedtuple_class(stored) is Rounded:
-        return lambda stored: Rounded(pointer(stored.codes, 0), pointer(stored.scales, 0))
+    if namedtuple_class(stored) is Int8KV:
+        return lambda stored: Int8KV(pointer(stored.codes, 0), pointer(stored.scales, 0))
     return lambda stored: pointer(stored, 0)
 
 
@@ -138,7 +138,7 @@ def _pointers(stored):
 def _block_rows(stored, row, n_slots, E, buffer):
     if namedtuple_class(stored) is F16:
         return lambda stored, row, n_slots, E, buffer: block_rows_f16(stored, row, n_slots, E, buffer)
-    if namedtuple_class(stored) is Rounded:
+    if namedtuple_class(stored) is Int8KV:
         return lambda stored, row, n_slots, E, buffer: block_rows_q8(stored, row, n_slots, E, buffer)
     return lambda stored, row, n_slots, E, buffer: block_rows_f32(stored, row, n_slots, E, buffer)
 
@@ -147,6 +147,6 @@ def _block_rows(stored, row, n_slots, E, buffer):
 def _store_head(stored, row, E, x, at):
     if namedtuple_class(stored) is F16:
         return lambda stored, row, E, x, at: store_head_f16(stored, row, E, x, at)
-    if namedtuple_class(stored) is Rounded:
+    if namedtuple_class(stored) is Int8KV:
         return lambda stored, row, E, x, at: store_head_q8(stored, row, E, x, at)
     return lambda stored, row, E, x, at: store_head_f32(stored, row, E, x, at)

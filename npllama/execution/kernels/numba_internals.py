@@ -1,7 +1,7 @@
 """All that the kernels use of Numba beyond its documented interface. Every part is probed before it is used.
 
 Numba optimises and assembles a function as soon as its types are known, then copies it into each caller, where both
-happen again: ten levels of kernels cost three times the work. `compile_once` leaves callees alone until the machine
+happen again at every level. `compile_once` leaves callees alone until the machine
 code of the whole is asked for. Then it hides all but the entry: Numba numbers functions of one name anew in each
 process, and the linker takes visible ones of equal names for the same, so kept code would call another's functions.
 

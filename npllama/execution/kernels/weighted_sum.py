@@ -28,14 +28,16 @@ def make_weighted_sum(rows, vectors):
     def weighted_sum(typingctx, weights, numbers, n, sums, rescale, first):
         def generate(context, builder, signature, args):
             weights, numbers, n, sums, rescale, first = args
-            places = [_columns(builder, _row(builder, sums, f64, index(m)), f64, vectors) for m in range(rows)]
+            pointers = [_columns(builder, _row(builder, sums, f64, index(m)), f64, vectors) for m in range(rows)]
             factors = builder.extract_value(rescale, 0)
-            totals = [_start_sums(builder, place, factors, index(m), first) for m, place in enumerate(places)]
+            totals = [
+                _start_sums(builder, row_pointers, factors, index(m), first) for m, row_pointers in enumerate(pointers)
+            ]
             weight_rows = [_row(builder, weights, f64, index(m)) for m in range(rows)]
             with llvm.loop(builder, 0, n) as i:
                 _add_row(builder, weight_rows, _row(builder, numbers, f32, i), i, totals)
-            for row_totals, place in zip(totals, places, strict=True):
-                for total, at in zip(row_totals, place, strict=True):
+            for row_totals, row_pointers in zip(totals, pointers, strict=True):
+                for total, at in zip(row_totals, row_pointers, strict=True):
                     llvm.store(builder, llvm.load(builder, total, doubles.llvm), at, 8)
             return llvm.nothing(context)
 
@@ -65,10 +67,10 @@ def _broadcast(builder, pointer, i):
     return llvm.broadcast(builder, llvm.load(builder, llvm.gep(builder, pointer, f64, i), f64), WIDTH64)
 
 
-def _start_sums(builder, place, factors, m, first):
+def _start_sums(builder, row_pointers, factors, m, first):
     """A variable for each vector of a row of sums: zero, or what is there times the row's factor."""
     zero, factor = llvm.constant(doubles.llvm, 0.0), _broadcast(builder, factors, m)
-    old = [builder.fmul(llvm.load(builder, at, doubles.llvm, 8), factor) for at in place]
+    old = [builder.fmul(llvm.load(builder, at, doubles.llvm, 8), factor) for at in row_pointers]
     return [llvm.variable(builder, doubles.llvm, builder.select(first, zero, value)) for value in old]
 
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from npllama.text.vocabulary import MARK, Vocabulary
 
-_MOST_CLASSES = 16
+_MAX_CLASSES = 16
 
 
 def cutter(vocabulary: Vocabulary) -> Callable[[str], list[str]] | None:
-    """Cuts a text at places that no merge crosses; None where the merges do not prove that there are such places."""
+    """Cuts a text where no merge crosses; None where the merges prove of nowhere that none does."""
     rules = vocabulary.rules
     texts = [token.decode("utf-8") for token in vocabulary.tokens] + list(rules.letters)
     fallback = _byte_tokens(texts) if rules.byte_fallback else []
@@ -52,7 +52,7 @@ def _pattern(joined: set[tuple[str, str]]) -> str:
     parts = sorted(map(sorted, _components(joined)), key=len, reverse=True)
     runs = [part for part in parts if len(part) > 1 or (part[0], part[0]) in joined]
     alone = sorted(set(chain(*parts)).difference(*runs))  # joined with a mark in front only
-    classes = [*runs[:_MOST_CLASSES], list(chain(*runs[_MOST_CLASSES:]))]
+    classes = [*runs[:_MAX_CLASSES], list(chain(*runs[_MAX_CLASSES:]))]
     choices = [f"[{''.join(map(re.escape, part))}]+" for part in classes if part]
     choices += [f"[{''.join(map(re.escape, alone))}]"] if alone else []
     return "|".join([*([f"{MARK}*(?:{'|'.join(choices)})"] if choices else []), f"{MARK}+", "."])

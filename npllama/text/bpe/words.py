@@ -46,7 +46,7 @@ Stage = Callable[[str], list[str]]
 
 
 def _stages(rules: Rules) -> tuple[list[Stage], list[Stage]]:
-    """The stages that leave about a word each, whose ids are worth remembering, and those that cut a word further."""
+    """The stages that leave about a word each, whose ids are worth remembering, and those that cut a word again."""
     found, n_first = [], None
     for kind, what in (stage for stage in rules.stages if stage[0] != "metaspace"):
         found.append(_with_space(what) if kind == "prefix" else Splitter(what))

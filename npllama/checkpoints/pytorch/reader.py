@@ -1,7 +1,7 @@
 """What torch.save wrote: the zip format (torch >= 1.6) and the legacy format before it.
 
 Both hold one pickle of an object tree in which every tensor names its storage, and the storages as raw bytes. The tree
-is returned with Views in the places of tensors; nothing of the bytes is read yet.
+is returned with Views instead of tensors; nothing of the bytes is read yet.
 
 Source: torch/serialization.py and torch/_utils.py.
 """
@@ -12,14 +12,14 @@ import sys
 from collections.abc import Callable
 from typing import Literal
 
-from npllama.checkpoints.archive import Archive
 from npllama.checkpoints.files import InputFile
-from npllama.checkpoints.opcodes import Machine, Name, Opaque
+from npllama.checkpoints.pytorch.archive import Archive
+from npllama.checkpoints.pytorch.opcodes import Name, Opaque, PickleMachine
 from npllama.checkpoints.tensors import Storage, View
 from npllama.errors import CheckpointError, quote
 
-LARGEST_TREE = 512 << 10  # bytes of pickle; LLaMA 2 70B needs 75 kB
-MOST_AXES = 8
+MAX_TREE_BYTES = 512 << 10  # bytes of pickle; LLaMA 2 70B needs 75 kB
+MAX_AXES = 8
 VERSIONS = tuple(b"%d" % version for version in range(1, 11))
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -63,8 +63,8 @@ def read_zip(file: InputFile) -> object:
             storage.start, storage.swapped = archive.start(f"data/{key}"), swapped
         return storage
 
-    code = archive.read("data.pkl", LARGEST_TREE)
-    return Machine(code, f"{file.name}/data.pkl", _Calls(file).table(), persistent).load()
+    code = archive.read("data.pkl", MAX_TREE_BYTES)
+    return PickleMachine(code, f"{file.name}/data.pkl", _Calls(file).table(), persistent).load()
 
 
 def _check_kind(file: InputFile, archive: Archive) -> bool:
@@ -92,8 +92,8 @@ def _check_kind(file: InputFile, archive: Archive) -> bool:
 def read_legacy(file: InputFile) -> object:
     """The object tree of a file of torch.save before 1.6: five pickles, then each storage behind its length."""
     storages: dict[str, Storage] = {}
-    machine = Machine(
-        file.read(0, min(file.size, LARGEST_TREE)),
+    machine = PickleMachine(
+        file.read(0, min(file.size, MAX_TREE_BYTES)),
         file.name,
         _Calls(file).table(),
         lambda pid: _storage(file, pid, storages, 6)[1],
@@ -223,7 +223,7 @@ def _view(file: InputFile, *arguments: object) -> View:
     storage, offset, shape, strides = arguments
     if not isinstance(storage, Storage) or not isinstance(offset, int):
         raise _damaged(file, "a tensor has no storage, or begins at no element of it")
-    if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= MOST_AXES:
+    if type(shape) is not tuple or type(strides) is not tuple or not len(shape) == len(strides) <= MAX_AXES:
         raise _damaged(file, "a tensor is not described as torch does it")
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in (offset, *shape, *strides)):
         raise _damaged(file, "a tensor has an impossible shape")

@@ -16,7 +16,7 @@ from itertools import pairwise
 from npllama.checkpoints.files import InputFile
 from npllama.errors import CheckpointError, quote
 
-LARGEST_DIRECTORY = 4 << 20  # bytes; LLaMA 2 70B needs 80 kB
+MAX_DIRECTORY_BYTES = 4 << 20  # bytes; LLaMA 2 70B needs 80 kB
 
 _END = struct.Struct("<IHHHHIIH")
 _LOCATOR = struct.Struct("<IIQI")
@@ -98,7 +98,7 @@ class Archive:
         if locator >= 0 and self._file.read(locator, 4) == b"PK\x06\x07":
             end = locator - _END64.size
             count, size, offset = self._zip64_end(end, locator, [count, size, offset])
-        if offset + size != end or size > LARGEST_DIRECTORY or not 0 < count <= size // _CENTRAL.size:
+        if offset + size != end or size > MAX_DIRECTORY_BYTES or not 0 < count <= size // _CENTRAL.size:
             raise self._damaged("the directory at its end has an impossible place or size")
         self._count = count
         return offset, size

@@ -16,9 +16,9 @@ from typing import cast
 
 from npllama.errors import CheckpointError, quote
 
-LARGEST_KEY = 1 << 24  # small whole numbers hash to themselves, so keys cannot be made to collide without end
-LONGEST_NAME = 256
-LONGEST_INTEGER = 16  # bytes
+MAX_KEY = 1 << 24  # small whole numbers hash to themselves, so keys cannot be made to collide without end
+MAX_NAME_BYTES = 256
+MAX_INTEGER_BYTES = 16  # bytes
 
 Call = Callable[..., object]
 
@@ -37,10 +37,7 @@ class Opaque:
         self.what = what
 
 
-_MARK = object()
-
-
-class Machine:
+class PickleMachine:
     """Runs the pickles in `data` one after the other.
 
     `calls` maps each dotted name that may be called to what it does; names in it with None may be mentioned only.
@@ -92,7 +89,7 @@ class Machine:
         return int(struct.unpack(layout, self._take(struct.calcsize(layout)))[0])
 
     def _line(self) -> str:
-        end = self._data.find(b"\n", self.position, self.position + LONGEST_NAME)
+        end = self._data.find(b"\n", self.position, self.position + MAX_NAME_BYTES)
         if end < 0:
             raise self._damaged("a name has no end")
         line = self._take(end - self.position)
@@ -186,7 +183,7 @@ class Machine:
 
     def _long(self) -> None:
         size = self._number("<B")
-        if size > LONGEST_INTEGER:
+        if size > MAX_INTEGER_BYTES:
             raise self._damaged(f"a whole number has {size} bytes")
         self._push(int.from_bytes(self._take(size), "little", signed=True))
 
@@ -213,7 +210,7 @@ class Machine:
         if len(group) % 2:
             raise self._damaged("a key has no value")
         for key, value in zip(group[::2], group[1::2], strict=True):
-            if type(key) is not str and not (type(key) is int and 0 <= key < LARGEST_KEY):
+            if type(key) is not str and not (type(key) is int and 0 <= key < MAX_KEY):
                 raise self._damaged(f"a key of a dict is a {type(key).__name__}")
             if key in target:
                 raise CheckpointError(f"{self._source}: {quote(key)} stands twice in one dict; it is damaged")
@@ -221,34 +218,34 @@ class Machine:
 
 
 _STOP = ord(".")
-_OPCODES: dict[int, Callable[[Machine], None]] = {
-    0x80: Machine._proto,
-    ord("c"): Machine._global,
-    ord("R"): Machine._reduce,
-    ord("b"): Machine._build,
-    ord("Q"): Machine._persistent_id,
+_OPCODES: dict[int, Callable[[PickleMachine], None]] = {
+    0x80: PickleMachine._proto,
+    ord("c"): PickleMachine._global,
+    ord("R"): PickleMachine._reduce,
+    ord("b"): PickleMachine._build,
+    ord("Q"): PickleMachine._persistent_id,
     ord("q"): lambda m: m._put("<B"),
     ord("r"): lambda m: m._put("<I"),
     ord("h"): lambda m: m._get("<B"),
     ord("j"): lambda m: m._get("<I"),
-    ord("("): Machine._mark,
-    ord("t"): Machine._tuple_to_mark,
+    ord("("): PickleMachine._mark,
+    ord("t"): PickleMachine._tuple_to_mark,
     ord(")"): lambda m: m._push(()),
     0x85: lambda m: m._tuple(1),
     0x86: lambda m: m._tuple(2),
     0x87: lambda m: m._tuple(3),
     ord("]"): lambda m: m._push([]),
-    ord("a"): Machine._append,
-    ord("e"): Machine._appends,
+    ord("a"): PickleMachine._append,
+    ord("e"): PickleMachine._appends,
     ord("}"): lambda m: m._push({}),
-    ord("s"): Machine._set_item,
-    ord("u"): Machine._set_items,
-    ord("X"): Machine._text,
+    ord("s"): PickleMachine._set_item,
+    ord("u"): PickleMachine._set_items,
+    ord("X"): PickleMachine._text,
     ord("J"): lambda m: m._push(m._number("<i")),
     ord("K"): lambda m: m._push(m._number("<B")),
     ord("M"): lambda m: m._push(m._number("<H")),
-    0x8A: Machine._long,
-    ord("G"): Machine._float,
+    0x8A: PickleMachine._long,
+    ord("G"): PickleMachine._float,
     ord("N"): lambda m: m._push(None),
     0x88: lambda m: m._push(True),
     0x89: lambda m: m._push(False),

@@ -1,0 +1,112 @@
+"""The options of one call, checked."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from npllama.errors import UsageError, quote, whole_number
+from npllama.generation.sampling import SEEDS
+from npllama.generation.streaming import stop_texts
+from npllama.options import OPTIONS, SamplingOptions, chosen_sampling
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The validated options of one call."""
+
+    max_tokens: int | None
+    sampling: SamplingOptions
+    seed: int
+    stop: tuple[str, ...]
+    echo: bool
+    bos: bool | None
+    eos: bool | None
+    padding_ids: bool
+
+
+def is_one(prompt: object) -> bool:
+    """Whether a prompt is one prompt (text, or a list of ids) and not a list of prompts."""
+    if isinstance(prompt, str):
+        return True
+    check_kind(prompt)
+    return len(prompt) == 0 or isinstance(prompt[0], bool) or whole_number(prompt[0]) is not None  # type: ignore[arg-type, index]
+
+
+def check_kind(prompt: object) -> None:
+    """Refuse what is neither text nor a sequence: bytes would pass for ids, an iterator would be used up by a look."""
+    listed = hasattr(prompt, "__len__") and hasattr(prompt, "__getitem__") and getattr(prompt, "shape", None) != ()
+    if not listed or isinstance(prompt, (bytes, bytearray, dict)):
+        raise UsageError(f"a prompt is text, a list of token ids, or a list of either; got {type(prompt).__name__}.")
+
+
+def either(name: str, value: Any, default: object, alias: str, other: Any) -> Any:
+    """The value of a parameter that has another name; UsageError when both are given and differ."""
+    if other is None:
+        return value
+    if value not in (default, other):
+        raise UsageError(f"{name}={quote(value)} and {alias}={quote(other)} mean the same; give one of them.")
+    return other
+
+
+def _checked_max_tokens(max_tokens: int | None) -> int | None:
+    """How many tokens to generate; None: until the context is full."""
+    number = whole_number(-1 if max_tokens is None else max_tokens, -1)
+    if number is None:
+        raise UsageError(
+            f"max_tokens={quote(max_tokens)}: needs 0 or more, or -1 (or None) for until the context is full."
+        )
+    return None if number == -1 else number
+
+
+def _checked_seed(seed: int | None) -> int:
+    """The seed of a call: one of its own where none is given."""
+    number = whole_number(-1 if seed is None else seed, -1, SEEDS - 1)
+    if number is None:
+        raise UsageError(
+            f"seed={quote(seed)}: needs a whole number from 0 to 2^64 - 1, or None (or -1) for a random one."
+        )
+    return secrets.randbits(32) if number == -1 else number
+
+
+def _checked_flag(name: str, value: bool | None, optional: bool = False) -> bool | None:
+    if not (isinstance(value, bool) or (value is None and optional)):
+        raise UsageError(f"{name}={quote(value)}: needs True or False.")
+    return value
+
+
+def new_request(
+    max_tokens: int | None,
+    given: tuple[float | None, ...],
+    source: tuple[str | SamplingOptions, SamplingOptions | None],
+    seed: int | None,
+    stop: str | Sequence[str] | None,
+    echo: bool,
+    bos: bool | None,
+    eos: bool | None,
+    padding_ids: bool,
+    aliases: tuple[int | None, float | None],
+) -> Request:
+    """Check the options of a call; UsageError names what is out of range.
+
+    given: the sampling options, in the order of SamplingOptions. source: where those left out (None) come from, and
+    what the model suggests. aliases: max_tokens and repeat_penalty by their other names.
+    """
+    values = {option.name: value for option, value in zip(OPTIONS, given, strict=True)}
+    values["repeat_penalty"] = either(
+        "repeat_penalty", values["repeat_penalty"], None, "repetition_penalty", aliases[1]
+    )
+    return Request(
+        max_tokens=_checked_max_tokens(either("max_tokens", max_tokens, 256, "max_new_tokens", aliases[0])),
+        sampling=chosen_sampling(*source, values),
+        seed=_checked_seed(seed),
+        stop=stop_texts(stop),
+        echo=bool(echo),
+        bos=_checked_flag("bos", bos, optional=True),
+        eos=_checked_flag("eos", eos, optional=True),
+        padding_ids=bool(_checked_flag("padding_ids", padding_ids)),
+    )

@@ -1,0 +1,261 @@
+"""GGUF files written byte by byte: sound ones in any byte order, and ones that no writer makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from helpers import TINY, random_weights
+
+from npllama.checkpoints.files import InputFile, Pool
+from npllama.checkpoints.gguf.blocks import BLOCK_TYPES
+from npllama.checkpoints.gguf.reader import GgufFile, read_gguf
+from npllama.config import ModelConfig
+from npllama.numbers.bf16 import bf16_bits
+
+CODES = {"u8": 0, "i8": 1, "u16": 2, "i16": 3, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "u64": 10, "i64": 11, "f64": 12}
+FORMATS = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f"}
+FORMATS |= {"bool": "B", "u64": "Q", "i64": "q", "f64": "d"}
+NAMES = {
+    "tok_embeddings": "token_embd",
+    "norm": "output_norm",
+    "output": "output",
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+    "attention_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+}
+
+Typed = tuple[str, object]
+"""A value of metadata and its type: ("u32", 4), ("str", "llama"), ("[str]", [...]), ("[f32]", [...])."""
+
+
+@dataclass
+class Written:
+    """One tensor: its ggml type, its shape as NumPy has it, its bytes."""
+
+    kind: int
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass
+class File:
+    """A GGUF file to be; change what is to be wrong, then take `bytes`."""
+
+    metadata: dict[str, Typed]
+    tensors: dict[str, Written] = field(default_factory=dict)
+    order: str = "<"
+    version: int = 3
+    alignment: int = 32
+    n_tensors: int | None = None
+    n_keys: int | None = None
+    offsets: dict[str, int] = field(default_factory=dict)
+
+    def number(self, kind: str, value: object) -> bytes:
+        return struct.pack(self.order + FORMATS[kind], value)
+
+    def string(self, text: str | bytes) -> bytes:
+        data = text.encode() if isinstance(text, str) else text
+        return self.number("u64", len(data)) + data
+
+    def value(self, typed: Typed) -> bytes:
+        kind, value = typed
+        if kind == "str":
+            return self.number("u32", 8) + self.string(value)
+        if kind.startswith("["):
+            inner = kind[1:-1]
+            assert isinstance(value, Iterable)
+            items = [self.string(v) if inner == "str" else self.number(inner, v) for v in value]
+            code = 8 if inner == "str" else CODES[inner]
+            return self.number("u32", 9) + self.number("u32", code) + self.number("u64", len(items)) + b"".join(items)
+        if kind == "raw":
+            return value
+        return self.number("u32", CODES[kind]) + self.number(kind, value)
+
+    def head(self) -> bytes:
+        n_tensors = len(self.tensors) if self.n_tensors is None else self.n_tensors
+        n_keys = len(self.metadata) if self.n_keys is None else self.n_keys
+        out = b"GGUF" + self.number("u32", self.version) + self.number("u64", n_tensors) + self.number("u64", n_keys)
+        for key, typed in self.metadata.items():
+            out += self.string(key) + self.value(typed)
+        at = 0
+        for name, tensor in self.tensors.items():
+            out += self.string(name) + self.number("u32", len(tensor.shape))
+            out += b"".join(self.number("u64", n) for n in reversed(tensor.shape))
+            out += self.number("u32", tensor.kind) + self.number("u64", self.offsets.get(name, at))
+            at += -(-len(tensor.data) // self.alignment) * self.alignment
+        return out
+
+    def bytes(self) -> bytes:
+        out = bytearray(self.head())
+        for tensor in self.tensors.values():
+            out += bytes(-len(out) % self.alignment) + tensor.data
+        return bytes(out + bytes(-len(out) % self.alignment) if self.tensors else out)
+
+
+def floats(values: np.ndarray, dtype: str = "f32", order: str = "<") -> Written:
+    """Numbers in a format that is not quantized."""
+    if dtype == "bf16":
+        return Written(30, values.shape, bf16_bits(values).astype(f"{order}u2").tobytes())
+    return Written(
+        {"f32": 0, "f16": 1}[dtype],
+        values.shape,
+        values.astype({"f32": f"{order}f4", "f16": f"{order}f2"}[dtype]).tobytes(),
+    )
+
+
+def metadata_of(config: ModelConfig = TINY) -> dict[str, Typed]:
+    """The metadata that llama.cpp's converter writes for a config, with a vocabulary of its size."""
+    c, n = config, config.vocab_size
+    letters = [chr(0x4E00 + i) for i in range(n - 259)]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters][:n]
+    return {
+        "general.architecture": ("str", "llama"),
+        "general.name": ("str", "tiny"),
+        "llama.context_length": ("u32", c.max_seq_len),
+        "llama.embedding_length": ("u32", c.dim),
+        "llama.block_count": ("u32", c.n_layers),
+        "llama.feed_forward_length": ("u32", c.hidden_dim),
+        "llama.attention.head_count": ("u32", c.n_heads),
+        "llama.attention.head_count_kv": ("u32", c.n_kv_heads),
+        "llama.attention.layer_norm_rms_epsilon": ("f32", c.norm_eps),
+        "llama.rope.dimension_count": ("u32", c.head_dim),
+        "llama.rope.freq_base": ("f32", c.rope_theta),
+        "llama.vocab_size": ("u32", n),
+        "tokenizer.ggml.model": ("str", "llama"),
+        "tokenizer.ggml.pre": ("str", "default"),
+        "tokenizer.ggml.tokens": ("[str]", tokens),
+        "tokenizer.ggml.scores": ("[f32]", [-float(i) for i in range(n)]),
+        "tokenizer.ggml.token_type": ("[i32]", [2, 3, 3, *[6] * 256, *[1] * n][:n]),
+        "tokenizer.ggml.bos_token_id": ("u32", c.bos_token_id),
+        "tokenizer.ggml.eos_token_id": ("u32", c.eos_token_ids[0]),
+        "tokenizer.ggml.add_bos_token": ("bool", True),
+    }
+
+
+def gguf_name(name: str) -> str:
+    """Meta's name without ".weight" -> the one in GGUF files."""
+    if name.startswith("layers."):
+        _, layer, rest = name.split(".", 2)
+        return f"blk.{layer}.{NAMES[rest]}.weight"
+    return f"{NAMES[name]}.weight"
+
+
+def file_of(
+    config: ModelConfig = TINY, seed: int = 0, dtype: str = "f32", tied: bool = False, order: str = "<"
+) -> tuple[File, dict[str, np.ndarray]]:
+    """A GGUF file of a random model (norms float32), and its weights by Meta's names."""
+    weights = random_weights(config, seed, tied)
+    tensors = {gguf_name(name): floats(w, dtype if w.ndim == 2 else "f32", order) for name, w in weights.items()}
+    return File(metadata_of(config), tensors, order), weights
+
+
+def write_gguf(folder: Path, **options: object) -> dict[str, np.ndarray]:
+    """Write a folder that holds one GGUF file; returns its weights."""
+    file, weights = file_of(**options)  # type: ignore[arg-type]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.gguf").write_bytes(file.bytes())
+    return weights
+
+
+def write_split(folder: Path, parts: int, **options: object) -> dict[str, np.ndarray]:
+    """Write a GGUF file in parts, as llama.cpp's gguf-split does."""
+    file, weights = file_of(**options)  # type: ignore[arg-type]
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, part in enumerate(split(file, parts)):
+        (folder / f"model-{i + 1:05d}-of-{parts:05d}.gguf").write_bytes(part.bytes())
+    return weights
+
+
+def split(file: File, parts: int) -> list[File]:
+    """The parts of a file; the first has all of the metadata."""
+    names = list(file.tensors)
+    found = []
+    for i in range(parts):
+        own: Mapping[str, Typed] = {
+            "split.no": ("u16", i),
+            "split.count": ("u16", parts),
+            "split.tensors.count": ("i32", len(names)),
+        }
+        share = names[math.ceil(i * len(names) / parts) : math.ceil((i + 1) * len(names) / parts)]
+        metadata = {**(file.metadata if i == 0 else {}), **own}
+        found.append(File(metadata, {name: file.tensors[name] for name in share}, file.order))
+    return found
+
+
+BLOCKY = dataclasses.replace(TINY, dim=256, hidden_dim=512, head_dim=64, n_heads=4, n_kv_heads=2)
+"""Widths that are whole blocks of every type."""
+
+
+def blocks(number: int, shape: tuple[int, ...], seed: int) -> tuple[Written, np.ndarray]:
+    """A tensor of random blocks, and the numbers that they stand for."""
+    kind = BLOCK_TYPES[number]
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (int(np.prod(shape)) // kind.elements, kind.size), np.uint8)
+    for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind.name, (0, 2)):
+        if at == 0 or kind.name in ("Q2_K", "Q3_K", "Q6_K", "Q4_1", "Q5_1", "Q4_K", "Q5_K"):
+            raw[:, at : at + 2] = rng.normal(0, 0.02, (len(raw), 1)).astype("<f2").view(np.uint8)
+    return Written(number, shape, raw.tobytes()), kind.decode(raw).reshape(shape)
+
+
+def quantized(seed: int = 0) -> tuple[File, dict[str, np.ndarray]]:
+    """A file whose matrices take turns in every type of blocks, and its numbers by name."""
+    file, _ = file_of(BLOCKY, seed)
+    needed = {}
+    numbers = list(BLOCK_TYPES)
+    for name, tensor in file.tensors.items():
+        if len(tensor.shape) == 2:
+            i = len(needed)
+            file.tensors[name], needed[name] = blocks(numbers[i % len(numbers)], tensor.shape, seed + i)
+    assert {tensor.kind for tensor in file.tensors.values()} == {0, *numbers}
+    return file, needed
+
+
+def write_quantized(folder: Path) -> None:
+    """Write a folder with a GGUF file of every type of blocks, and no vocabulary, so that its tensors come early."""
+    file, _ = quantized()
+    file.metadata = {key: typed for key, typed in file.metadata.items() if not key.startswith("tokenizer.")}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.gguf").write_bytes(file.bytes())
+
+
+def put(tmp_path: Path, file: File | bytes, name: str = "model.gguf") -> Path:
+    (tmp_path / name).write_bytes(file if isinstance(file, bytes) else file.bytes())
+    return tmp_path / name
+
+
+def changed(tmp_path: Path, change: Callable[[File], object]) -> Path:
+    """The path of a sound file of TINY after a change."""
+    file, _ = file_of()
+    change(file)
+    return put(tmp_path, file)
+
+
+def with_keys(tmp_path: Path, **changes: Typed | None) -> Path:
+    """The path of a file whose metadata has changed; `__` stands for `.`, None takes a key out."""
+
+    def change(file: File) -> None:
+        named = {key.replace("__", "."): typed for key, typed in changes.items()}
+        merged = {**file.metadata, **named}
+        file.metadata = {key: typed for key, typed in merged.items() if typed is not None}
+
+    return changed(tmp_path, change)
+
+
+def header(path: Path) -> GgufFile:
+    pool = Pool()
+    try:
+        return read_gguf(InputFile(path, pool))
+    finally:
+        pool.close()
