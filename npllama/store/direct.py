@@ -72,6 +72,7 @@ def _open_exported(source: Source, given: Path, dtype: str | None, progress: Pro
             _discard(entry, damage)
             continue
         entry.note_use()
+        entry.remove_leftovers()
         if lock is not None:
             opened.on_close(lock.close)
         return opened

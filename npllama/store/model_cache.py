@@ -162,6 +162,11 @@ class Entry(NamedTuple):
         with contextlib.suppress(OSError):
             os.utime(self.record_path)
 
+    def remove_leftovers(self) -> None:
+        """Remove what killed exports left beside it. A folder that cannot be written stays as it is."""
+        with contextlib.suppress(OSError):
+            remove_leftovers(self.path, is_model_file)
+
     def remove(self, lock: Lock) -> None:
         """Remove it; the lock is held alone, and its file goes last."""
         remove_leftovers(self.path, is_model_file)
@@ -189,6 +194,7 @@ def swept(entry: Entry, ours: bool = False) -> bool:
     ours: this process made what is there, so that it goes also where there are no locks to tell.
     """
     if entry.is_whole:
+        entry.remove_leftovers()
         return False
     try:
         with entry.lock() as lock:
