@@ -105,8 +105,8 @@ def words(path: Path) -> str:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_files_that_docstrings_name_exist(path: Path) -> None:
-    below = [file for folder in (PACKAGE, ROOT / "tools", ROOT / "tests") for file in folder.rglob("*.py")]
-    known = [f"/{file.relative_to(ROOT).as_posix()}" for file in below]
+    folders = (PACKAGE, ROOT / "tools", ROOT / "tests")
+    known = [f"/{file.relative_to(one.parent).as_posix()}" for one in folders for file in one.rglob("*.py")]
     for name in set(re.findall(r"(?:\w+/)*\w+\.py\b", words(path))):
         assert name.split("/")[-1] in FOREIGN or any(file.endswith(f"/{name}") for file in known), name
 
