@@ -3,6 +3,7 @@
 Files, in the order in which to read them:
 
     engine.py            chooses the execution; checks every batch before it computes
+    cache_checks.py      whether a cache is one for this model, and still holds what a position sees
     compiled.py          compiled execution of one model
     kernels/             the functions of ops.py, implemented for Numba
     threads.py           one call at a time; forks; how Numba's threads start

@@ -19,6 +19,7 @@ from npllama import model, ops, rope
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
 from npllama.execution import process
+from npllama.execution.cache_checks import check_fits, check_kept
 from npllama.execution.compiled import Compiled
 from npllama.execution.compiled_code import compiled_exists
 from npllama.execution.threads import COMPILED, Turn, UnavailableError, using
@@ -223,7 +224,7 @@ class Engine:
 
     def _check(self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray) -> None:
         c = self.config
-        kv.check_fits(cache, c.n_layers, c.n_kv_heads, c.head_dim, self.kv_dtype)
+        check_fits(cache, c.n_layers, c.n_kv_heads, c.head_dim, self.kv_dtype)
         T = len(tokens)
         if T == 0 or pos.shape != (T,) or seq.shape != (T,) or tokens.ndim != 1 or out.ndim != 1:
             raise UsageError(
@@ -241,7 +242,7 @@ class Engine:
             if not (pos[1:][same] == pos[:-1][same] + 1).all() or len(set(seq[firsts])) != len(firsts):
                 raise UsageError("the rows of a sequence must stand together, their positions ascending by one.")
         for t in firsts:
-            kv.check_kept(cache, int(seq[t]), int(pos[t]))
+            check_kept(cache, int(seq[t]), int(pos[t]))
 
     def close(self) -> None:
         """Let go of the weights, and put back what was changed in the process. Waits for a call that is under way."""
