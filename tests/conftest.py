@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny_sentencepiece
 from command_line import Done
+from helpers import write_safetensors_checkpoint
 from hypothesis import settings
 
 from npllama.commands import cli
@@ -93,3 +94,17 @@ def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
         return Done(code, out.encode(), err)
 
     return call
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of models of one test; it is not there yet."""
+    monkeypatch.setenv("NPLLAMA_MODELS_DIR", str(tmp_path / "models"))
+    monkeypatch.delenv("NPLLAMA_MODELS_MAX_GB", raising=False)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    write_safetensors_checkpoint(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"

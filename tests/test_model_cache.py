@@ -16,41 +16,15 @@ import numpy as np
 import pytest
 from command_line import COMMAND, environment
 from helpers import write_model_directory, write_safetensors_checkpoint
+from model_folder import name_of, needs_locks
 
 import npllama
 from npllama.errors import ModelError, UsageError
 from npllama.store import locks, model_cache, staging
-from npllama.store.direct import open_source
 from npllama.store.model_cache import entries, listed, models_directory, remove_models
 from npllama.store.opening import is_model_file
 
-needs_locks = pytest.mark.skipif(locks.fcntl is None, reason="no locks on this system")
-
-
-@pytest.fixture(autouse=True)
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of models of one test; it is not there yet."""
-    monkeypatch.setenv("NPLLAMA_MODELS_DIR", str(tmp_path / "models"))
-    monkeypatch.delenv("NPLLAMA_MODELS_MAX_GB", raising=False)
-    return tmp_path / "models"
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    write_safetensors_checkpoint(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-def name_of(path: Path, dtype: str | None = None) -> str:
-    """Where a checkpoint is kept after it was opened."""
-    with open_source(path, dtype) as opened:
-        return opened.path.name
-
-
-def later(path: Path) -> None:
-    """Change a file's time as a write does, however coarse the file system's clock."""
-    found = path.stat()
-    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 1_000_000))
+pytestmark = pytest.mark.usefixtures("models")
 
 
 # ---------------------------------------------------------------- two at once, interrupts

@@ -95,7 +95,8 @@ def build_parser() -> Parser:
     """The parser of all commands."""
     parser = Parser(
         prog="npllama",
-        description="LLaMA 2 in NumPy, compiled by Numba. Without -m, commands use the demo model that ships inside.",
+        description="LLaMA 2 in NumPy, or compiled by Numba with a kernel in place of each step. Without -m, commands "
+        "use the demo model that ships inside.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"npllama {__version__}")
