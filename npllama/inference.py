@@ -4,88 +4,60 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from npllama.cache import KVCache, clear, slots_and_window
+from npllama.cache import KVCache
 from npllama.config import ModelConfig
 from npllama.errors import ContextError, UsageError, quote, whole_number
 from npllama.execution.engine import Engine
 from npllama.generation.chunks import chunk_tokens
+from npllama.generation.completion import Completion, Model
+from npllama.generation.jobs import LogitsJob
 from npllama.generation.requests import Prompt, Request, check_kind, either, is_one, new_request
-from npllama.generation.sampling import PENALTY_WINDOW, Allowed, sample
-from npllama.generation.streaming import StopStrings
+from npllama.generation.results import Piece, Result, Usage
+from npllama.generation.runtime import Runtime, raise_first_error
+from npllama.generation.scheduler import Scheduler
 from npllama.options import SamplingOptions
 from npllama.store.direct import open_source
 from npllama.store.opening import OpenModel, Progress
 from npllama.store.tokenizers import open_tokenizer
 from npllama.system.closing import Closing
-from npllama.text.decoding import StreamDecoder
 from npllama.text.protocol import Tokenizer
+
+__all__ = ["DEMO", "Llama", "Piece", "Result", "Stream", "Usage", "load"]
 
 DEMO = Path(__file__).parent / "demo"
 MAX_DEFAULT_CONTEXT = 4096
+MIN_SINKS = 4  # first positions that stay in sight of a text that slides: arXiv:2309.17453, section 3.2
+MAX_ENDLESS = 1 << 39  # tokens of a text that slides
 
 log = logging.getLogger("npllama")
-
-
-class Piece(NamedTuple):
-    """One step of a stream: a generated id, and the text that it completes (often a word, sometimes nothing).
-
-    token is None for a last piece of text that had been held back.
-    """
-
-    text: str
-    token: int | None
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens read and generated."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-    @property
-    def total_tokens(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a prompt led to.
-
-    text: the continuation (with echo: prompt and continuation); tokens: the generated ids without BOS and EOS;
-    finish_reason "stop" (end of text, or a stop string) or "length" (max_tokens or the context is used up);
-    prompt_s, generate_s: seconds.
-    """
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    usage: Usage
-    seed: int
-    prompt_s: float
-    generate_s: float
 
 
 class Llama(Closing):
     """An open model. Made by `load`; also a context manager, which closes it."""
 
-    def __init__(self, opened: OpenModel, engine: Engine, tokenizer: Tokenizer, context: int) -> None:
+    def __init__(
+        self,
+        opened: OpenModel,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        context: int,
+        kv_memory: int | None = None,
+        parallel: int | None = None,
+    ) -> None:
         self.config: ModelConfig = opened.config
         self.tokenizer = tokenizer
         self.context = context
         self.engine = engine
         self._opened = opened
-        self._spare: list[KVCache] = []
-        self._closed = False
         self.chunk = chunk_tokens(opened.config)  # tokens of a prompt that are read in one call
+        self.runtime = Runtime(engine, opened, context, self.chunk, kv_memory, parallel)
+        self._model = Model(self.config, tokenizer, engine.top_k)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -114,9 +86,12 @@ class Llama(Closing):
         bos: bool | None = None,
         eos: bool | None = None,
         padding_ids: bool = False,
+        n: int = 1,
+        context_policy: str = "stop",
+        n_keep: int = 0,
         max_new_tokens: int | None = None,
         repetition_penalty: float | None = None,
-    ) -> Result | list[Result]:
+    ) -> Result | list[Result] | list[list[Result]]:
         """Continue a prompt, or each of a list of prompts (a list of results, in order).
 
         prompt: text (which gets BOS and EOS as the model says, or as bos= and eos= do), or token ids (taken as they
@@ -124,16 +99,60 @@ class Llama(Closing):
         sampling order is repetition penalty (over the last 64 tokens), top-k, top-p, min-p, temperature; those left out
         (None) come from sampling: "default", "model" (what its makers suggest), or SamplingOptions. seed None: random,
         see Result.seed. stop: texts that end the generation and are not returned. padding_ids: ids beyond the
-        tokenizer's pieces may come too. max_new_tokens and repetition_penalty are other names.
+        tokenizer's pieces may come too. n: completions of each prompt, which is read once (a list of results).
+        context_policy: "stop" where the context is full, or "slide": the text goes on, of which the last positions and
+        n_keep first ones (at least 4) stay in sight. max_new_tokens and repetition_penalty are other names.
         Raises UsageError for values out of range, ContextError for a prompt that does not fit.
         """
         given, aliases = (temperature, top_k, top_p, min_p, repeat_penalty), (max_new_tokens, repetition_penalty)
         source = (sampling, self._opened.sampling)
-        request = new_request(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases)
-        if is_one(prompt):
-            return Stream(self, prompt, request, 0).run()  # type: ignore[arg-type]
-        streams = [Stream(self, one, request, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
-        return [stream.run() for stream in streams]
+        request = new_request(
+            *(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases, n, context_policy, n_keep)
+        )
+        one = is_one(prompt)
+        prompts: list[Prompt] = [prompt] if one else list(prompt)  # type: ignore[list-item, arg-type]
+        groups = [self._completions(p, request, i * request.n) for i, p in enumerate(prompts)]
+        self.runtime.run(groups)
+        results = [[job.result for job in group] for group in groups]
+        if request.n == 1:
+            return results[0][0] if one else [group[0] for group in results]
+        return results[0] if one else results
+
+    def _completions(self, prompt: Prompt, request: Request, first: int, streamed: bool = False) -> list[Completion]:
+        """The completions of one prompt that a request asks for, from index `first` on; the others follow the first."""
+        ids = self._ids(prompt, request.bos, request.eos)
+        window, n_sink, left = self._seen(request), self._sinks(request), self.context - len(ids)
+        if request.context_policy == "slide":
+            left = MAX_ENDLESS
+        elif left < (n_new := 0 if request.max_tokens == 0 else 1):
+            raise ContextError(self._too_long(len(ids), n_new))
+        n_tokens = left if request.max_tokens is None else min(request.max_tokens, left)
+        jobs = [
+            Completion(self._model, ids, request, n_tokens, window, n_sink, first + i, streamed)
+            for i in range(request.n)
+        ]
+        jobs[0].followers.extend(jobs[1:])
+        for job in jobs:
+            job.begin()
+        return jobs
+
+    def _sinks(self, request: Request) -> int:
+        """How many first positions stay in sight for good: none where a text ends with the context."""
+        if request.context_policy == "stop":
+            return 0
+        n_sink = max(request.n_keep, 0 if self.config.sliding_window else MIN_SINKS)
+        if n_sink > self.context // 2:
+            raise UsageError(
+                f"n_keep={request.n_keep}: at most half of the context, {self.context // 2} positions, can be kept; "
+                f"keep fewer, or load the model with a larger context."
+            )
+        return n_sink
+
+    def _seen(self, request: Request) -> int:
+        """How far back a position sees, sinks apart."""
+        if request.context_policy == "stop" or self.config.sliding_window:
+            return self.runtime.window
+        return self.context - self._sinks(request)
 
     def stream(
         self,
@@ -152,6 +171,8 @@ class Llama(Closing):
         bos: bool | None = None,
         eos: bool | None = None,
         padding_ids: bool = False,
+        context_policy: str = "stop",
+        n_keep: int = 0,
         max_new_tokens: int | None = None,
         repetition_penalty: float | None = None,
     ) -> Stream:
@@ -161,10 +182,12 @@ class Llama(Closing):
         """
         given, aliases = (temperature, top_k, top_p, min_p, repeat_penalty), (max_new_tokens, repetition_penalty)
         source = (sampling, self._opened.sampling)
-        request = new_request(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases)
+        request = new_request(
+            *(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases, 1, context_policy, n_keep)
+        )
         if not is_one(prompt):
             raise UsageError("stream takes one prompt (text or a list of ids); generate takes a list of prompts.")
-        return Stream(self, prompt, request, 0)
+        return Stream(self.runtime, self._completions(prompt, request, 0, streamed=True)[0])
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of the next token after each of the ids: (T, V) float32. Nothing is added to the ids."""
@@ -172,33 +195,15 @@ class Llama(Closing):
         checked = self._ids(list(ids)) if len(ids) else []
         if len(checked) > self.context:
             raise ContextError(self._too_long(len(checked), 0))
-        cache = self.borrow_cache()
-        try:
-            chunks = list(self.feed(cache, checked, every=True))
-        finally:
-            self.return_cache(cache)
-        return np.concatenate(chunks) if chunks else np.zeros((0, self.config.vocab_size), np.float32)
+        if not checked:
+            return np.zeros((0, self.config.vocab_size), np.float32)
+        job = LogitsJob(checked, self.runtime.window)
+        self.runtime.run([[job]])
+        return np.concatenate(job.rows)
 
-    def feed(self, cache: KVCache, ids: list[int], start: int = 0, every: bool = False) -> Iterator[np.ndarray]:
-        """Feed a prompt from position `start` on, chunk by chunk: logits of a chunk's last row, or of every row."""
-        for first in range(start, len(ids), self.chunk):
-            stop = min(len(ids), first + self.chunk)
-            n = stop - first
-            out = range(n) if every else range(n - 1, n)
-            yield self.engine.forward(cache, ids[first:stop], range(first, stop), [0] * n, list(out))
-
-    def borrow_cache(self) -> KVCache:
-        """An empty KV cache for the context, or for the sliding window and a chunk; used before or new."""
-        try:
-            return self._spare.pop()
-        except IndexError:
-            return self.engine.new_cache(1, *slots_and_window(self.context, self.config.sliding_window, self.chunk))
-
-    def return_cache(self, cache: KVCache) -> None:
-        """Hand a cache back for the next call: its memory is kept."""
-        clear(cache, 0)
-        if not self._spare and not self._closed:
-            self._spare.append(cache)
+    def new_cache(self) -> KVCache:
+        """An empty cache for one text of a full context, outside the pool that generations share."""
+        return self.engine.new_cache(1, self.context, self.config.sliding_window or 0)
 
     def _ids(self, prompt: Prompt, bos: bool | None = None, eos: bool | None = None) -> list[int]:
         """The token ids of one prompt, validated against the vocabulary."""
@@ -237,8 +242,7 @@ class Llama(Closing):
 
     def close(self) -> None:
         """Free the model's memory maps and caches. A later call raises UsageError. Closing twice is fine."""
-        self._closed = True
-        self._spare.clear()
+        self.runtime.close()
         self.engine.close()
         self._opened.close()
 
@@ -246,107 +250,46 @@ class Llama(Closing):
 class Stream:
     """A generation under way: an iterator of Piece. `result` is what has come so far, complete after the last piece."""
 
-    def __init__(self, llama: Llama, prompt: Prompt, request: Request, completion: int) -> None:
-        ids = llama._ids(prompt, request.bos, request.eos)
-        left, n_new = llama.context - len(ids), 0 if request.max_tokens == 0 else 1
-        if left < n_new:
-            raise ContextError(llama._too_long(len(ids), n_new))
-        self._llama, self._ids, self._request, self._completion = llama, ids, request, completion
-        self._max_tokens = left if request.max_tokens is None else min(request.max_tokens, left)
-        self._n_prompt = len(ids)
-        self._text: list[str] = []
-        self._tokens: list[int] = []
-        self._finish_reason = "length"
-        self._prompt_s = self._generate_s = 0.0
-        self._pieces = self._run()
+    def __init__(self, runtime: Runtime, job: Completion) -> None:
+        self._runtime, self._job = runtime, job
+        self._scheduler: Scheduler | None = None
 
     def __iter__(self) -> Iterator[Piece]:
         return self
 
     def __next__(self) -> Piece:
-        piece = next(self._pieces)
-        self._text.append(piece.text)
-        return piece
+        job = self._job
+        if not job.pieces and not job.done:
+            self._drive()
+        if job.pieces:
+            return job.pieces.popleft()
+        raise_first_error([job])
+        raise StopIteration
+
+    def _drive(self) -> None:
+        """Wait for the next piece; what interrupts the wait ends the generation."""
+        job = self._job
+        try:
+            if self._scheduler is None:
+                self._scheduler = self._runtime.scheduler
+                self._scheduler.add(job)
+            self._scheduler.drive(job, lambda: bool(job.pieces) or job.done)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """End the generation early and hand its cache back."""
-        self._pieces.close()
+        """End the generation early and give its part of the cache back."""
+        if self._scheduler is not None:
+            self._scheduler.cancel(self._job)
+        self._job.done = True
 
-    def run(self) -> Result:
-        """Generate to the end."""
-        for _ in self:
-            pass
-        return self.result
+    def __del__(self) -> None:
+        self.close()
 
     @property
     def result(self) -> Result:
-        return Result(
-            text="".join(self._text),
-            tokens=list(self._tokens),
-            finish_reason=self._finish_reason,
-            usage=Usage(self._n_prompt, len(self._tokens)),
-            seed=self._request.seed,
-            prompt_s=self._prompt_s,
-            generate_s=self._generate_s,
-        )
-
-    def _run(self) -> Generator[Piece, None, None]:
-        cache = self._llama.borrow_cache()
-        try:
-            yield from self._generate(cache)
-        finally:
-            self._llama.return_cache(cache)
-
-    def _generate(self, cache: KVCache) -> Iterator[Piece]:
-        """Read the prompt, then give each id's share of the text as it comes."""
-        started = time.perf_counter()
-        decoder, stops = StreamDecoder(self._llama.tokenizer), StopStrings(self._request.stop)
-        before = "".join([decoder.push(i) for i in self._ids])  # the continuation's text depends on what it continues
-        if self._request.echo and before:
-            yield Piece(before, None)
-        for logits in self._llama.feed(cache, self._ids):  # noqa: B007 (the last ones are those of the next id)
-            pass
-        self._prompt_s = time.perf_counter() - started
-        started = time.perf_counter()
-        for token in self._sampled(cache, logits):
-            text, stopped = stops.push(decoder.push(token))
-            self._finish_reason = "stop" if stopped else self._finish_reason
-            self._generate_s = time.perf_counter() - started
-            yield Piece(text, token)
-            if stopped:
-                return
-        text = self._held_text(decoder, stops)
-        self._generate_s = time.perf_counter() - started
-        if text:
-            yield Piece(text, None)
-
-    def _sampled(self, cache: KVCache, logits: np.ndarray) -> Iterator[int]:
-        """Sample one id after the other, and feed it, until the text ends or is long enough."""
-        llama, request = self._llama, self._request
-        ends = {*llama.config.eos_token_ids, llama.config.bos_token_id, llama.tokenizer.bos_id}
-        n_ids = llama.config.vocab_size if request.padding_ids else llama.tokenizer.n_pieces
-        allowed = Allowed(n_ids, llama.config.eos_token_ids)
-        for position in range(self._n_prompt, self._n_prompt + self._max_tokens):
-            if position > self._n_prompt:
-                logits = llama.engine.forward(cache, self._ids[-1:], [position - 1], [0], [0])
-            recent = allowed.indices(self._ids[-PENALTY_WINDOW:])
-            drawn = request.sampling, request.seed, self._completion, position
-            token = allowed.id(sample(allowed.logits(logits[0]), recent, *drawn, llama.engine.top_k))
-            if token in ends:
-                self._finish_reason = "stop"
-                return
-            self._ids.append(token)
-            self._tokens.append(token)
-            yield token
-
-    def _held_text(self, decoder: StreamDecoder, stops: StopStrings) -> str:
-        """The text that was held back, now that no id follows; it too ends at a stop string."""
-        text, stopped = stops.push(decoder.finish())
-        if not stopped:
-            text += stops.finish()
-        if stops.stopped:
-            self._finish_reason = "stop"
-        return text
+        return self._job.result
 
 
 def load(
@@ -356,6 +299,8 @@ def load(
     context: int | None = None,
     kv_dtype: str = "f32",
     *,
+    kv_memory: int | None = None,
+    parallel: int | None = None,
     n_ctx: int | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
@@ -364,7 +309,9 @@ def load(
 
     backend "auto", "numpy" or "numba" (see NPLLAMA_BACKEND); threads None: physical cores, affinity or the
     container's quota, whichever is least; context: positions, None: the checkpoint's own, at most 4096 (n_ctx is
-    another name); kv_dtype "f32", "f16" or "q8": how the cache keeps keys and values. A checkpoint is exported once, to
+    another name); kv_dtype "f32", "f16" or "q8": how the cache keeps keys and values, in kv_memory bytes (None: enough
+    for `parallel` full contexts, at most half of the free memory, at least one context; taken as it is used); parallel:
+    texts that are written at once, at most (None: 8). A checkpoint is exported once, to
     NPLLAMA_MODELS_DIR or ~/.cache/npllama/models, in the number format dtype (None: its own); progress is called with
     (bytes done, bytes in all, tensor) meanwhile. Raises ModelError for a directory that is not a sound model,
     CheckpointError for a checkpoint that cannot be read, UsageError for values out of range.
@@ -389,7 +336,8 @@ def load(
     try:
         tokenizer = _tokenizer_of(opened)
         context = _context(opened.config.max_seq_len, n_positions)
-        return Llama(opened, Engine(opened, backend, threads, log.warning, kv_dtype, context), tokenizer, context)
+        engine = Engine(opened, backend, threads, log.warning, kv_dtype, context)
+        return Llama(opened, engine, tokenizer, context, kv_memory, parallel)
     except BaseException:
         opened.close()
         raise

@@ -9,11 +9,12 @@ equation, but for the rarest ties: the same in NumPy and in a kernel that adds i
 
 from __future__ import annotations
 
+import itertools
 from typing import TypeVar
 
 import numpy as np
 
-from npllama.cache import KVCache, read, run_stop, store
+from npllama.cache import KVCache, n_kv_heads, read, seen, store
 from npllama.numbers import Weight, format_of, widen_rows
 from npllama.numbers.activations import quantize_rows
 from npllama.numbers.groups import Grouped
@@ -139,7 +140,7 @@ def rope_to_sinks(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, cache: KVCach
     x (T, H, E) float32, cos and sin (T, E/2) of the positions min(p, n_sink + window - 1). Returns (T, H, E) float32.
     Source: Xiao et al. 2023, arXiv:2309.17453, section 3.2: distances are counted within the cache.
     """
-    if cache.n_sink == 0:
+    if cache.n_sink.max() == 0:
         return x
     return rope(x, cos, sin)
 
@@ -161,46 +162,49 @@ def attend(
 
     q, q_sink (T, H, E); k, v (T, G, E) float32, rotated; pos, seq (T,) int64; the rows of a sequence stand together,
     their positions ascending by one. q_sink is q rotated to the distance at which the sinks are seen.
-    Returns (T, H*E) float32, new. Rows are written in runs that overwrite nothing their first row still sees,
-    so a chunk of any length equals its tokens one at a time.
+    Returns (T, H*E) float32, new. All rows are written before any is read, and a row sees nothing that later ones
+    have written: so a chunk of any length equals its tokens one at a time.
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; Ainslie et al. 2023, arXiv:2305.13245 (groups);
     Xiao et al. 2023, arXiv:2309.17453 (sinks).
     """
     T, H, E = q.shape
     y = np.empty((T, H * E), np.float32)
-    most = max(1, MAX_SCORES // (H * cache.pos.shape[2]))
-    start = 0
-    while start < T:
-        stop = run_stop(cache, pos, seq, start, most)
-        rows, n = slice(start, stop), seq[start]
-        store(cache, l, n, pos[rows], k[rows], v[rows])
-        y[rows] = _attend_run(q[rows], q_sink[rows], cache, l, n, pos[rows])
-        start = stop
+    bounds = [0, *(1 + np.flatnonzero(np.diff(seq))), T]
+    for start, stop in itertools.pairwise(bounds):  # the rows of one sequence
+        n = seq[start]
+        store(cache, l, n, int(pos[start]), k[start:stop], v[start:stop])
+        step = max(1, MAX_SCORES // (H * int(pos[stop - 1] + 1)))
+        for t in range(start, stop, step):
+            rows = slice(t, min(t + step, stop))
+            y[rows] = _attend_rows(q[rows], q_sink[rows], cache, l, n, pos[rows])
     return y
 
 
-def _attend_run(q: np.ndarray, q_sink: np.ndarray, cache: KVCache, l: int, n: int, pos: np.ndarray) -> np.ndarray:
-    """Attention of rows whose keys are all in the cache. q (T, H, E) -> (T, H*E)."""
+def _attend_rows(q: np.ndarray, q_sink: np.ndarray, cache: KVCache, l: int, n: int, pos: np.ndarray) -> np.ndarray:
+    """Attention of rows of one sequence, whose keys are all in the cache. q (T, H, E) -> (T, H*E)."""
     T, H, E = q.shape
-    used = min(int(pos[-1]) + 1, cache.pos.shape[2])  # slots beyond have never been written
-    K, V = (read(stored, l, n, used).astype(np.float64) for stored in (cache.k, cache.v))  # (G, S, E), never a gather
-    G = len(K)
-    slot_pos, n_sink = cache.pos[l, n, :used], cache.n_sink
+    G, window, n_sink = n_kv_heads(cache), cache.window[n], cache.n_sink[n]
+    slot_pos, spans = seen(cache, n, int(pos[0]), int(pos[-1]))  # (S,)
 
-    score = _by_group(q, G) @ K.transpose(0, 2, 1)  # (G, T*H/G, E) @ (G, E, S) -> (G, T*H/G, S)
-    if n_sink:
-        score[:, :, :n_sink] = _by_group(q_sink, G) @ K[:, :n_sink].transpose(0, 2, 1)
+    near, far = _by_group(q, G), _by_group(q_sink, G)
+    score = np.empty((G, T * (H // G), len(slot_pos)))
+    for some, slots in spans:
+        K = read(cache.k, l, slots).astype(np.float64)  # (G, s, E), never a gather
+        query = far if slot_pos[some.start] < n_sink else near
+        np.matmul(query, K.transpose(0, 2, 1), out=score[:, :, some])  # (G, T*H/G, E) @ (G, E, s) -> (G, T*H/G, s)
     score /= np.sqrt(E)  # in place here and below: a new array of this size costs more than the step
 
-    recent = (slot_pos > pos[:, None] - cache.window) | (slot_pos < n_sink)
-    visible = (slot_pos >= 0) & (slot_pos <= pos[:, None]) & recent  # (T, S)
+    recent = (slot_pos > pos[:, None] - window) | (slot_pos < n_sink)
+    visible = (slot_pos <= pos[:, None]) & recent  # (T, S)
     if not visible.all():
         hidden = np.where(visible, 0.0, -np.inf)
-        score.reshape(G, T, H // G, used)[:] += hidden[None, :, None, :]
+        score.reshape(G, T, H // G, -1)[:] += hidden[None, :, None, :]
 
     score -= score.max(axis=-1, keepdims=True)
     weight = np.exp(score, out=score)
-    y = weight @ V  # (G, T*H/G, S) @ (G, S, E) -> (G, T*H/G, E)
+    y = np.zeros((G, T * (H // G), E))
+    for some, slots in spans:
+        y += weight[:, :, some] @ read(cache.v, l, slots).astype(np.float64)  # (G, T*H/G, s) @ (G, s, E)
     y /= weight.sum(axis=-1, keepdims=True)  # the softmax's sum, divided by after the product: E numbers and not S
     return y.reshape(G, T, H // G, E).transpose(1, 0, 2, 3).reshape(T, H * E).astype(np.float32)
 

@@ -76,24 +76,23 @@ FOREIGN: dict[str, Callable[[], object]] = {
     "float64": lambda: changed(k=lambda a: a.astype(np.float64)),
     "other byte order": lambda: changed(v=lambda a: a.astype(a.dtype.newbyteorder())),
     "Fortran order": lambda: changed(k=np.asfortranarray),
-    "every other slot": lambda: changed(v=lambda a: np.repeat(a, 2, axis=3)[:, :, :, ::2]),
+    "every other slot": lambda: changed(v=lambda a: np.repeat(a, 2, axis=2)[:, :, ::2]),
     "a broadcast array": lambda: changed(v=lambda a: np.broadcast_to(a[:1], a.shape)),
     "read-only keys": lambda: changed(k=read_only),
-    "read-only positions": lambda: changed(pos=read_only),
+    "a read-only table": lambda: changed(table=read_only),
     "unaligned": lambda: changed(v=unaligned),
-    "fewer slots for values": lambda: changed(v=lambda a: a[:, :, :, :5].copy()),
-    "more sequences in pos": lambda: changed(pos=lambda a: np.repeat(a, 3, axis=1)),
-    "more slots in pos": lambda: changed(pos=lambda a: np.repeat(a, 2, axis=2)),
-    "pos of one layer": lambda: changed(pos=lambda a: a[0]),
-    "pos in 32 bits": lambda: changed(pos=lambda a: a.astype(np.int32)),
-    "keys alone in f16": lambda: other()._replace(k=F16(np.zeros((1, 1, 1, 1, 1), np.uint16))),
+    "fewer slots for values": lambda: changed(v=lambda a: a[:, :, :5].copy()),
+    "more sequences in the table": lambda: changed(table=lambda a: np.repeat(a, 3, axis=0)),
+    "blocks that are not whole": lambda: changed(k=lambda a: a[:, :, :5].copy(), v=lambda a: a[:, :, :5].copy()),
+    "windows of other sequences": lambda: changed(window=lambda a: np.repeat(a, 2)),
+    "a table of one sequence": lambda: changed(table=lambda a: a[0]),
+    "a table in 64 bits": lambda: changed(table=lambda a: a.astype(np.int64)),
+    "lengths in 32 bits": lambda: changed(length=lambda a: a.astype(np.int32)),
+    "keys alone in f16": lambda: other()._replace(k=F16(np.zeros((1, 1, 64, 1), np.uint16))),
     "a list": lambda: other()._replace(k=[0.0]),
     "a subclass of an array": lambda: changed(k=lambda a: a.view(np.recarray)),
-    "more sinks than slots": lambda: other()._replace(n_sink=20),
-    "fewer sinks than none": lambda: other()._replace(n_sink=-1),
-    "a window of none": lambda: other()._replace(window=0),
-    "a window beyond the slots": lambda: other()._replace(window=1 << 40),
-    "a window that is no integer": lambda: other()._replace(window=2.0),
+    "a window that is no array": lambda: other()._replace(window=2),
+    "sinks that are floats": lambda: changed(n_sink=lambda a: a.astype(np.float64)),
     "a tuple": lambda: tuple(other()),
     "nothing": lambda: None,
 }
@@ -111,7 +110,7 @@ def test_each_array_of_a_narrow_cache_is_checked(narrow: Engine, kind: str) -> N
     cache = narrow.new_cache(1, 8)
     assert feed(narrow, cache, [1, 2]).shape == (1, C.vocab_size)
     assert isinstance(cache.v, Int8KV)
-    short = getattr(cache.v, kind)[:, :, :, :4].copy()
+    short = getattr(cache.v, kind)[:, :, :32].copy()
     with pytest.raises(UsageError, match=rf"its v\.{kind} is .* take one from this model's new_cache"):
         feed(narrow, cache._replace(v=cache.v._replace(**{kind: short})), [1, 2])
     with pytest.raises(UsageError, match=r"its k is float32 .*, the model keeps q8"):
@@ -121,45 +120,60 @@ def test_each_array_of_a_narrow_cache_is_checked(narrow: Engine, kind: str) -> N
 IDS = [1, 7, 30, 5, 9, 12, 40, 3, 2, 21]
 
 
-def test_a_position_that_sees_what_the_ring_has_replaced_is_refused(engine: Engine) -> None:
-    cache = engine.new_cache(1, 4)
-    last = feed(engine, cache, IDS[:6])
-    for p in (1, 2, 3, 4):
-        with pytest.raises(UsageError, match=rf"position {p} of sequence 0 cannot be fed again: it sees positions"):
-            feed(engine, cache, [IDS[p]], p)
-    np.testing.assert_allclose(feed(engine, cache, [IDS[5]], 5), last, atol=1e-5)
+@pytest.mark.parametrize(("window", "n_sink"), [(0, 0), (-3, 0), (5, -1)])
+def test_windows_and_sinks_out_of_range_are_refused(engine: Engine, window: int, n_sink: int) -> None:
+    cache = engine.new_cache(1, 64)
+    cache.window[0], cache.n_sink[0] = window, n_sink
+    with pytest.raises(UsageError, match="it needs at least 1 and 0"):
+        feed(engine, cache, IDS)
 
 
-def test_a_position_that_is_fed_again_gives_the_same_where_all_it_sees_is_kept(engine: Engine) -> None:
-    cache = engine.new_cache(2, 9, window=4, n_sink=2)
-    alone = [feed(engine, cache, [token], p, 1) for p, token in enumerate(IDS)]
-    for p in (9, 8, 7, 6):
-        for again in range(p, len(IDS)):
-            np.testing.assert_allclose(feed(engine, cache, [IDS[again]], again, 1), alone[again], atol=1e-5)
-    with pytest.raises(UsageError, match=r"position 4 of sequence 1 .* replaced 2 to 2;"):
-        feed(engine, cache, IDS[4:6], 4, 1)
-    np.testing.assert_allclose(feed(engine, cache, IDS[:1], 0, 1), alone[0], atol=1e-5)
+@pytest.mark.parametrize("block", [-1, -2, 3, 1 << 30])
+@pytest.mark.parametrize("entry", [0, 1])
+def test_a_position_without_a_block_of_the_pool_is_refused(engine: Engine, block: int, entry: int) -> None:
+    cache = engine.new_cache(1, 192)
+    feed(engine, cache, list(range(64)))
+    cache.table[0, entry] = block
+    with pytest.raises(UsageError, match=r"position 64 of sequence 0 cannot be fed: .* have no block"):
+        feed(engine, cache, [1], 64)
+    cache.window[0] = 1  # sees itself alone: what it sees is in the second block
+    if entry == 0:
+        feed(engine, cache, [1], 64)
+        cache.n_sink[0] = 2
+    with pytest.raises(UsageError, match="cannot be fed"):
+        feed(engine, cache, [1], 64)
 
 
-@pytest.mark.parametrize(("n_slots", "window", "n_sink"), [(4, 4, 0), (6, 3, 0), (7, 3, 2), (8, 8, 0), (12, 2, 1)])
-def test_feeding_again_is_refused_or_right_never_silently_wrong(
-    engine: Engine, n_slots: int, window: int, n_sink: int
-) -> None:
-    """Sequences of random jumps back, against a ring that loses nothing."""
-    rng = np.random.default_rng(n_slots)
-    cache, wide = (engine.new_cache(1, slots, window, n_sink) for slots in (n_slots, 500))
-    p, refused = 0, 0
-    for _ in range(80):
-        n = int(rng.integers(1, 6))
-        ids = rng.integers(0, C.vocab_size, n).tolist()
-        try:
-            found = feed(engine, cache, ids, p)
-        except UsageError:
-            refused += 1
-            p = 0
-            kv.clear(cache, 0)
-            kv.clear(wide, 0)
-            continue
-        np.testing.assert_allclose(found, feed(engine, wide, ids, p), atol=1e-5)
-        p = max(0, p + n - int(rng.integers(0, 16)) * int(rng.integers(0, 2)))
-    assert refused
+def test_positions_that_nothing_was_fed_before_or_that_are_beyond_the_table_are_refused(engine: Engine) -> None:
+    cache = engine.new_cache(2, 64)
+    feed(engine, cache, IDS, seq=1)
+    with pytest.raises(UsageError, match="position 11 of sequence 1 cannot be fed: 10 are written"):
+        feed(engine, cache, [1], 11, 1)
+    with pytest.raises(UsageError, match="position 3 of sequence 0 cannot be fed: 0 are written"):
+        feed(engine, cache, [1], 3, 0)
+    with pytest.raises(UsageError, match="position 64 of sequence 1 is beyond the 64"):
+        feed(engine, cache, [5] * 55, 10, 1)
+    assert cache.length.tolist() == [0, 10]
+
+
+def test_what_was_fed_again_forgets_what_came_after(engine: Engine) -> None:
+    cache = engine.new_cache(1, 64)
+    alone = [feed(engine, cache, [token], p) for p, token in enumerate(IDS)]
+    for p in (9, 4, 0):
+        np.testing.assert_allclose(feed(engine, cache, [IDS[p]], p), alone[p], atol=1e-5)
+        assert cache.length.tolist() == [p + 1]
+    with pytest.raises(UsageError, match="position 9 of sequence 0 cannot be fed: 1 are written"):
+        feed(engine, cache, [1], 9)
+
+
+def test_a_call_that_fails_leaves_its_positions_unwritten(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = engine.new_cache(1, 64)
+    feed(engine, cache, IDS)
+
+    def broken(*arguments: Any) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "_arguments", broken)
+    with pytest.raises(KeyboardInterrupt):
+        feed(engine, cache, IDS[4:], 4)
+    assert cache.length.tolist() == [4]

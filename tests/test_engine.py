@@ -109,9 +109,11 @@ def test_a_cache_beyond_the_free_memory_is_refused_with_the_arithmetic(
         engine.new_cache(1, 512)
 
 
-def test_more_sinks_and_window_than_slots_are_refused(engine: Engine) -> None:
-    with pytest.raises(UsageError, match="cannot hold 3 sinks and a window of 6"):
-        engine.new_cache(1, 8, window=6, n_sink=3)
+def test_sinks_and_windows_below_none_are_refused(engine: Engine) -> None:
+    with pytest.raises(UsageError, match="-1 sinks and a window of 6"):
+        engine.new_cache(1, 8, window=6, n_sink=-1)
+    with pytest.raises(UsageError, match="3 sinks and a window of -6"):
+        engine.new_cache(1, 8, window=-6, n_sink=3)
 
 
 def test_a_closed_engine_says_so(opened: OpenModel) -> None:
@@ -245,7 +247,7 @@ def test_a_narrow_cache_fits_where_a_wide_one_does_not(opened: OpenModel, monkey
     monkeypatch.setattr(machine, "free_memory", lambda: 50_000)
     with pytest.raises(ModelError, match="bytes in f32"):
         Engine(opened).new_cache(1, 512)
-    assert Engine(opened, kv_dtype="q8").new_cache(1, 512).pos.shape[2] == 512
+    assert Engine(opened, kv_dtype="q8").new_cache(1, 512).table.shape == (1, 8)
 
 
 @needs_numba

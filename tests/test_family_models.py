@@ -16,8 +16,8 @@ from helpers import TINY, write_model_directory
 from tiny_sentencepiece import NORMAL, USUAL, written
 
 import npllama
-from npllama import cache as kv
 from npllama.checkpoints import open_checkpoint
+from npllama.generation.chunks import feed
 from npllama.rope import frequencies
 from npllama.store.export import export
 
@@ -55,7 +55,7 @@ def test_the_logits_are_those_of_transformers(model: tuple[Path, list[int], np.n
 def test_token_after_token_gives_what_all_at_once_gives(model: tuple[Path, list[int], np.ndarray]) -> None:
     path, tokens, needed = model
     with npllama.load(path, context=len(tokens)) as llm:
-        cache = llm.borrow_cache()
+        cache = llm.new_cache()
         found = [llm.engine.forward(cache, [token], [i], [0], [0]) for i, token in enumerate(tokens)]
         np.testing.assert_allclose(np.concatenate(found), needed, atol=TOLERANCE, rtol=0)
 
@@ -110,22 +110,16 @@ def test_the_same_models_as_gguf_files_give_the_same_logits(
         np.testing.assert_allclose(llm.logits(tokens), needed.reshape(-1, 96), atol=TOLERANCE, rtol=0)
 
 
-def test_memory_is_for_the_window_and_a_chunk_and_the_ring_changes_nothing(tmp_path: Path) -> None:
+def test_memory_is_for_the_window_and_a_chunk_and_changes_nothing(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, sliding_window=9, max_seq_len=4096)
     write_model_directory(tmp_path / "model", config)
     ids = np.random.default_rng(5).integers(3, config.vocab_size, 1300).tolist()
-    with npllama.load(tmp_path / "model") as llm:
+    with npllama.load(tmp_path / "model", parallel=1) as llm:
         assert len(ids) > 2 * llm.chunk
-        assert llm.borrow_cache().pos.shape[2] == 9 + llm.chunk - 1
         found = llm.logits(ids)
+        pool = llm.runtime.scheduler.pool
+        assert pool.capacity * 64 < 9 + 2 * llm.chunk + 5 * 64
+        pool.check()
         whole = llm.engine.new_cache(1, len(ids), window=9)
-        needed = list(llm.feed(whole, ids, every=True))
+        needed = list(feed(llm.engine, whole, ids, llm.chunk, every=True))
     np.testing.assert_allclose(found, np.concatenate(needed), atol=TOLERANCE, rtol=0)
-
-
-def test_a_chunk_is_stored_in_one_run_though_the_ring_laps() -> None:
-    window, chunk = 9, 64
-    cache = kv.allocate(1, 1, 1, window + chunk - 1, 4, window)
-    for start in (0, 64, 128, 1000):
-        pos = np.arange(start, start + chunk)
-        assert kv.run_stop(cache, pos, np.zeros(chunk, np.int64), 0, 10**6) == chunk

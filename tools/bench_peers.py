@@ -313,12 +313,13 @@ def random_ids(n: int) -> list[int]:
 def open_npllama(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
     """npllama as users open it; prompts in its own chunks."""
     import npllama
+    from npllama.generation.chunks import feed
 
     llama = npllama.load(model, backend="numba", threads=threads, context=context, kv_dtype=kv_dtype or "f32")
-    cache, ids = llama.borrow_cache(), random_ids(context)
+    cache, ids = llama.new_cache(), random_ids(context)
 
     def step(start: int, n: int) -> None:
-        for _ in llama.feed(cache, ids[: start + n], start):
+        for _ in feed(llama.engine, cache, ids[: start + n], llama.chunk, start):
             pass
 
     return step, lambda kept: None

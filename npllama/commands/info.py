@@ -91,7 +91,7 @@ def model_facts(path: str) -> dict[str, Any]:
         "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors.values()),
         "size_bytes": size_bytes(manifest),
         "files": len(files) + 1 + len(tokenizer_files),
-        "full_cache_bytes": cache.size_bytes(c.n_layers, 1, c.n_kv_heads, c.max_seq_len, c.head_dim),
+        "full_cache_bytes": cache.size_bytes(c.n_layers, c.n_kv_heads, c.max_seq_len, c.head_dim),
         "tokenizer": {
             "kind": tokenizers.KINDS[tokenizers.kind_of(manifest["tokenizer"])].title,
             "file": ", ".join(str(Path(path) / name) for name in tokenizer_files),

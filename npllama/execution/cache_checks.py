@@ -1,35 +1,37 @@
-"""Is a cache one for this model, and does it still hold what a position sees? Kernels check neither.
+"""Is a cache one for this model, and does it hold what a position sees? Kernels check neither.
 
-Axes: L layers, N sequences, G key/value heads, S slots, E head size.
+Axes: L layers, N sequences, G key/value heads, S slots, E head size, C entries of a table.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from npllama.cache import Int8KV, KVCache, Stored, n_groups
-from npllama.errors import UsageError, quote
+from npllama.cache import BLOCK_SLOTS, Int8KV, KVCache, Stored, n_blocks, n_groups
+from npllama.errors import UsageError
 from npllama.numbers.f16 import F16
 
 _Part = tuple[str, np.ndarray, tuple[int, ...], np.dtype]
-_INT64, _FLOAT32, _UINT16, _INT8 = (np.dtype(name) for name in ("int64", "float32", "uint16", "int8"))
+_INT64, _INT32, _FLOAT32, _UINT16, _INT8 = (np.dtype(name) for name in ("int64", "int32", "float32", "uint16", "int8"))
 
 
 def check_fits(cache: KVCache, n_layers: int, n_kv_heads: int, head_dim: int, kv_dtype: str) -> None:
     """Raise UsageError unless this is a cache for such a model, and laid out as kernels address it.
 
     Kernels compute addresses from all that is checked here: type, shape, number format and layout (C-contiguous,
-    aligned, writable) of every array, and whether sinks and window fit into the slots.
+    aligned, writable) of every array. What the tables say is checked for each batch, by `check_rows`.
     """
-    if type(cache) is not KVCache or type(cache.pos) is not np.ndarray or cache.pos.ndim != 3:
-        found = f" with pos {_described(cache.pos)}" if type(cache) is KVCache else ""
+    if type(cache) is not KVCache or type(cache.table) is not np.ndarray or cache.table.ndim != 2:
+        found = f" with table {_described(cache.table)}" if type(cache) is KVCache else ""
         raise UsageError(
-            f"a KVCache with pos int64 (layers, sequences, slots) is needed; got a {type(cache).__name__}{found}; "
+            f"a KVCache with table int32 (sequences, entries) is needed; got a {type(cache).__name__}{found}; "
             f"take one from this model's new_cache."
         )
-    _, N, S = cache.pos.shape
-    shape = (n_layers, N, n_kv_heads, S, head_dim)
-    parts: list[_Part] = [("pos", cache.pos, (n_layers, N, S), _INT64)]
+    N, C = cache.table.shape
+    S = _slots(cache)
+    shape = (n_layers, n_kv_heads, S, head_dim)
+    parts: list[_Part] = [("table", cache.table, (N, C), _INT32)]
+    parts += [(name, getattr(cache, name), (N,), _INT64) for name in ("window", "n_sink", "length")]
     for name, stored in (("k", cache.k), ("v", cache.v)):
         parts += _parts(name, stored, shape, kv_dtype)
     for name, array, needed, dtype in parts:
@@ -38,12 +40,18 @@ def check_fits(cache: KVCache, n_layers: int, n_kv_heads: int, head_dim: int, kv
                 f"this cache does not fit the model: its {name} is {_described(array)}, the model needs "
                 f"{dtype} {needed}, C-contiguous and writable; take one from this model's new_cache."
             )
-    window, n_sink = cache.window, cache.n_sink
-    if type(window) is not int or type(n_sink) is not int or not 0 <= n_sink <= n_sink + window - 1 < S:
+
+
+def _slots(cache: KVCache) -> int:
+    """Slots of the pool, by its keys: a whole number of blocks; or UsageError."""
+    keys = cache.k if isinstance(cache.k, np.ndarray) else cache.k[0] if isinstance(cache.k, tuple) else None
+    if not isinstance(keys, np.ndarray) or keys.ndim != 4 or keys.shape[2] % BLOCK_SLOTS:
         raise UsageError(
-            f"a cache of {S} slots cannot hold {quote(n_sink)} sinks and a window of {quote(window)} positions; "
-            f"take one from this model's new_cache."
+            f"this cache does not fit the model: its k is {_described(keys if keys is not None else cache.k)}, the "
+            f"model needs whole blocks of {BLOCK_SLOTS} slots, (layers, heads, slots, head size); take one from this "
+            f"model's new_cache."
         )
+    return int(keys.shape[2])
 
 
 def _parts(name: str, stored: Stored, shape: tuple[int, ...], kv_dtype: str) -> list[_Part]:
@@ -69,19 +77,30 @@ def _described(found: object) -> str:
     return f"{found.dtype} {found.shape}{layout}{'' if found.flags.writeable else ', read-only'}"
 
 
-def check_kept(cache: KVCache, n: int, p: int) -> None:
-    """Raise UsageError when position p of sequence n would see positions that later ones have replaced in the ring.
+def check_rows(cache: KVCache, seqs: np.ndarray, firsts: np.ndarray, lasts: np.ndarray) -> None:
+    """Raise UsageError unless sequences seqs can be fed the positions firsts .. lasts, (n,) each: kernels do not look.
 
-    That is so when p is fed again after the ring has gone on past it. Sinks have slots of their own.
+    The positions before are written, and a block of the pool is there for all that the rows see or write. So a position
+    that is fed again is computed anew, or refused where what it sees has been given back.
     """
-    low, ring = max(cache.n_sink, p - cache.window + 1), cache.pos.shape[2] - cache.n_sink
-    held = cache.pos[0, n, cache.n_sink :]  # an interrupted call has written the first layer, if any
-    if low >= p or held.max() < low + ring:
-        return
-    seen = np.arange(low, p)
-    gone = seen[held[(seen - cache.n_sink) % ring] > seen]
-    if len(gone):
-        raise UsageError(
-            f"position {p} of sequence {n} cannot be fed again: it sees positions {low} to {p - 1}, of which later "
-            f"ones have replaced {gone[0]} to {gone[-1]}; clear the sequence and feed it again, or keep more slots."
-        )
+    blocks, limit = _slots(cache) // BLOCK_SLOTS, cache.table.shape[1] * BLOCK_SLOTS
+    table = cache.table.view(np.uint32)  # NO_BLOCK becomes the largest number
+    rows = (a.tolist() for a in (seqs, firsts, lasts, cache.window[seqs], cache.n_sink[seqs], cache.length[seqs]))
+    for n, first, last, window, n_sink, length in zip(*rows, strict=True):
+        if window < 1 or n_sink < 0:
+            raise UsageError(f"sequence {n} has a window of {window} and {n_sink} sinks; it needs at least 1 and 0.")
+        if first > length:
+            raise UsageError(
+                f"position {first} of sequence {n} cannot be fed: {length} are written; feed those before it first."
+            )
+        if last >= limit:
+            raise UsageError(
+                f"position {last} of sequence {n} is beyond the {limit} that the cache has room for; make a larger one."
+            )
+        oldest, end = max(0, first - window + 1) // BLOCK_SLOTS, last // BLOCK_SLOTS + 1
+        sinks = min(n_blocks(n_sink), oldest)
+        if table[n, oldest:end].max() >= blocks or (sinks and table[n, :sinks].max() >= blocks):
+            raise UsageError(
+                f"position {first} of sequence {n} cannot be fed: it sees or writes positions that have no block of "
+                f"the cache, because they were given back or none was taken; clear the sequence and feed it from 0 on."
+            )

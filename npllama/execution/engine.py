@@ -9,7 +9,7 @@ import math
 import os
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from npllama import model, ops, rope
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
 from npllama.execution import process
-from npllama.execution.cache_checks import check_fits, check_kept
+from npllama.execution.cache_checks import check_fits, check_rows
 from npllama.execution.compiled import Compiled
 from npllama.execution.compiled_code import compiled_exists
 from npllama.execution.threads import COMPILED, Turn, UnavailableError, using
@@ -34,6 +34,7 @@ TABULATED = 8192  # positions whose angles are kept; of later ones they are comp
 MAX_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
 MAX_THREADS = 4096
 BACKENDS = ("auto", "numpy", "numba")
+_FIRST = np.zeros(1, np.int64)
 
 
 def say_nothing(message: str) -> None:
@@ -65,8 +66,8 @@ class Engine:
         self._report = report
         c = self.config
         self._numbers = model.Numbers(c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, float(c.norm_eps))
-        self._frequencies = rope.frequencies(c.rope_scaling, c.head_dim, c.rope_theta, context or c.max_seq_len)
-        self._table = ops.rotation(np.arange(min(c.max_seq_len, TABULATED)), *self._frequencies)
+        self.frequencies = rope.frequencies(c.rope_scaling, c.head_dim, c.rope_theta, context or c.max_seq_len)
+        self._table = ops.rotation(np.arange(min(c.max_seq_len, TABULATED)), *self.frequencies)
         self.backend = choose_backend(backend, opened, report, self.kv_dtype)
         self.threads = _checked_threads(threads)
         self.compiled: Compiled | None = None
@@ -142,7 +143,7 @@ class Engine:
     def cache_bytes_per_position(self) -> int:
         """Bytes of keys and values that one position adds to the cache."""
         c = self.config
-        return kv.size_bytes(c.n_layers, 1, c.n_kv_heads, 1, c.head_dim, self.kv_dtype)
+        return kv.size_bytes(c.n_layers, c.n_kv_heads, 1, c.head_dim, self.kv_dtype)
 
     def reader(self) -> Callable[[np.ndarray], object]:
         """A function that reads (n,) float32 once through with this engine's threads: the yardstick of `bench`."""
@@ -164,15 +165,31 @@ class Engine:
     ) -> np.ndarray:
         """Feed tokens of sequence 0 to a forward made by `stepwise`; logits of the last (1, V)."""
         batch = [np.ascontiguousarray(a, np.int64) for a in (tokens, pos, np.zeros(len(pos)), [len(pos) - 1])]
-        self._check(cache, *batch)
-        with self._lock, contextlib.nullcontext() if self.compiled is None else using(self.threads):
+        threads = contextlib.nullcontext() if self.compiled is None else using(self.threads)
+        with self._lock, threads, self._writing(cache, *batch):
             return forward(*self._arguments(cache, *batch))
 
     def new_cache(self, n_seqs: int, n_slots: int, window: int = 0, n_sink: int = 0) -> KVCache:
-        """An empty KV cache for this model. Raises ModelError, with the arithmetic, when memory does not suffice."""
+        """An empty KV cache for this model, with blocks for n_slots positions of every sequence.
+
+        Raises ModelError, with the arithmetic, when memory does not suffice.
+        """
         c = self.config
-        needed = kv.size_bytes(c.n_layers, n_seqs, c.n_kv_heads, n_slots, c.head_dim, self.kv_dtype)
-        free = machine.free_memory()
+        self._check_memory(n_seqs, kv.n_blocks(n_slots))
+        return kv.allocate(c.n_layers, n_seqs, c.n_kv_heads, n_slots, c.head_dim, window, n_sink, self.kv_dtype)
+
+    def new_pool(self, blocks: int, n_seqs: int, n_entries: int) -> KVCache:
+        """An empty pool of so many blocks, for n_seqs sequences with tables of so many entries.
+
+        Raises ModelError, with the arithmetic, when memory does not suffice.
+        """
+        c = self.config
+        self._check_memory(1, blocks)
+        return kv.allocate_pool(c.n_layers, c.n_kv_heads, c.head_dim, blocks, n_seqs, n_entries, self.kv_dtype)
+
+    def _check_memory(self, n_seqs: int, blocks: int) -> None:
+        c, n_slots = self.config, blocks * kv.BLOCK_SLOTS
+        needed, free = n_seqs * n_slots * self.cache_bytes_per_position, machine.free_memory()
         if needed > free:
             narrower = "" if self.kv_dtype == "q8" else ", or for kv_dtype q8"
             raise ModelError(
@@ -180,7 +197,6 @@ class Engine:
                 f"sequences x {n_slots} slots x {c.n_kv_heads} heads x 2 x {kv.row_bytes(c.head_dim, self.kv_dtype)} "
                 f"bytes in {self.kv_dtype}), {free / 1e6:,.0f} MB are free; ask for a smaller context{narrower}."
             )
-        return kv.allocate(c.n_layers, n_seqs, c.n_kv_heads, n_slots, c.head_dim, window, n_sink, self.kv_dtype)
 
     def forward(
         self,
@@ -190,39 +206,53 @@ class Engine:
         seq: Sequence[int] | np.ndarray,
         out: Sequence[int] | np.ndarray,
     ) -> np.ndarray:
-        """Logits of the rows in `out`: (R, V) float32. Writes the cache.
+        """Logits of the rows in `out`: (R, V) float32. Writes the cache, and counts the positions as written.
 
         tokens, pos, seq (T,), out (R,): see model.Batch. Compiled kernels do not check bounds, so everything
         that addresses memory is checked here; a violation is a UsageError.
         """
         batch = [np.ascontiguousarray(a, np.int64) for a in (tokens, pos, seq, out)]
-        self._check(cache, *batch)
-        with self._lock:
+        with self._lock, self._writing(cache, *batch):
             arguments = self._arguments(cache, *batch)
             if self.compiled is None:
                 return _forward_in_numpy(*arguments)
             return self.compiled.forward(self.threads, arguments)
+
+    @contextlib.contextmanager
+    def _writing(
+        self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray
+    ) -> Iterator[None]:
+        """Check a batch; count its positions as written if what is done inside ends."""
+        firsts = self._check(cache, tokens, pos, seq, out)
+        lasts = np.append(firsts[1:], len(pos)) - 1
+        check_rows(cache, seq[firsts], pos[firsts], pos[lasts])
+        cache.length[seq[firsts]] = pos[firsts]
+        yield
+        cache.length[seq[firsts]] = pos[lasts] + 1
 
     def _arguments(
         self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray
     ) -> tuple[Any, ...]:
         """The arguments of model.forward: always of the same types, so that one compiled signature serves."""
         batch = model.Batch(tokens, pos, seq, out)
-        return batch, self._rotation(cache, pos), self.weights, cache, self._numbers
+        return batch, self._rotation(cache, pos, seq), self.weights, cache, self._numbers
 
-    def _rotation(self, cache: KVCache, pos: np.ndarray) -> model.Rotation:
+    def _rotation(self, cache: KVCache, pos: np.ndarray, seq: np.ndarray) -> model.Rotation:
         """Cosines and sines of the batch's positions, and of the nearer ones from which the sinks are seen."""
         cos, sin = self._angles(pos)
-        if not cache.n_sink:
+        if not cache.n_sink.any():
             return model.Rotation(cos, sin, cos, sin)
-        return model.Rotation(cos, sin, *self._angles(np.minimum(pos, cache.n_sink + cache.window - 1)))
+        return model.Rotation(cos, sin, *self._angles(np.minimum(pos, cache.n_sink[seq] + cache.window[seq] - 1)))
 
     def _angles(self, pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(pos) and pos.max() < len(self._table[0]):
             return self._table[0][pos], self._table[1][pos]
-        return ops.rotation(pos, *self._frequencies)
+        return ops.rotation(pos, *self.frequencies)
 
-    def _check(self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray) -> None:
+    def _check(
+        self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray
+    ) -> np.ndarray:
+        """The rows with which sequences begin; UsageError for a batch or a cache that is none."""
         c = self.config
         check_fits(cache, c.n_layers, c.n_kv_heads, c.head_dim, self.kv_dtype)
         T = len(tokens)
@@ -232,17 +262,16 @@ class Engine:
             )
         _check_range("token ids", tokens, self.config.vocab_size)
         _check_range("positions", pos, MAX_POSITIONS)
-        _check_range("seq", seq, cache.pos.shape[1])
+        _check_range("seq", seq, cache.table.shape[0])
         if len(out):
             _check_range("out", out, T)
-        firsts = [0]  # rows with which a sequence begins
-        if T > 1:
-            same = seq[1:] == seq[:-1]
-            firsts += (1 + np.flatnonzero(~same)).tolist()
-            if not (pos[1:][same] == pos[:-1][same] + 1).all() or len(set(seq[firsts])) != len(firsts):
-                raise UsageError("the rows of a sequence must stand together, their positions ascending by one.")
-        for t in firsts:
-            check_kept(cache, int(seq[t]), int(pos[t]))
+        if T == 1:
+            return _FIRST
+        same = seq[1:] == seq[:-1]
+        firsts = np.append(0, 1 + np.flatnonzero(~same))
+        if not (pos[1:][same] == pos[:-1][same] + 1).all() or len(set(seq[firsts].tolist())) != len(firsts):
+            raise UsageError("the rows of a sequence must stand together, their positions ascending by one.")
+        return firsts
 
     def close(self) -> None:
         """Let go of the weights, and put back what was changed in the process. Waits for a call that is under way."""

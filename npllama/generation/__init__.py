@@ -1,11 +1,17 @@
-"""From logits to text.
+"""From logits to text, for many texts at once.
 
 Files, in the order in which to read them:
 
-    requests.py   the options of one call, checked
-    chunks.py     how a long prompt is cut into calls
-    sampling.py   from logits to the next id; the order of the steps
-    streaming.py  stop strings in a text that comes in pieces
+    requests.py    the options of one call, checked
+    results.py     what comes back: pieces, and the result
+    chunks.py      how a long prompt is cut into calls
+    sampling.py    from logits to the next id; the order of the steps
+    streaming.py   stop strings in a text that comes in pieces
+    pool.py        who has which blocks of the cache: sharing, forks, beginnings that are found again
+    jobs.py        ids that go through the model, and who takes the logits
+    completion.py  one continuation of one prompt
+    scheduler.py   many jobs at once: each step is one call of the model
+    runtime.py     the pool and the scheduler of an open model
 
 A new way to sample is a field of `options.SamplingOptions` (with it the command line has an option), its step in
 `sampling.candidates`, or in `sampling._truncated` where it leaves ids out, and a parameter of `Llama.generate` and

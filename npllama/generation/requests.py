@@ -13,6 +13,9 @@ from npllama.generation.streaming import stop_texts
 from npllama.options import OPTIONS, SamplingOptions, chosen_sampling
 
 Prompt = str | Sequence[int]
+POLICIES = ("stop", "slide")
+"""What happens where the context is full."""
+MAX_COMPLETIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class Request:
     bos: bool | None
     eos: bool | None
     padding_ids: bool
+    n: int = 1
+    context_policy: str = "stop"
+    n_keep: int = 0
 
 
 def is_one(prompt: object) -> bool:
@@ -79,6 +85,19 @@ def _checked_flag(name: str, value: bool | None, optional: bool = False) -> bool
     return value
 
 
+def _checked_number(name: str, value: int, low: int, high: int, what: str) -> int:
+    number = whole_number(value, low, high)
+    if number is None:
+        raise UsageError(f"{name}={quote(value)}: needs {what}, {low} to {high}.")
+    return number
+
+
+def _checked_policy(policy: str) -> str:
+    if policy not in POLICIES:
+        raise UsageError(f"context_policy={quote(policy)} is not known; it needs one of {', '.join(POLICIES)}.")
+    return policy
+
+
 def new_request(
     max_tokens: int | None,
     given: tuple[float | None, ...],
@@ -90,6 +109,9 @@ def new_request(
     eos: bool | None,
     padding_ids: bool,
     aliases: tuple[int | None, float | None],
+    n: int = 1,
+    context_policy: str = "stop",
+    n_keep: int = 0,
 ) -> Request:
     """Check the options of a call; UsageError names what is out of range.
 
@@ -109,4 +131,7 @@ def new_request(
         bos=_checked_flag("bos", bos, optional=True),
         eos=_checked_flag("eos", eos, optional=True),
         padding_ids=bool(_checked_flag("padding_ids", padding_ids)),
+        n=_checked_number("n", n, 1, MAX_COMPLETIONS, "how many completions"),
+        context_policy=_checked_policy(context_policy),
+        n_keep=_checked_number("n_keep", n_keep, 0, 2**31, "how many first positions stay in sight"),
     )

@@ -16,6 +16,7 @@ import numpy as np
 
 from npllama.errors import ContextError
 from npllama.execution.engine import Engine, stepwise
+from npllama.generation.chunks import feed
 from npllama.inference import Llama
 from npllama.system.machine import free_memory
 from npllama.weights import Weights, layer_products
@@ -167,7 +168,7 @@ class Bench:
 
     def _read(self, cache: Any, start: int, n: int) -> None:
         """Feed n random tokens as a prompt is read."""
-        for _ in self._llama.feed(cache, self._ids[: start + n], start):
+        for _ in feed(self._llama.engine, cache, self._ids[: start + n], self._llama.chunk, start):
             pass
 
     def seconds(self, n_prompt: int, n_gen: int, depth: int, repetitions: int) -> Iterator[float]:
@@ -177,15 +178,12 @@ class Bench:
                 f"a test of {depth} + {n_prompt} + {n_gen} tokens does not fit into the context of "
                 f"{self._llama.context}; ask for fewer, or for a larger context (-c)."
             )
-        cache = self._llama.borrow_cache()
-        try:
-            self._read(cache, 0, depth)
-            self._once(cache, depth, n_prompt, n_gen)
-            for _ in range(repetitions):
-                # Writing the same positions again leaves the cache as it was: the depth is read once.
-                yield _seconds(lambda: self._once(cache, depth, n_prompt, n_gen))
-        finally:
-            self._llama.return_cache(cache)
+        cache = self._llama.new_cache()
+        self._read(cache, 0, depth)
+        self._once(cache, depth, n_prompt, n_gen)
+        for _ in range(repetitions):
+            # Writing the same positions again leaves the cache as it was: the depth is read once.
+            yield _seconds(lambda: self._once(cache, depth, n_prompt, n_gen))
 
     def _once(self, cache: Any, depth: int, n_prompt: int, n_gen: int) -> None:
         self._read(cache, depth, n_prompt)

@@ -39,7 +39,7 @@ def checkpoint_facts(path: str) -> dict[str, Any]:
             "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
             "files": dict(files),
             "size_bytes": sum(size for _, size in files),
-            "full_cache_bytes": cache.size_bytes(c.n_layers, 1, c.n_kv_heads, c.max_seq_len, c.head_dim),
+            "full_cache_bytes": cache.size_bytes(c.n_layers, c.n_kv_heads, c.max_seq_len, c.head_dim),
             **_text_facts(checkpoint),
             **_number_formats(checkpoint),
         }
@@ -80,7 +80,7 @@ def _number_formats(checkpoint: Checkpoint) -> dict[str, Any]:
 
     c = checkpoint.config
     context = min(c.max_seq_len, MAX_DEFAULT_CONTEXT)
-    kept = cache.size_bytes(c.n_layers, 1, c.n_kv_heads, context, c.head_dim)
+    kept = cache.size_bytes(c.n_layers, c.n_kv_heads, context, c.head_dim)
     where, disk = _free_disk()
     memory = found if (found := machine.free_memory()) < UNKNOWN else None
     rows = {}

@@ -23,6 +23,7 @@ import numpy as np
 
 from npllama.errors import ModelError, UsageError
 from npllama.execution.top_k import check_finite
+from npllama.generation.chunks import feed
 from npllama.inference import Llama
 
 BLOCK_BYTES = 8 << 20
@@ -120,18 +121,14 @@ def _rows_in_block(llama: Llama, reference: Llama | None) -> int:
 
 def _blocks(llama: Llama, window: list[int], rows: int) -> Iterator[np.ndarray]:
     """The logits of all ids of a window but the last, which predicts nothing in it, `rows` at a time: (rows, V)."""
-    cache = llama.borrow_cache()
-    try:
-        start = 0
-        for logits in llama.feed(cache, window, every=True):
-            wanted = min(len(logits), len(window) - 1 - start)
-            start += len(logits)
-            for row in range(0, wanted, rows):
-                block = logits[row : min(row + rows, wanted)]
-                check_finite(block)
-                yield block
-    finally:
-        llama.return_cache(cache)
+    start = 0
+    for logits in feed(llama.engine, llama.new_cache(), window, llama.chunk, every=True):
+        wanted = min(len(logits), len(window) - 1 - start)
+        start += len(logits)
+        for row in range(0, wanted, rows):
+            block = logits[row : min(row + rows, wanted)]
+            check_finite(block)
+            yield block
 
 
 class _Measured(NamedTuple):

@@ -1,10 +1,10 @@
-"""ops.attend compiled: softmax over blocks of slots, without ever holding all scores (FlashAttention's loop).
+"""ops.attend compiled: softmax over blocks of the cache, without ever holding all scores (FlashAttention's loop).
 
 A tile of query rows, tokens of one sequence times the query heads that share a key/value head, goes over the blocks of
 the KV cache once. Sums are kept relative to the highest score so far, and rescaled when a higher one appears (online
 softmax, Milakov & Gimelshein 2018, arXiv:1805.02867).
 
-Blocks begin at fixed slots, and a masked slot adds an exact zero: why that matters is said in kernels/__init__.py.
+Blocks begin at fixed positions, and a masked one adds an exact zero: why that matters is said in kernels/__init__.py.
 
 Axes as in ops.py. M query rows of a tile; P: E rounded up to a multiple of WIDTH, zeros beyond E.
 """
@@ -16,14 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit, prange
-from numba.extending import overload, register_jitable
+from numba.extending import overload
 
 from npllama import cache as kv
 from npllama import ops
+from npllama.cache import BLOCK_SLOTS
 from npllama.execution.kernels.flags import INLINE, INNER, INNER_PARALLEL
 from npllama.execution.kernels.gemm_f32 import transpose_square
 from npllama.execution.kernels.gemv_f32 import StridedRows, skip_columns, skip_rows
-from npllama.execution.kernels.kv_formats import block_rows, pointers, store_head
+from npllama.execution.kernels.kv_formats import block_rows, pointers, pool_slots, store_head
 from npllama.execution.kernels.simd import (
     add,
     exp,
@@ -43,12 +44,6 @@ from npllama.execution.kernels.simd import (
 )
 from npllama.execution.kernels.target import WIDTH, WIDTH64
 from npllama.execution.kernels.weighted_sum import TILE_ROWS, weighted_sums
-
-run_stop = register_jitable(kv.run_stop)
-slot = register_jitable(kv.slot)
-
-BLOCK_SLOTS = 64
-"""Slots of a block."""
 
 MAX_TILE_ROWS = 64
 """Query rows of a tile, at most, unless one token has more; fewer where a thread would get less than two tiles."""
@@ -75,11 +70,10 @@ class Queries(NamedTuple):
 class KVView(NamedTuple):
     """What the rows of one sequence, layer and key/value head may see of the cache."""
 
-    k: object  # keys of all layers, sequences and heads, in the cache's format
+    k: object  # keys of all layers and heads, in the cache's format
     v: object  # values
-    pos: object  # (S,) the positions that the slots hold
+    table: object  # (C,) the sequence's blocks
     first: int  # row of k and v where this head's slots begin
-    S: int
     window: int
     n_sink: int
 
@@ -196,10 +190,10 @@ def score_rows(M, m, n_slots, n_sinks, P, work):
 
 @njit(**INNER)
 def mask(work, at, view, s, n_slots, p):
-    """Give the slots that position p does not see the score -inf: see cache.py."""
+    """Give the positions from s on that position p does not see the score -inf: see cache.py."""
     for i in range(n_slots):  # without branches, so that LLVM vectorises it
-        there, score = load_scalar(view.pos, s + i), load_scalar(work.score, at + i)
-        hidden = (there < 0) | (there > p) | ((there <= p - view.window) & (there >= view.n_sink))
+        score = load_scalar(work.score, at + i)
+        hidden = (s + i > p) | ((s + i <= p - view.window) & (s + i >= view.n_sink))
         store_scalar(work.score, at + i, -np.inf if hidden else score)
 
 
@@ -229,30 +223,21 @@ def online_softmax(work, m, at, n_slots):
 
 
 @njit(**INLINE)
-def oldest_and_newest(view, s, n_slots):
-    """The lowest and the highest position that the slots s .. s+n_slots-1 hold."""
-    oldest = newest = load_scalar(view.pos, s)
-    for i in range(s + 1, s + n_slots):
-        oldest, newest = min(oldest, load_scalar(view.pos, i)), max(newest, load_scalar(view.pos, i))
-    return oldest, newest
-
-
-@njit(**INLINE)
-def attend_block(queries, view, tile, s, n_slots, oldest, newest, work):
-    """Add a block of slots to a tile's sums. oldest, newest: the positions between which its slots lie."""
-    share, E, last = queries.heads_per_kv, queries.head_dim, tile.p + tile.n_tokens - 1
+def attend_block(queries, view, tile, s, n_slots, work):
+    """Add a block, the n_slots positions from s on, to a tile's sums."""
+    share, E = queries.heads_per_kv, queries.head_dim
     M, P = tile.n_tokens * share, round_to_width(E)
-    transpose_block(block_rows(view.k, view.first + s, n_slots, E, work.block), n_slots, P, work)
-    values = block_rows(view.v, view.first + s, n_slots, E, work.block)
+    first = view.first + load_scalar(view.table, s // BLOCK_SLOTS) * BLOCK_SLOTS
+    transpose_block(block_rows(view.k, first, n_slots, E, work.block), n_slots, P, work)
+    values = block_rows(view.v, first, n_slots, E, work.block)
     for m in range(0, M, TILE_ROWS):
         n, low, high = min(TILE_ROWS, M - m), tile.p + m // share, tile.p + min(m + TILE_ROWS - 1, M - 1) // share
-        # Until the ring has gone round once, what these rows do not see yet are the last slots.
-        n_seen = min(n_slots, high + 1 - s) if last < view.S else n_slots
+        n_seen = min(n_slots, high + 1 - s)
         if n_seen <= 0:
             continue
         score_rows(n, m, n_seen, max(0, min(view.n_sink - s, n_seen)), P, work)
         for row in range(n):
-            if oldest < 0 or newest > low or oldest <= high - view.window:
+            if s + n_seen - 1 > low or s <= high - view.window:
                 mask(work, row * BLOCK_SLOTS, view, s, n_seen, tile.p + (m + row) // share)
             online_softmax(work, m + row, row * BLOCK_SLOTS, n_seen)
         weights = StridedRows(work.score, BLOCK_SLOTS)
@@ -262,15 +247,15 @@ def attend_block(queries, view, tile, s, n_slots, oldest, newest, work):
 
 @njit(**INNER)
 def attend_tile(queries, view, tile, work):
-    """Attention of one tile over all blocks that any of its rows sees."""
+    """Attention of one tile over all blocks that any of its rows sees: those of sinks, and from the window on."""
     init_rows(queries, tile, work, view.n_sink)
-    used = min(tile.p + tile.n_tokens, view.S)  # later slots were never written
-    for s in range(0, used, BLOCK_SLOTS):
-        n_slots = min(BLOCK_SLOTS, used - s)
-        oldest, newest = oldest_and_newest(view, s, n_slots)
-        if newest <= tile.p - view.window and oldest >= view.n_sink:
-            continue  # no row sees any of it
-        attend_block(queries, view, tile, s, n_slots, oldest, newest, work)
+    stop, oldest = tile.p + tile.n_tokens, max(0, tile.p - view.window + 1) // BLOCK_SLOTS * BLOCK_SLOTS
+    s = 0
+    while s < stop:
+        if s >= view.n_sink and s < oldest:
+            s = oldest
+        attend_block(queries, view, tile, s, min(BLOCK_SLOTS, stop - s), work)
+        s += BLOCK_SLOTS
     finish_rows(queries, tile, work)
 
 
@@ -285,15 +270,16 @@ def attend_tiles(doubles, singles, M, queries, cache, l, pos, seq, starts, part,
     starts[i+1]-1.
     """
     work = carve_workspace(doubles, singles, M, queries.head_dim)
-    N, S, n_tiles = cache.pos.shape[1], cache.pos.shape[2], starts.shape[0] - 1
+    C, n_tiles = cache.table.shape[1], starts.shape[0] - 1
     G, share = queries.n_heads // queries.heads_per_kv, queries.heads_per_kv
-    k, v = pointers(cache.k), pointers(cache.v)
+    k, v, S = pointers(cache.k), pointers(cache.v), pool_slots(cache.k)
     for unit in range(part, n_tiles * G, parts):
         i, g = unit % n_tiles, unit // n_tiles
         i = n_tiles - 1 - i if g % 2 == 1 else i  # else one thread would take all the longer ones of each pair
         t = load_scalar(starts, i)
-        sequence = l * N + load_scalar(seq, t)
-        view = KVView(k, v, pointer(cache.pos, sequence * S), (sequence * G + g) * S, S, cache.window, cache.n_sink)
+        n = load_scalar(seq, t)
+        window, n_sink = load_scalar(cache.window, n), load_scalar(cache.n_sink, n)
+        view = KVView(k, v, pointer(cache.table, n * C), (l * G + g) * S, window, n_sink)
         tile = Tile(t, load_scalar(starts, i + 1) - t, load_scalar(pos, t), g * share)
         attend_tile(queries, view, tile, work)
 
@@ -309,61 +295,56 @@ def attend_part(q, q_sink, cache, l, pos, seq, starts, G, part, parts, y):
 
 
 @njit(**INNER_PARALLEL)
-def attend_in_threads(q, q_sink, k, v, slot_pos, window, n_sink, l, pos, seq, starts, G, y):
+def attend_in_threads(q, q_sink, k, v, table, window, n_sink, length, l, pos, seq, starts, G, y):
     """All parts. The parts of the cache one by one: a parallel loop takes no tuples in tuples."""
     parts = num_threads()
     for part in prange(parts):
-        cache = kv.KVCache(k, v, slot_pos, window, n_sink)
+        cache = kv.KVCache(k, v, table, window, n_sink, length)
         attend_part(q, q_sink, cache, l, pos, seq, starts, G, np.int64(part), parts, y)
 
 
 @njit(**INNER)
-def store_kv(k, v, cache, l, pos, seq, start, stop):
-    """Write the keys and values of rows start .. stop-1 into layer l; head by head, as they lie in the cache."""
-    _, G, E = k.shape
-    N, S, keys, values = cache.pos.shape[1], cache.pos.shape[2], pointers(cache.k), pointers(cache.v)
-    for t in range(start, stop):
-        store_scalar(cache.pos, (l * N + seq[t]) * S + slot(cache, pos[t]), pos[t])
+def store_kv(k, v, cache, l, pos, seq):
+    """Write the keys and values of all rows into layer l; head by head, as they lie in the cache."""
+    T, G, E = k.shape
+    S, keys, values = pool_slots(cache.k), pointers(cache.k), pointers(cache.v)
     for g in range(G):
-        for t in range(start, stop):
-            row = ((l * N + seq[t]) * G + g) * S + slot(cache, pos[t])
+        for t in range(T):
+            block = cache.table[seq[t], pos[t] // BLOCK_SLOTS]
+            row = (l * G + g) * S + block * BLOCK_SLOTS + pos[t] % BLOCK_SLOTS
             store_head(keys, row, E, k, (t * G + g) * E)
             store_head(values, row, E, v, (t * G + g) * E)
 
 
 @njit(**INNER)
-def cut_tiles(seq, start, stop, most):
-    """Bounds of tiles over the rows start .. stop-1: of one sequence each, and of at most so many rows."""
-    starts, n = np.empty(stop - start + 1, np.int64), 0
-    for t in range(start, stop):
-        if t == start or seq[t] != seq[t - 1] or t - starts[n - 1] == most:
+def cut_tiles(seq, most):
+    """Bounds of tiles over all rows: of one sequence each, and of at most so many rows."""
+    T = seq.shape[0]
+    starts, n = np.empty(T + 1, np.int64), 0
+    for t in range(T):
+        if t == 0 or seq[t] != seq[t - 1] or t - starts[n - 1] == most:
             starts[n] = t
             n += 1
-    starts[n] = stop
+    starts[n] = T
     return starts[: n + 1]
 
 
 @njit(**INNER)
 def attend(q, q_sink, k, v, cache, l, pos, seq):
-    """ops.attend: as many rows at once as can be written before any of them looks; then on."""
+    """ops.attend: all rows are written, then all tiles look."""
     T, H, E = q.shape
     y, G = np.empty((T, H * E), np.float32), k.shape[1]
-    start = 0
-    while start < T:
-        stop = run_stop(cache, pos, seq, start, T)
-        while stop < T and seq[stop] != seq[stop - 1]:
-            stop = run_stop(cache, pos, seq, stop, T)
-        store_kv(k, v, cache, l, pos, seq, start, stop)
-        most = max(1, min(MAX_TILE_ROWS * G // H, (stop - start) * G // (2 * num_threads())))
-        starts = cut_tiles(seq, start, stop, most)
-        products = (stop - start) * min(pos[stop - 1] + 1, cache.pos.shape[2]) * H * E
-        if products < SERIAL_BELOW:
-            attend_part(q, q_sink, cache, l, pos, seq, starts, G, np.int64(0), np.int64(1), y)
-        else:
-            attend_in_threads(
-                q, q_sink, cache.k, cache.v, cache.pos, cache.window, cache.n_sink, l, pos, seq, starts, G, y
-            )
-        start = stop
+    store_kv(k, v, cache, l, pos, seq)
+    most = max(1, min(MAX_TILE_ROWS * G // H, T * G // (2 * num_threads())))
+    starts = cut_tiles(seq, most)
+    products = 0
+    for t in range(T):
+        products += min(pos[t] + 1, cache.window[seq[t]]) * H * E
+    if products < SERIAL_BELOW:
+        attend_part(q, q_sink, cache, l, pos, seq, starts, G, np.int64(0), np.int64(1), y)
+    else:
+        parts = cache.k, cache.v, cache.table, cache.window, cache.n_sink, cache.length
+        attend_in_threads(q, q_sink, *parts, l, pos, seq, starts, G, y)
     return y
 
 

@@ -144,7 +144,7 @@ def _rope(x, cos, sin):
 @overload(ops.rope_to_sinks)
 def _rope_to_sinks(x, cos, sin, cache):
     def rope_to_sinks(x, cos, sin, cache):
-        if cache.n_sink == 0:
+        if cache.n_sink.max() == 0:
             return x
         return rope(x, cos, sin)
 

@@ -38,6 +38,10 @@ def pointers(stored):
     """The same keys or values with a pointer in place of each array. The caller keeps the arrays alive."""
 
 
+def pool_slots(stored):
+    """Slots of each layer and head."""
+
+
 def block_rows(stored, row, n_slots, E, buffer):
     """Rows `row` .. row+n_slots-1 of all heads' slots as StridedRows: where they lie, or in the buffer."""
 
@@ -132,6 +136,15 @@ def _pointers(stored):
     if namedtuple_class(stored) is Int8KV:
         return lambda stored: Int8KV(pointer(stored.codes, 0), pointer(stored.scales, 0))
     return lambda stored: pointer(stored, 0)
+
+
+@overload(pool_slots)
+def _pool_slots(stored):
+    if namedtuple_class(stored) is F16:
+        return lambda stored: stored.bits.shape[2]
+    if namedtuple_class(stored) is Int8KV:
+        return lambda stored: stored.codes.shape[2]
+    return lambda stored: stored.shape[2]
 
 
 @overload(block_rows)

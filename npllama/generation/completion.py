@@ -1,0 +1,136 @@
+"""One continuation of one prompt: from logits to ids, text and stop strings."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+
+import numpy as np
+
+from npllama.config import ModelConfig
+from npllama.execution.top_k import Search
+from npllama.generation.jobs import Job
+from npllama.generation.requests import Request
+from npllama.generation.results import Piece, Result, Usage
+from npllama.generation.sampling import PENALTY_WINDOW, Allowed, sample
+from npllama.generation.streaming import StopStrings
+from npllama.text.decoding import StreamDecoder
+from npllama.text.protocol import Tokenizer
+
+MAX_UNREAD = 32
+"""Pieces that a stream computes before somebody reads them."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a completion needs to know of the model."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    search: Search
+
+
+class Completion(Job):
+    """A generation under way. `pieces` holds what has come and was not read yet.
+
+    max_tokens: what the request asks for, at most what the context has room for. index: which of several completions
+    of the same prompt. streamed: it waits for its reader.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        ids: list[int],
+        request: Request,
+        max_tokens: int,
+        window: int,
+        n_sink: int = 0,
+        index: int = 0,
+        streamed: bool = False,
+    ) -> None:
+        super().__init__(list(ids), window, n_sink)
+        self._model, self._request, self._index, self._streamed = model, request, index, streamed
+        self._max_tokens, self._n_prompt = max_tokens, len(ids)
+        self.received = self._n_prompt - 1
+        config, tokenizer = model.config, model.tokenizer
+        self._ends = {*config.eos_token_ids, config.bos_token_id, tokenizer.bos_id}
+        n_ids = config.vocab_size if request.padding_ids else tokenizer.n_pieces
+        self._allowed = Allowed(n_ids, config.eos_token_ids)
+        self._decoder, self._stops = StreamDecoder(tokenizer), StopStrings(request.stop)
+        self.pieces: deque[Piece] = deque()
+        self._text: list[str] = []
+        self._tokens: list[int] = []
+        self._finish_reason = "length"
+        self._started = self._read_at = self._last_at = 0.0
+
+    def begin(self) -> None:
+        """The clock starts; the prompt's own text comes first where it is asked for."""
+        self._started = time.perf_counter()
+        before = "".join([self._decoder.push(i) for i in self.ids])  # the text depends on what it continues
+        if self._request.echo and before:
+            self._emit(Piece(before, None))
+
+    @property
+    def paused(self) -> bool:
+        return self._streamed and len(self.pieces) >= MAX_UNREAD
+
+    def _emit(self, piece: Piece) -> None:
+        self.pieces.append(piece)
+        self._text.append(piece.text)
+
+    def receive(self, positions: Ids[int], logits: np.ndarray) -> None:
+        """Sample the next id, and finish where the text ends."""
+        now = time.perf_counter()
+        if not self._read_at:
+            self._read_at = self._last_at = now
+        if len(self._tokens) < self._max_tokens:
+            token = self._sampled(logits[0])
+            if token in self._ends:
+                self._finish("stop")
+                return
+            self.ids.append(token)
+            self._tokens.append(token)
+            self.received = len(self.ids) - 1
+            text, stopped = self._stops.push(self._decoder.push(token))
+            self._last_at = time.perf_counter()
+            self._emit(Piece(text, token))
+            if stopped:
+                self._finish_reason, self.done = "stop", True
+                return
+        if len(self._tokens) >= self._max_tokens:
+            self._finish("length")
+
+    def _sampled(self, logits: np.ndarray) -> int:
+        allowed, request = self._allowed, self._request
+        recent = allowed.indices(self.ids[-PENALTY_WINDOW:])
+        drawn = request.sampling, request.seed, self._index, len(self.ids)
+        return allowed.id(sample(allowed.logits(logits), recent, *drawn, self._model.search))
+
+    def _finish(self, reason: str) -> None:
+        """The text that was held back comes, now that no id follows; it too ends at a stop string."""
+        text, stopped = self._stops.push(self._decoder.finish())
+        if not stopped:
+            text += self._stops.finish()
+        self._finish_reason = "stop" if self._stops.stopped else reason
+        self._last_at = time.perf_counter()
+        if text:
+            self._emit(Piece(text, None))
+        self.done = True
+
+    @property
+    def result(self) -> Result:
+        """What has come so far; complete once it is done."""
+        read_at = self._read_at or self._started
+        slid = max(0, len(self.ids) - self.window - self.n_sink) if self._request.context_policy == "slide" else 0
+        return Result(
+            text="".join(self._text),
+            tokens=list(self._tokens),
+            finish_reason=self._finish_reason,
+            usage=Usage(self._n_prompt, len(self._tokens), self.cached or 0),
+            seed=self._request.seed,
+            prompt_s=read_at - self._started,
+            generate_s=max(0.0, self._last_at - read_at),
+            slid_tokens=slid,
+        )

@@ -1,0 +1,69 @@
+"""What the scheduler works on: ids that go through the model, and who takes the logits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence as Ids
+
+import numpy as np
+
+from npllama.cache import NO_WINDOW
+from npllama.generation.pool import Sequence
+
+
+class Job:
+    """Ids that go through the model one after the other; logits of some of them go to `receive`.
+
+    A job is fed from its first id on until nothing is pending. `receive` may add ids, or set `done`. The scheduler may
+    set a job aside and feed all of it again: logits that were received once are not asked for again.
+    """
+
+    def __init__(self, ids: list[int], window: int = NO_WINDOW, n_sink: int = 0) -> None:
+        self.ids = ids
+        self.draft: list[int] = []  # guesses for the next ids, fed behind them
+        self.window, self.n_sink = window, n_sink
+        self.sequence: Sequence | None = None
+        self.received = 0  # ids whose logits are not wanted any more
+        self.cached: int | None = None
+        self.done = self.cancelled = False
+        self.error: BaseException | None = None
+        self.event = threading.Event()
+        self.followers: list[Job] = []  # with the same ids so far: they get the first logits too, and go on from there
+
+    @property
+    def pending(self) -> int:
+        """Ids that are still to be fed, without the draft."""
+        return len(self.ids) - (self.sequence.length if self.sequence is not None else 0)
+
+    def wanted(self, first: int, stop: int) -> Ids[int]:
+        """Of the positions first .. stop-1 that are fed now, those whose logits are wanted."""
+        return range(max(first, self.received), stop)
+
+    def receive(self, positions: Ids[int], logits: np.ndarray) -> None:
+        """Take the logits (R, V) of these positions."""
+        raise NotImplementedError
+
+    def progressed(self) -> None:
+        """A part of the ids has been fed."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether it is not to be fed now."""
+        return False
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error, which its owner gets."""
+        self.error, self.done = error, True
+
+
+class LogitsJob(Job):
+    """The logits of every id of a text."""
+
+    def __init__(self, ids: list[int], window: int = NO_WINDOW, n_sink: int = 0) -> None:
+        super().__init__(ids, window, n_sink)
+        self.rows: list[np.ndarray] = []
+
+    def receive(self, positions: Ids[int], logits: np.ndarray) -> None:
+        self.rows.append(logits.copy())
+        self.received += len(positions)
+        self.done = self.received == len(self.ids)

@@ -1,0 +1,49 @@
+"""What a generation gives: pieces as they come, and the result at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """One step of a stream: a generated id, and the text that it completes (often a word, sometimes nothing).
+
+    token is None for a piece of text that has no id of its own: the prompt with echo, a last one that was held back.
+    """
+
+    text: str
+    token: int | None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens read and generated; cached_tokens: of the prompt's, those that were found in the cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a prompt led to.
+
+    text: the continuation (with echo: prompt and continuation); tokens: the generated ids without BOS and EOS;
+    finish_reason "stop" (end of text, or a stop string), "length" (max_tokens or the context is used up), "time"
+    (max_time_s is over) or "cancelled"; prompt_s, generate_s: seconds; slid_tokens: positions that have slid out of
+    the window (context_policy "slide").
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    usage: Usage
+    seed: int
+    prompt_s: float
+    generate_s: float
+    slid_tokens: int = 0
