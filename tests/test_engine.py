@@ -164,7 +164,7 @@ def test_auto_is_numpy_for_a_small_model_that_nothing_is_compiled_for(
     said: list[str] = []
     assert choose_backend("auto", opened, said.append) == "numpy"
     assert "using NumPy" in said[0]
-    (tmp_path / f"{compiled_code.forward_name(opened)}-cpu").touch()
+    (tmp_path / f"{compiled_code.forward_name(opened.weights)}-cpu").touch()
     assert choose_backend("auto", opened, print) == "numba"
 
 

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
         notes.show()
         seconds = llama.engine.compile_s
     with open_source(DEMO if model is None else model) as opened:
-        if not compiled_exists(opened, args.kv_dtype):
+        if not compiled_exists(opened.weights, args.kv_dtype):
             raise ModelError(
                 "compiled code could not be kept, see above; set NPLLAMA_CACHE_DIR to a directory of your own."
             )

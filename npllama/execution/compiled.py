@@ -13,8 +13,8 @@ from npllama.errors import NpllamaError, quote
 from npllama.execution import compiled_code, threads
 from npllama.execution import top_k as search
 from npllama.execution.affinity import ThreadAffinity
-from npllama.store.opening import OpenModel
 from npllama.system import machine
+from npllama.weights import Weights
 
 MAX_KEPT = 64  # logits that the compiled search keeps in order as it goes; it would pay for a few hundred
 
@@ -22,31 +22,30 @@ Report = Callable[[str], None]
 
 
 class Compiled:
-    """The kernels for one model's number formats. arguments: those of model.forward, whose types are compiled for.
+    """The kernels for one model's number formats. arguments: those of model.forward, whose types are compiled for;
+    size_bytes: of the model.
 
     function: model.forward, compiled; import_s, compile_s: seconds. Raises threads.UnavailableError where nothing can
     be compiled, UsageError for more threads than Numba has, ModelError for number formats without kernels.
     """
 
     def __init__(
-        self, opened: OpenModel, kv_dtype: str, arguments: tuple[Any, ...], n_threads: int | None, report: Report
+        self, size_bytes: int, kv_dtype: str, arguments: tuple[Any, ...], n_threads: int | None, report: Report
     ) -> None:
         started = time.perf_counter()
         with threads.COMPILING:
             threads.start_numba(report)
             self.n_threads = threads.numba_threads(n_threads, machine.default_threads()[0])
             try:
-                with threads.numba_threads_later(opened.size_bytes):
-                    self._compile(opened, kv_dtype, arguments, started, report)
+                with threads.numba_threads_later(size_bytes):
+                    self._compile(kv_dtype, arguments, started, report)
             except NpllamaError:
                 raise
             except Exception as error:
                 reason = quote(f"{type(error).__name__}: {error}".splitlines()[0])
                 raise threads.UnavailableError(f"compiling failed ({reason}); use backend numpy.") from error
 
-    def _compile(
-        self, opened: OpenModel, kv_dtype: str, arguments: tuple[Any, ...], started: float, report: Report
-    ) -> None:
+    def _compile(self, kv_dtype: str, arguments: tuple[Any, ...], started: float, report: Report) -> None:
         import numba
 
         from npllama.execution.disk_cache import open_caches
@@ -55,9 +54,10 @@ class Compiled:
         self.import_s = time.perf_counter() - started
         started = time.perf_counter()
         cache_of = open_caches(report)
-        cache = cache_of(compiled_code.forward_name(opened, kv_dtype))
+        weights: Weights = arguments[2]
+        cache = cache_of(compiled_code.forward_name(weights, kv_dtype))
         if cache is None or not cache.exists:
-            report(f"compiling kernels for {compiled_code.formats(opened)} (once; 10 to 20 s) ...")
+            report(f"compiling kernels for {compiled_code.formats(weights)} (once; 10 to 20 s) ...")
         self.function = compiler.compile_forward(arguments, cache)
 
         self._affinity = ThreadAffinity(functools.partial(_compile_pin_threads, cache_of), numba.threading_layer)

@@ -21,9 +21,9 @@ from pathlib import Path
 from npllama.execution.compiled_sources import compiled_sources
 from npllama.execution.kernels.flags import PLAIN
 from npllama.numbers import FORMATS, format_of
-from npllama.store.opening import OpenModel
 from npllama.system import machine
 from npllama.version import __version__
+from npllama.weights import Weights
 
 PACKAGE = Path(__file__).parent.parent
 PARTS_OF_NAMES = ("forward-", "bind-threads", "top-k", "stamp-", "new-")
@@ -33,15 +33,15 @@ UNFINISHED_S = 3600  # a file that is still being written after that never will 
 STAMP_DIGITS = 16
 
 
-def formats(opened: OpenModel) -> str:
+def formats(weights: Weights) -> str:
     """The number formats of a model's matrices, as part of a file name: the compiled code depends on them."""
-    return "+".join(dict.fromkeys(format_of(w).name for w in opened.weights))
+    return "+".join(dict.fromkeys(format_of(w).name for w in weights))
 
 
-def forward_name(opened: OpenModel, kv_dtype: str = "f32") -> str:
+def forward_name(weights: Weights, kv_dtype: str = "f32") -> str:
     """Name of the file of model.forward, without the CPU's part: formats, and a stamp of what the code depends on."""
-    layout = hashlib.sha256(repr([format_of(w).name for w in opened.weights]).encode()).hexdigest()[:8]
-    return named(f"forward-{formats(opened)}.{layout}.kv_{kv_dtype}")
+    layout = hashlib.sha256(repr([format_of(w).name for w in weights]).encode()).hexdigest()[:8]
+    return named(f"forward-{formats(weights)}.{layout}.kv_{kv_dtype}")
 
 
 def named(what: str) -> str:
@@ -49,12 +49,12 @@ def named(what: str) -> str:
     return f"{what}{'.plain' if PLAIN else ''}-{stamp()}"
 
 
-def compiled_exists(opened: OpenModel, kv_dtype: str = "f32") -> bool:
+def compiled_exists(weights: Weights, kv_dtype: str = "f32") -> bool:
     """Whether compiled code for this model is kept, for this or another CPU. Writes nothing, does not import numba."""
     folder, _ = machine.compiled_code_directory(make=False)
     if folder is None or not any(folder.glob("forward-*")):
         return False
-    return any(folder.glob(forward_name(opened, kv_dtype) + "-*"))
+    return any(folder.glob(forward_name(weights, kv_dtype) + "-*"))
 
 
 def stamp() -> str:

@@ -71,6 +71,8 @@ class Engine:
         self.backend = choose_backend(backend, opened, report, self.kv_dtype)
         self.threads = _checked_threads(threads)
         self.compiled: Compiled | None = None
+        self._compiled_hidden: Compiled | None = None
+        self._identity: np.ndarray | None = None
         self.top_k: Search = top_k
         self.import_s = self.compile_s = 0.0
         if self.backend == "numba":
@@ -120,7 +122,7 @@ class Engine:
         """Compile model.forward for this model's number formats; or, if `optional`, stay with NumPy."""
         try:
             arguments = self._arguments(self.new_cache(1, 1), *(np.zeros(1, np.int64) for _ in range(4)))
-            self.compiled = Compiled(self._opened, self.kv_dtype, arguments, threads and self.threads, self._report)
+            self.compiled = Compiled(*self._compiled_for(arguments, threads and self.threads))
         except UnavailableError as error:
             if not optional:
                 raise
@@ -205,8 +207,11 @@ class Engine:
         pos: Sequence[int] | np.ndarray,
         seq: Sequence[int] | np.ndarray,
         out: Sequence[int] | np.ndarray,
+        hidden: bool = False,
     ) -> np.ndarray:
         """Logits of the rows in `out`: (R, V) float32. Writes the cache, and counts the positions as written.
+
+        hidden: the final hidden states (R, D) instead, as the output would see them.
 
         tokens, pos, seq (T,), out (R,): see model.Batch. Compiled kernels do not check bounds, so everything
         that addresses memory is checked here; a violation is a UsageError.
@@ -214,9 +219,28 @@ class Engine:
         batch = [np.ascontiguousarray(a, np.int64) for a in (tokens, pos, seq, out)]
         with self._lock, self._writing(cache, *batch):
             arguments = self._arguments(cache, *batch)
+            if hidden:
+                return self._hidden_states(arguments)
             if self.compiled is None:
                 return _forward_in_numpy(*arguments)
             return self.compiled.forward(self.threads, arguments)
+
+    def _hidden_states(self, arguments: tuple[Any, ...]) -> np.ndarray:
+        """model.forward with an identity in the place of the output weights: a product with it changes no bit."""
+        if self._identity is None:
+            self._identity = np.eye(self.config.dim, dtype=np.float32)
+        batch, rotation, weights, *rest = arguments
+        arguments = batch, rotation, weights._replace(output=self._identity), *rest
+        if self.compiled is None:
+            return _forward_in_numpy(*arguments)
+        if isinstance(weights.output, np.ndarray):
+            return self.compiled.forward(self.threads, arguments)
+        if self._compiled_hidden is None:  # other types of arguments: another compilation, when it is first needed
+            self._compiled_hidden = Compiled(*self._compiled_for(arguments, self.threads))
+        return self._compiled_hidden.forward(self.threads, arguments)
+
+    def _compiled_for(self, arguments: tuple[Any, ...], n_threads: int | None) -> tuple[Any, ...]:
+        return self._opened.size_bytes, self.kv_dtype, arguments, n_threads, self._report
 
     @contextlib.contextmanager
     def _writing(
@@ -331,7 +355,7 @@ def choose_backend(asked: str, opened: OpenModel, report: Callable[[str], None],
         return asked
     if not installed:
         return "numpy"
-    if opened.size_bytes < SMALL_MODEL_BYTES and not compiled_exists(opened, kv_dtype):
+    if opened.size_bytes < SMALL_MODEL_BYTES and not compiled_exists(opened.weights, kv_dtype):
         report("a small model that nothing is compiled for yet: using NumPy; --backend numba compiles it")
         return "numpy"
     return "numba"

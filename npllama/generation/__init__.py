@@ -10,6 +10,7 @@ Files, in the order in which to read them:
     pool.py        who has which blocks of the cache: sharing, forks, beginnings that are found again
     jobs.py        ids that go through the model, and who takes the logits
     completion.py  one continuation of one prompt
+    scoring.py     how likely texts are; options compared; embeddings
     scheduler.py   many jobs at once: each step is one call of the model
     runtime.py     the pool and the scheduler of an open model
 

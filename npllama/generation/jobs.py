@@ -18,6 +18,8 @@ class Job:
     set a job aside and feed all of it again: logits that were received once are not asked for again.
     """
 
+    hidden = False  # whether `receive` takes final hidden states (R, D) and not logits
+
     def __init__(self, ids: list[int], window: int = NO_WINDOW, n_sink: int = 0) -> None:
         self.ids = ids
         self.draft: list[int] = []  # guesses for the next ids, fed behind them

@@ -84,6 +84,7 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         self._guard = threading.Lock()  # of _listeners and _thread
         self._swept = True
+        self._hidden = False  # what the last step gave, where jobs want either
         self.closed = False
 
     # ------------------------------------------------------------ jobs in and out
@@ -251,7 +252,7 @@ class Scheduler:
 
     def _choose(self) -> list[Part]:
         """The jobs of this step and how many ids of each, with blocks reserved for them."""
-        able = [job for job in self._active if not job.paused]
+        able = self._of_one_kind([job for job in self._active if not job.paused])
         writing = [job for job in able if job.pending <= MAX_WRITTEN]
         left = self._pace.part(self._chunk) if writing else self._chunk
         parts: list[Part] = []
@@ -263,6 +264,13 @@ class Scheduler:
             if n and self._reserve(job, n) and job.sequence is not None:
                 parts.append((job, job.sequence, n))
         return [(job, s, n) for job, s, n in parts if s is job.sequence]  # later ones may have displaced earlier ones
+
+    def _of_one_kind(self, jobs: list[Job]) -> list[Job]:
+        """Those that want logits, or those that want hidden states: in turn where there are both."""
+        if len({job.hidden for job in jobs}) > 1:
+            self._hidden = not self._hidden
+            return [job for job in jobs if job.hidden == self._hidden]
+        return jobs
 
     def _reserve(self, job: Job, n: int) -> bool:
         """Blocks for the next n ids of a job: at the cost of the youngest, which may be this one."""
@@ -302,7 +310,7 @@ class Scheduler:
             tokens += job.draft[: max(0, start + n - len(job.ids))]
             pos += range(start, start + n)
             seq += [sequence.row] * n
-        return self._engine.forward(self.pool.cache, tokens, pos, seq, out)
+        return self._engine.forward(self.pool.cache, tokens, pos, seq, out, parts[0][0].hidden)
 
     def _deliver(self, parts: list[Part], logits: np.ndarray) -> None:
         """Hand out the logits; guesses that were fed and are wrong are taken back."""
@@ -326,7 +334,7 @@ class Scheduler:
     def _fork(self, job: Job, sequence: Sequence, positions: Ids[int], logits: np.ndarray) -> None:
         """Let the followers of a job go on from its prompt, in blocks that all share until they write."""
         for follower in job.followers:
-            follower.sequence, follower.cached = sequence.fork(), len(follower.ids)
+            follower.sequence, follower.cached = sequence.fork(), sequence.length
             self._active.append(follower)
             try:
                 follower.receive(positions, logits)

@@ -24,6 +24,8 @@ import numpy as np
 from npllama.errors import ModelError, UsageError
 from npllama.execution.top_k import check_finite
 from npllama.generation.chunks import feed
+from npllama.generation.scoring import log_softmax
+from npllama.generation.scoring import windows as cut_windows
 from npllama.inference import Llama
 
 BLOCK_BYTES = 8 << 20
@@ -78,25 +80,15 @@ def windows(llama: Llama, text: str, n_ctx: int) -> Iterator[list[int]]:
         raise UsageError(f"windows of {n_ctx} ids: 2 to {llama.context}, the model's context, are possible.")
     if not ids:
         raise UsageError("the text is empty, at least one id is needed; give a text.")
-    step, bos = n_ctx - 1, llama.tokenizer.bos_id
-    if bos is not None and begins_with_bos(llama):
-        yield from ([bos, *ids[start : start + step]] for start in range(0, len(ids), step))
-        return
-    if len(ids) == 1:
+    bos = llama.tokenizer.bos_id if begins_with_bos(llama) else None
+    if len(ids) == 1 and bos is None:
         raise UsageError("the text has one id and no BOS in front, so there is none to predict; give a longer text.")
-    yield from (ids[start : start + n_ctx] for start in range(0, len(ids) - 1, step))
+    yield from cut_windows(ids, n_ctx, bos)
 
 
 def begins_with_bos(llama: Llama) -> bool:
     """Whether windows begin with BOS: where the model puts it in front of a text."""
     return llama.config.add_bos_token and llama.tokenizer.bos_id is not None
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """log softmax over the last axis, in float64: differences of 1e-4 between models must not drown."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
 
 
 def _check_same_ids(llama: Llama, reference: Llama, text: str) -> None:
