@@ -14,10 +14,10 @@ from npllama.cache import KVCache
 from npllama.config import ModelConfig
 from npllama.errors import ContextError, UsageError, quote, whole_number
 from npllama.execution.engine import Engine
-from npllama.generation.chunks import chunk_tokens
+from npllama.generation.chunks import Sight, chunk_tokens
 from npllama.generation.completion import Completion, Model
 from npllama.generation.jobs import LogitsJob
-from npllama.generation.requests import Prompt, Request, check_kind, either, is_one, new_request
+from npllama.generation.requests import POLICIES, Prompt, Request, check_kind, either, is_one, new_request
 from npllama.generation.results import Piece, Result, Usage
 from npllama.generation.runtime import Runtime, raise_first_error
 from npllama.generation.scheduler import Scheduler
@@ -44,7 +44,6 @@ __all__ = ["DEMO", "Llama", "Piece", "Result", "Stream", "Usage", "load"]
 
 DEMO = Path(__file__).parent / "demo"
 MAX_DEFAULT_CONTEXT = 4096
-MIN_SINKS = 4  # first positions that stay in sight of a text that slides: arXiv:2309.17453, section 3.2
 MAX_ENDLESS = 1 << 39  # tokens of a text that slides
 
 log = logging.getLogger("npllama")
@@ -133,38 +132,17 @@ class Llama(Closing):
     def _completions(self, prompt: Prompt, request: Request, first: int, streamed: bool = False) -> list[Completion]:
         """The completions of one prompt that a request asks for, from index `first` on; the others follow the first."""
         ids = self._ids(prompt, request.bos, request.eos)
-        window, n_sink, left = self._seen(request), self._sinks(request), self.context - len(ids)
+        sight, left = Sight(self.runtime.window, 0), self.context - len(ids)
         if request.context_policy == "slide":
-            left = MAX_ENDLESS
+            sight, left = Sight.sliding(self.context, self.config.sliding_window, request.n_keep), MAX_ENDLESS
         elif left < (n_new := 0 if request.max_tokens == 0 else 1):
             raise ContextError(self._too_long(len(ids), n_new))
         n_tokens = left if request.max_tokens is None else min(request.max_tokens, left)
-        jobs = [
-            Completion(self._model, ids, request, n_tokens, window, n_sink, first + i, streamed)
-            for i in range(request.n)
-        ]
+        jobs = [Completion(self._model, ids, request, n_tokens, *sight, first + i, streamed) for i in range(request.n)]
         jobs[0].followers.extend(jobs[1:])
         for job in jobs:
             job.begin()
         return jobs
-
-    def _sinks(self, request: Request) -> int:
-        """How many first positions stay in sight for good: none where a text ends with the context."""
-        if request.context_policy == "stop":
-            return 0
-        n_sink = max(request.n_keep, 0 if self.config.sliding_window else MIN_SINKS)
-        if n_sink > self.context // 2:
-            raise UsageError(
-                f"n_keep={request.n_keep}: at most half of the context, {self.context // 2} positions, can be kept; "
-                f"keep fewer, or load the model with a larger context."
-            )
-        return n_sink
-
-    def _seen(self, request: Request) -> int:
-        """How far back a position sees, sinks apart."""
-        if request.context_policy == "stop" or self.config.sliding_window:
-            return self.runtime.window
-        return self.context - self._sinks(request)
 
     def stream(
         self,
@@ -255,18 +233,23 @@ class Llama(Closing):
         vectors = [job.embedding(normalize) for job in jobs]
         return vectors[0] if one else np.array(vectors, np.float32).reshape(len(jobs), self.config.dim)
 
-    def perplexity(self, text: Prompt, n_ctx: int | None = None) -> float:
+    def perplexity(self, text: Prompt, n_ctx: int | None = None, context_policy: str = "stop") -> float:
         """exp(mean of -log p) over all ids of a text, read in windows of n_ctx ids that each begin with BOS.
 
         n_ctx None: the context. Where the model puts no BOS before a text, a window begins with the last id of the one
-        before, and the first id of the text is not predicted.
+        before, and the first id of the text is not predicted. context_policy "slide": the text is read as one, of which
+        each id sees the last n_ctx, the first four of the text among them.
         """
         size = whole_number(self.context if n_ctx is None else n_ctx, 2, self.context)
         if size is None:
             raise UsageError(f"n_ctx={quote(n_ctx)}: needs 2 to {self.context} ids, the context.")
         ids = self.tokenizer.encode(text, False, False) if isinstance(text, str) else self._ids(text)
         bos = self.tokenizer.bos_id if self.config.add_bos_token and isinstance(text, str) else None
-        jobs = [ScoreJob(window, 1, self.runtime.window) for window in windows(ids, size, bos)]
+        if checked_choice("context_policy", context_policy, POLICIES) == "slide":
+            seen = Sight.sliding(size, self.config.sliding_window, 0)
+            jobs = [ScoreJob(whole, 1, *seen) for whole in windows(ids, len(ids) + 2, bos)]
+        else:
+            jobs = [ScoreJob(window, 1, self.runtime.window) for window in windows(ids, size, bos)]
         if not jobs:
             raise UsageError("the text has no id to predict; give a longer text.")
         self.runtime.run([[job] for job in jobs])

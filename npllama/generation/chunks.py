@@ -1,4 +1,4 @@
-"""How a long prompt is cut into calls.
+"""How a long prompt is cut into calls, and how far back its positions see.
 
 A call takes a second or two, so that an interrupt is served. The length follows from the model's size and not from a
 clock, so that the same prompt is always cut the same way.
@@ -7,16 +7,20 @@ clock, so that the same prompt is always cut the same way.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from npllama.cache import KVCache
 from npllama.config import ModelConfig
+from npllama.errors import UsageError
 from npllama.execution.engine import Engine
 from npllama.weights import layer_products
 
 CHUNK_OPERATIONS = 1.2e12
 MAX_CHUNK = 512
+MIN_SINKS = 4
+"""First positions that stay in sight of a text that slides: arXiv:2309.17453, section 3.2."""
 
 
 def chunk_tokens(config: ModelConfig) -> int:
@@ -34,3 +38,25 @@ def feed(
         n = stop - first
         out = range(n) if every else range(n - 1, n)
         yield engine.forward(cache, ids[first:stop], range(first, stop), [0] * n, list(out))
+
+
+class Sight(NamedTuple):
+    """What the positions of a text see: the last `window` ones, and the first n_sink."""
+
+    window: int
+    n_sink: int
+
+    @classmethod
+    def sliding(cls, context: int, sliding_window: int | None, n_keep: int) -> Sight:
+        """For a text without end in a context: the last positions, and n_keep first ones, at least four.
+
+        A model that was trained with a sliding window keeps it, and needs no sinks. Raises UsageError when more than
+        half of the context is to be kept.
+        """
+        n_sink = max(n_keep, 0 if sliding_window else min(MIN_SINKS, context // 2))
+        if n_sink > context // 2:
+            raise UsageError(
+                f"n_keep={n_keep}: at most half of the context, {context // 2} positions, can be kept; keep fewer, or "
+                f"load the model with a larger context."
+            )
+        return cls(sliding_window or context - n_sink, n_sink)

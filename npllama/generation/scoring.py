@@ -45,8 +45,8 @@ class Ranked:
 class ScoreJob(Job):
     """The log probabilities of the ids from number `first` on, each given all before it. The last is not fed."""
 
-    def __init__(self, ids: list[int], first: int, window: int) -> None:
-        super().__init__(ids[:-1], window)
+    def __init__(self, ids: list[int], first: int, window: int, n_sink: int = 0) -> None:
+        super().__init__(ids[:-1], window, n_sink)
         self.received = first - 1
         self._all, self._first = ids, first
         self._logprobs: list[float] = []
