@@ -38,6 +38,7 @@ from npllama.store.direct import open_source
 from npllama.store.opening import OpenModel, Progress
 from npllama.store.tokenizers import open_tokenizer
 from npllama.system.closing import Closing
+from npllama.text.chat.encoding import checked_format
 from npllama.text.protocol import Tokenizer
 
 __all__ = ["DEMO", "Llama", "Piece", "Result", "Stream", "Usage", "load"]
@@ -60,9 +61,11 @@ class Llama(Closing):
         context: int,
         kv_memory: int | None = None,
         parallel: int | None = None,
+        chat_format: str | None = None,
     ) -> None:
         self.config: ModelConfig = opened.config
         self.tokenizer = tokenizer
+        self.chat_format = chat_format
         self.context = context
         self.engine = engine
         self._opened = opened
@@ -384,6 +387,7 @@ def load(
     n_ctx: int | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
+    chat_format: str | None = None,
 ) -> Llama:
     """Open a model directory or a checkpoint; without an argument, the demo model that ships inside the package.
 
@@ -393,8 +397,9 @@ def load(
     for `parallel` full contexts, at most half of the free memory, at least one context; taken as it is used); parallel:
     texts that are written at once, at most (None: 8). A checkpoint is exported once, to
     NPLLAMA_MODELS_DIR or ~/.cache/npllama/models, in the number format dtype (None: its own); progress is called with
-    (bytes done, bytes in all, tensor) meanwhile. Raises ModelError for a directory that is not a sound model,
-    CheckpointError for a checkpoint that cannot be read, UsageError for values out of range.
+    (bytes done, bytes in all, tensor) meanwhile. chat_format: how a dialog is told, a name of chat/formats.FORMATS;
+    None: as the checkpoint's chat template does, where that is known. Raises ModelError for a directory that is not a
+    sound model, CheckpointError for a checkpoint that cannot be read, UsageError for values out of range.
 
     What this changes in the process:
     - NumPy execution: how many threads NumPy's OpenBLAS uses, until the last model is closed. Not where
@@ -416,8 +421,9 @@ def load(
     try:
         tokenizer = _tokenizer_of(opened)
         context = _context(opened.config.max_seq_len, n_positions)
+        chat_format = opened.chat_format if chat_format is None else checked_format(chat_format, tokenizer)
         engine = Engine(opened, backend, threads, log.warning, kv_dtype, context)
-        return Llama(opened, engine, tokenizer, context, kv_memory, parallel)
+        return Llama(opened, engine, tokenizer, context, kv_memory, parallel, chat_format)
     except BaseException:
         opened.close()
         raise

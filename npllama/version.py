@@ -12,20 +12,20 @@ from npllama.errors import quote
 
 __version__ = "0.1.0"
 
-VERSION = 3
+VERSION = 4
 """The highest format version that is read; every lower one is read too, for ever."""
 
 NEEDS = "needs_npllama"
 """The manifest's key, from version 2 on, for the npllama that reads it: a message of an older one can say it."""
 
-FIRST_READER = {1: "0.1.0", 2: "0.1.0", 3: "0.1.0"}
+FIRST_READER = {1: "0.1.0", 2: "0.1.0", 3: "0.1.0", 4: "0.1.0"}
 """Format version -> the first npllama that reads it."""
 
-EXPORTER = 1
+EXPORTER = 2
 """Raised whenever an export of the same checkpoint gives other bytes than before: kept exports are then made anew."""
 
 SINCE = {NEEDS: 2, "sampling": 2, "add_bos_token": 2, "add_eos_token": 2, "rope_scaling": 2, "sliding_window": 2}
-SINCE |= {"kind": 3}
+SINCE |= {"kind": 3, "chat_format": 4}
 """Key of the manifest, its config or tokenizer -> the format version that brought it; version 1 has all others."""
 
 

@@ -43,12 +43,19 @@ def trained(**options: object) -> bytes:
 
 def written(pieces: Sequence[tuple[str | bytes, int]], byte_fallback: bool = True) -> bytes:
     """A BPE model of just these (piece, type), the earlier merged first."""
-    message = b""
-    for i, (piece, kind) in enumerate(pieces):
-        text = piece.encode() if isinstance(piece, str) else piece
-        message += _field(1, _field(1, text) + b"\x15" + struct.pack("<f", -i) + b"\x18" + bytes([kind]))
+    message = b"".join(_piece(piece, kind, -i) for i, (piece, kind) in enumerate(pieces))
     trainer = b"\x18\x02" + (b"\x98\x02\x01" if byte_fallback else b"")
     return message + _field(2, trainer) + _field(3, b"\x18\x01\x20\x00")
+
+
+def control_pieces(names: Sequence[str]) -> bytes:
+    """Control pieces to be appended to the file of a model."""
+    return b"".join(_piece(name, CONTROL, 0) for name in names)
+
+
+def _piece(piece: str | bytes, kind: int, score: float) -> bytes:
+    text = piece.encode() if isinstance(piece, str) else piece
+    return _field(1, _field(1, text) + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind]))
 
 
 def _field(number: int, data: bytes) -> bytes:

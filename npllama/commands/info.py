@@ -101,6 +101,7 @@ def model_facts(path: str) -> dict[str, Any]:
             "add_eos_token": c.add_eos_token,
         },
         "suggested_sampling": "none" if sampling is None else sampling.to_json(),
+        "chat_format": manifest.get("chat_format", "none"),
         "format_version": manifest["version"],
     }
 

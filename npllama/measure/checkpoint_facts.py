@@ -66,6 +66,7 @@ def _text_facts(checkpoint: Checkpoint) -> dict[str, Any]:
             "add_eos_token": rules.add_eos_token,
         },
         "suggested_sampling": "none" if rules.sampling is None else rules.sampling.to_json(),
+        "chat_format": "none" if rules.chat_format is None else rules.chat_format,
         "remarks": [*remarks, *rules.remarks],
     }
 

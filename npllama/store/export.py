@@ -119,7 +119,8 @@ def export(
         config = replace(config, add_bos_token=rules.add_bos_token, add_eos_token=rules.add_eos_token)
         number_format = asked or own_format(source)
         source = replace(source, config=config)
-        return write_model(source, target, number_format, found.stored, force, progress, rules.sampling)
+        said = rules.sampling, rules.chat_format
+        return write_model(source, target, number_format, found.stored, force, progress, *said)
 
 
 def quantize_model(
@@ -140,7 +141,8 @@ def quantize_model(
     with open_model(model) as opened:
         source = OpenedSource(opened)
         tokenizer = stored_in(opened.path, opened.manifest)
-        return write_model(source, target, number_format, tokenizer, force, progress, opened.sampling)
+        said = opened.sampling, opened.chat_format
+        return write_model(source, target, number_format, tokenizer, force, progress, *said)
 
 
 class _StoredTensor(NamedTuple):
@@ -201,6 +203,7 @@ def write_model(
     force: bool,
     progress: Progress | None,
     sampling: SamplingOptions | None = None,
+    chat_format: str | None = None,
 ) -> dict[str, Any]:
     """Fill a new directory, let the loader open it, and make it `out`."""
     kinds = planned(source.config, source.tied, number_format)
@@ -211,7 +214,7 @@ def write_model(
         tensors = {kind: _write_kind(source, folder, kind, *how, meter) for kind, how in kinds.items()}
         for name, content in tokenizer.files.items():
             _write_file(folder / name, content)
-        manifest = build_manifest(source.config, tokenizer.entry, tensors, sampling)
+        manifest = build_manifest(source.config, tokenizer.entry, tensors, sampling, chat_format)
         text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
         _write_file(folder / MANIFEST, text.encode("ascii"))
         open_tokenizer(folder, *check_model(folder))
@@ -233,12 +236,18 @@ def planned_bytes(config: ModelConfig, tied: bool, number_format: NumberFormat) 
 
 
 def build_manifest(
-    config: ModelConfig, tokenizer: dict[str, Any], tensors: dict[str, Any], sampling: SamplingOptions | None
+    config: ModelConfig,
+    tokenizer: dict[str, Any],
+    tensors: dict[str, Any],
+    sampling: SamplingOptions | None,
+    chat_format: str | None,
 ) -> dict[str, Any]:
     """The manifest, of the lowest format version that has what it says (see version.py)."""
     manifest = {"format": FORMAT, "config": config.to_json(), "tokenizer": tokenizer, "tensors": tensors}
     if sampling is not None:
         manifest["sampling"] = sampling.to_json()
+    if chat_format is not None:
+        manifest["chat_format"] = chat_format
     version = version_of([*manifest, *manifest["config"], *tokenizer])
     return {**manifest, "version": version, **({NEEDS: FIRST_READER[version]} if version > 1 else {})}
 

@@ -113,7 +113,8 @@ def _inside(found: Mapping[str, Any]) -> FoundTokenizer:
     """The tokenizer that a checkpoint's own file holds; the small files beside it belong to others."""
     vocabulary = read_gguf_vocabulary({GGUF_KEYS + key: value for key, value in found.items()}, "the vocabulary inside")
     kind = f"{len(vocabulary.tokens):,} tokens of kind {found.get('model')}"
-    return FoundTokenizer(f"the one inside the checkpoint ({kind})", "the checkpoint", None, *_both(vocabulary))
+    title = f"the one inside the checkpoint ({kind})"
+    return FoundTokenizer(title, "the checkpoint", None, *_both(vocabulary), found.get("chat_template"))
 
 
 def _of_vocabulary(vocabulary: Vocabulary, path: Path, settings: Path) -> FoundTokenizer:

@@ -93,6 +93,7 @@ class OpenModel(Closing):
         self.manifest = manifest
         self.config = config
         self.sampling = suggested_sampling(path / MANIFEST, manifest)
+        self.chat_format: str | None = manifest.get("chat_format")
         self.size_bytes = size_bytes(manifest)
         self._weights: Weights | None = _map_weights(path, manifest)
         self._closing: list[Callable[[], object]] = []
@@ -243,12 +244,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if type(version) is not int or not 1 <= version <= VERSION:
         raise ModelError(f"{path}: {unknown_version(version, manifest.get(NEEDS))}")
     needed = {"format", "version", "config", "tokenizer", "tensors"}
-    _check_keys(path, "the manifest", manifest, needed, {NEEDS, "sampling"})
+    _check_keys(path, "the manifest", manifest, needed, {NEEDS, "sampling", "chat_format"})
     parts = [part for part in (manifest["config"], manifest["tokenizer"]) if isinstance(part, dict)]
     if early := [key for part in (manifest, *parts) for key in part if SINCE.get(key, 1) > version]:
         raise ModelError(
             f"{path}: has {quote(early[0])}, which needs version {SINCE[early[0]]}, but says version {version}; {AGAIN}"
         )
+    if not isinstance(manifest.get("chat_format", ""), str):
+        raise ModelError(f"{path}: chat_format is {quote(manifest['chat_format'])}, a name is needed; {AGAIN}")
     return manifest
 
 

@@ -4,6 +4,7 @@
     special_tokens_map.json    bos_token, eos_token
     added_tokens.json          tokens that the tokenizer may not have
     generation_config.json     do_sample, temperature, top_k, top_p, min_p, repetition_penalty
+    chat_template.jinja        the chat format, by its text; or tokenizer_config.json's chat_template, or GGUF's
 
 What would change results and is not done here is said in a remark, never dropped in silence.
 """
@@ -18,12 +19,16 @@ from typing import Any, NamedTuple
 
 from npllama.checkpoints import read_json
 from npllama.checkpoints.configs.hugging_face import GENERATION_CONFIG
+from npllama.checkpoints.files import read_whole
 from npllama.errors import CheckpointError, UsageError, quote
 from npllama.options import OFF, SamplingOptions
 from npllama.store.tokenizers import FoundTokenizer
 from npllama.system import strict_json
+from npllama.text.chat.formats import FORMATS
+from npllama.text.chat.recognition import recognised
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 MAX_BYTES = 16 << 20
 MAX_DIGITS = 400
 """model_max_length is written as a whole number of 31 digits where there is no limit."""
@@ -31,11 +36,12 @@ MAX_NAMED = 6
 
 
 class TextRules(NamedTuple):
-    """add_bos_token, add_eos_token: what a text gets by itself; sampling: None where nothing is suggested."""
+    """add_bos_token, add_eos_token: what a text gets by itself; sampling, chat_format: None where nothing says them."""
 
     add_bos_token: bool
     add_eos_token: bool
     sampling: SamplingOptions | None
+    chat_format: str | None
     remarks: tuple[str, ...]
 
 
@@ -61,7 +67,8 @@ def text_rules(folder: Path, found: FoundTokenizer) -> TextRules:
     generation = read_settings(folder / GENERATION_CONFIG)
     sampling = suggested_sampling(generation or {}, remarks.append)
     remarks += _unused(GENERATION_CONFIG, generation, GENERATION_DONE, GENERATION_OFF)
-    return TextRules(add_bos, add_eos, sampling, tuple(remarks))
+    chat_format = _chat_format(_chat_template(folder, said, found), found, remarks.append)
+    return TextRules(add_bos, add_eos, sampling, chat_format, tuple(remarks))
 
 
 def _about_tokenizer(folder: Path, found: FoundTokenizer, name: str) -> dict[str, object] | None:
@@ -109,6 +116,37 @@ def _flag(said: Mapping[str, object] | None, key: str, default: bool | None) -> 
     if value is not None and not isinstance(value, bool):
         raise CheckpointError(f"{TOKENIZER_CONFIG}: {key} is {quote(value)}, but true or false is needed; correct it")
     return default if value is None else value
+
+
+# ---------------------------------------------------------------- chat
+
+
+def _chat_template(folder: Path, said: Mapping[str, object] | None, found: FoundTokenizer) -> object:
+    """The chat template of a checkpoint, whichever file has it; None where there is none."""
+    if found.settings is None:
+        return found.chat_template
+    paths = (folder / CHAT_TEMPLATE, found.settings / CHAT_TEMPLATE)
+    file = next((path for path in paths if os.path.lexists(path)), None)
+    if file is not None:
+        return read_whole(file, MAX_BYTES).decode("utf-8", "replace")
+    template = (said or {}).get("chat_template")
+    if isinstance(template, list):  # several by their names
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        return named.get("default", template)
+    return template
+
+
+def _chat_format(template: object, found: FoundTokenizer, remark: Callable[[str], None]) -> str | None:
+    """The chat format that a template writes, None where there is none or nobody knows it, which is said."""
+    if template in (None, ""):
+        return None
+    chat_format = recognised(template, found.tokenizer) if isinstance(template, str) else None
+    if chat_format is None:
+        known = ", ".join(FORMATS)
+        remark(f"the chat template is of no format that is known; name the one it is with chat_format=: {known}")
+    else:
+        remark(f"chat format: {chat_format}, by the chat template")
+    return chat_format
 
 
 # ---------------------------------------------------------------- tokens

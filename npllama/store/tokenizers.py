@@ -73,7 +73,8 @@ class FoundTokenizer(NamedTuple):
     """The tokenizer of a checkpoint.
 
     title says where it is from, name is that of its file; settings: the folder whose small files are about it; rules:
-    of a vocabulary that says itself what stands around a text, None where tokenizer_config.json says it.
+    of a vocabulary that says itself what stands around a text, None where tokenizer_config.json says it; chat_template:
+    the one inside the checkpoint.
     """
 
     title: str
@@ -82,6 +83,7 @@ class FoundTokenizer(NamedTuple):
     tokenizer: Tokenizer
     stored: StoredTokenizer
     rules: Rules | None
+    chat_template: object = None
 
 
 class StoredTokenizer(NamedTuple):

@@ -9,6 +9,7 @@ Files, in the order in which to read them:
     derived.py        the same as files of a model directory
     bpe/              the tokenizer of such a vocabulary
     readers/          the files of other programs that hold one
+    chat/             messages to ids: the chat formats
 
 A new tokenizer is a class with the members of `protocol.Tokenizer`, and its kind a line in store/tokenizers.py; which
 file of a checkpoint is taken for it, store/find_tokenizer.py decides.
