@@ -51,7 +51,10 @@ log = logging.getLogger("npllama")
 
 
 class Llama(Closing):
-    """An open model. Made by `load`; also a context manager, which closes it."""
+    """An open model. Made by `load`; also a context manager, which closes it.
+
+    tokenizer: text to ids and back, as text/protocol.Tokenizer says; chat_format: how a dialog is told, if known.
+    """
 
     def __init__(
         self,
@@ -391,15 +394,13 @@ def load(
 ) -> Llama:
     """Open a model directory or a checkpoint; without an argument, the demo model that ships inside the package.
 
-    backend "auto", "numpy" or "numba" (see NPLLAMA_BACKEND); threads None: physical cores, affinity or the
-    container's quota, whichever is least; context: positions, None: the checkpoint's own, at most 4096 (n_ctx is
-    another name); kv_dtype "f32", "f16" or "q8": how the cache keeps keys and values, in kv_memory bytes (None: enough
-    for `parallel` full contexts, at most half of the free memory, at least one context; taken as it is used); parallel:
-    texts that are written at once, at most (None: 8). A checkpoint is exported once, to
-    NPLLAMA_MODELS_DIR or ~/.cache/npllama/models, in the number format dtype (None: its own); progress is called with
-    (bytes done, bytes in all, tensor) meanwhile. chat_format: how a dialog is told, a name of chat/formats.FORMATS;
-    None: as the checkpoint's chat template does, where that is known. Raises ModelError for a directory that is not a
-    sound model, CheckpointError for a checkpoint that cannot be read, UsageError for values out of range.
+    backend "auto", "numpy" or "numba" (see NPLLAMA_BACKEND); threads None: physical cores, affinity or the container's
+    quota, whichever is least; context: positions, None: the checkpoint's own, at most 4096 (n_ctx is another name);
+    kv_dtype "f32", "f16" or "q8": how the cache keeps keys and values, in kv_memory bytes (None: enough for `parallel`
+    full contexts, at most half of the free memory, at least one context; taken as it is used); parallel: texts that are
+    written at once, at most (None: 8). A checkpoint is exported once, to NPLLAMA_MODELS_DIR or ~/.cache/npllama/models,
+    in the number format dtype (None: its own); progress is called with (bytes done, bytes in all, tensor) meanwhile.
+    chat_format: a name of chat.formats.FORMATS, None: the checkpoint's. Raises ModelError, CheckpointError, UsageError.
 
     What this changes in the process:
     - NumPy execution: how many threads NumPy's OpenBLAS uses, until the last model is closed. Not where

@@ -9,7 +9,7 @@ import pytest
 from helpers import TINY, random_weights, write_model_directory, write_safetensors_checkpoint
 
 import npllama
-from npllama.commands.generate import unescaped
+from npllama.commands.texts import unescaped
 from npllama.store.export import export
 
 BOM = b"\xef\xbb\xbf"

@@ -422,4 +422,5 @@ def test_files_are_short(file: str) -> None:
 @pytest.mark.parametrize("folder", sorted({path.parent for path in SOURCES}), ids=lambda folder: folder.name)
 def test_folders_hold_few_modules(folder: Path) -> None:
     modules = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
-    assert folder.name == "kernels" or len(modules) <= MAX_MODULES, f"{folder.name}: {len(modules)} modules"
+    longer = ("kernels", "commands")  # a module for each kernel, and for each command
+    assert folder.name in longer or len(modules) <= MAX_MODULES, f"{folder.name}: {len(modules)} modules"

@@ -4,11 +4,14 @@ Files, in the order in which to read them:
 
     cli.py         which commands there are, and how a command ends
     terminal.py    output, progress, and kinds of arguments
+    texts.py       a text from an argument, a file or stdin
     generate.py    continue a text
     export.py      checkpoint to model directory
     info.py        what a model is, and what this machine offers
     models.py      the models that checkpoints were exported to by themselves
     quantize.py    model directory to a smaller one
+    tokenize.py    text or dialog to ids
+    detokenize.py  ids to text
     bench.py       speed
     perplexity.py  quality on a text
     verify.py      every kernel against its step in NumPy

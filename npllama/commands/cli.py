@@ -15,12 +15,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from npllama.commands import bench, export, generate, info, models, perplexity, quantize, verify, warmup
+from npllama.commands import (
+    bench,
+    detokenize,
+    export,
+    generate,
+    info,
+    models,
+    perplexity,
+    quantize,
+    tokenize,
+    verify,
+    warmup,
+)
 from npllama.commands.terminal import MARK, Notes, say
 from npllama.errors import NpllamaError, UsageError
 from npllama.version import __version__
 
-COMMANDS = (generate, export, info, models, quantize, bench, perplexity, verify, warmup)
+COMMANDS = (generate, export, info, models, quantize, tokenize, detokenize, bench, perplexity, verify, warmup)
 """Each has NAME, SUMMARY, add_arguments(parser) and run(args, notes) -> exit code."""
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import json
-import re
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +18,14 @@ from npllama.commands.terminal import (
     text,
     whole,
 )
-from npllama.errors import NpllamaError, UsageError
+from npllama.commands.texts import PROMPTS, add_text, argument_bytes, decoded, prompt_of
 from npllama.options import OPTIONS, SamplingOptions
 
 if TYPE_CHECKING:
     from npllama.inference import Llama, Result, Stream
 
 NAME = "generate"
-TEXTS = {"-p": "--prompt", "--prompt": "--prompt", "--stop": "--stop"}
+TEXTS = {**PROMPTS, "--stop": "--stop"}
 """Options whose value is text, also where it begins with a dash, and their long names."""
 SUMMARY = "continue a text"
 INTERRUPTED = 130
@@ -79,19 +76,7 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
         "--dtype", metavar="FORMAT", choices=Choices(number_formats), help="number format that a checkpoint is "
         "exported to: %(choices)s (default: its own)"
     )  # fmt: skip
-    add(
-        "-p",
-        "--prompt",
-        metavar="PROMPT",
-        type=text,
-        action="append",
-        default=[],
-        help='the same as PROMPT; may be empty: ""',
-    )
-    add(
-        "-f", "--file", metavar="FILE", action="append", default=[], help="read the prompt from a file in UTF-8 "
-        "(without its last line end)"
-    )  # fmt: skip
+    add_text(parser)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -110,8 +95,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Load, read the prompt, generate."""
-    prompt = _prompt(args)  # what is wrong with the arguments is said before anything is loaded
-    stops = [_text(_argument_bytes(stop), "--stop", args.escape) for stop in args.stop]
+    prompt = prompt_of(args)  # what is wrong with the arguments is said before anything is loaded
+    stops = [decoded(argument_bytes(stop), "--stop", args.escape) for stop in args.stop]
     given: dict[str, Any] = {option.name: getattr(args, option.name) for option in OPTIONS}
     SamplingOptions().changed(given)
     options: dict[str, Any] = {"seed": args.seed, "stop": stops, "echo": args.echo, "sampling": args.sampling}
@@ -178,80 +163,3 @@ def _report(llama: Llama, r: Result, complete: bool, model: str | None, load_s: 
             "generate_per_second": _rate(u.completion_tokens, r.generate_s),
         },
     }
-
-
-def _prompt(args: argparse.Namespace) -> str:
-    """The one prompt: an argument, a file, or stdin. Raises UsageError for two."""
-    texts = [given for given in (args.prompt_argument, *args.prompt) if given is not None]
-    if len(texts) + len(args.file) > 1:
-        raise UsageError("two prompts were given; one is needed: PROMPT, or -p PROMPT, or -f FILE.")
-    if args.file and args.file[0] != "-":
-        return _text(_of_a_file(_read_file(args.file[0])), args.file[0], args.escape)
-    if texts and texts[0] != "-":
-        return _text(_argument_bytes(texts[0]), "the prompt", args.escape)
-    if not texts and not args.file and (sys.stdin is None or sys.stdin.isatty()):
-        return ""
-    return _text(_of_a_file(_read_stdin()), "stdin", args.escape)
-
-
-def _argument_bytes(argument: str) -> bytes:
-    """The bytes of an argument, which Python hands over as surrogates where the locale is not UTF-8."""
-    return argument.encode("utf-8", "surrogateescape")
-
-
-def _read_stdin() -> bytes:
-    if sys.stdin is None:
-        raise NpllamaError("stdin: is closed, and the prompt - is read from it; open it, or give the prompt with -p.")
-    data = sys.stdin.buffer.read()
-    if data is None:  # a pipe in non-blocking mode, to which nothing was written yet
-        raise NpllamaError(
-            "stdin: does not wait for what is not there yet; open it blocking, or give the prompt with -p."
-        )
-    return data
-
-
-def _read_file(name: str) -> bytes:
-    try:
-        with open(name, "rb") as file:
-            return file.read()
-    except (OSError, ValueError) as error:  # ValueError: no path holds a NUL
-        raise NpllamaError(
-            f"{name}: cannot be read ({getattr(error, 'strerror', error)}); -f needs a text file in UTF-8. Check the "
-            f"path, or give the text itself with -p."
-        ) from error
-
-
-def _of_a_file(data: bytes) -> bytes:
-    """Without what is no text: the mark (BOM) that editors begin UTF-8 with, and the line end that they end it with."""
-    data = data.removeprefix(codecs.BOM_UTF8)
-    return data.removesuffix(b"\n").removesuffix(b"\r") if data.endswith(b"\n") else data
-
-
-def _text(data: bytes, name: str, escape: bool) -> str:
-    """Text of UTF-8 bytes, its escapes read first if asked."""
-    data = unescaped(data) if escape else data
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        raise NpllamaError(
-            f"{name}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8, which text must be"
-            f"{' (it looks like UTF-16)' if wide else ''}; convert it, for example with iconv."
-        ) from error
-
-
-ESCAPE = re.compile(rb"\\(?:([nrt'\"\\])|x([0-9A-Fa-f]{2}))")
-ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
-
-
-def unescaped(data: bytes) -> bytes:
-    """Bytes with \\n \\r \\t \\' \\" \\\\ and \\xHH as what they stand for; any other backslash stays.
-
-    Source: string_process_escapes of llama.cpp.
-    """
-
-    def meant(found: re.Match[bytes]) -> bytes:
-        letter, digits = found.groups()
-        return bytes([int(digits, 16)]) if letter is None else ESCAPED.get(letter, letter)
-
-    return ESCAPE.sub(meant, data)

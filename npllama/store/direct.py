@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
+from npllama.checkpoints import open_checkpoint
 from npllama.errors import CheckpointError, ModelError, UsageError, quote
 from npllama.numbers import named
+from npllama.store.find_tokenizer import find_tokenizer
 from npllama.store.locks import Lock
 from npllama.store.model_cache import (
     FOLDER,
@@ -20,10 +23,34 @@ from npllama.store.model_cache import (
     swept,
     unwritable,
 )
-from npllama.store.opening import OpenModel, Progress, open_model
+from npllama.store.opening import OpenModel, Progress, check_model, open_model
 from npllama.store.sources import Source, is_checkpoint, source_of
+from npllama.store.text_rules import text_rules
+from npllama.store.tokenizers import open_tokenizer
+from npllama.text.protocol import Tokenizer
 
 MAX_TRIES = 10
+
+
+class TextSide(NamedTuple):
+    """What turns text into ids and back, without any weights: bos, eos: what a text gets by itself."""
+
+    tokenizer: Tokenizer
+    bos: bool
+    eos: bool
+    chat_format: str | None
+
+
+def open_text_side(path: str | os.PathLike[str]) -> TextSide:
+    """The tokenizer of a model directory or a checkpoint, which is not exported for it. CheckpointError, ModelError."""
+    if not is_checkpoint(Path(path)):
+        manifest, config = check_model(path)
+        tokenizer = open_tokenizer(Path(path), manifest, config)
+        return TextSide(tokenizer, config.add_bos_token, config.add_eos_token, manifest.get("chat_format"))
+    with open_checkpoint(path) as checkpoint:
+        found = find_tokenizer(checkpoint, None)
+        rules = text_rules(checkpoint.folder, found)
+    return TextSide(found.tokenizer, rules.add_bos_token, rules.add_eos_token, rules.chat_format)
 
 
 def open_source(path: object, dtype: str | None = None, progress: Progress | None = None) -> OpenModel:
