@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from npllama.generation.chunks import Sight, chunk_tokens
 from npllama.generation.completion import Completion, Model
 from npllama.generation.jobs import LogitsJob
 from npllama.generation.requests import POLICIES, Prompt, Request, check_kind, either, is_one, new_request
-from npllama.generation.results import Piece, Result, Usage
+from npllama.generation.results import ChatResult, Piece, Result, Usage
 from npllama.generation.runtime import Runtime, raise_first_error
 from npllama.generation.scheduler import Scheduler
 from npllama.generation.scoring import (
@@ -38,10 +38,11 @@ from npllama.store.direct import open_source
 from npllama.store.opening import OpenModel, Progress
 from npllama.store.tokenizers import open_tokenizer
 from npllama.system.closing import Closing
-from npllama.text.chat.encoding import checked_format
+from npllama.text.chat.encoding import ChatPrompt, chat_prompt, checked_format
+from npllama.text.chat.formats import FORMATS
 from npllama.text.protocol import Tokenizer
 
-__all__ = ["DEMO", "Llama", "Piece", "Result", "Stream", "Usage", "load"]
+__all__ = ["DEMO", "ChatResult", "ChatStream", "Llama", "Piece", "Result", "Stream", "Usage", "load"]
 
 DEMO = Path(__file__).parent / "demo"
 MAX_DEFAULT_CONTEXT = 4096
@@ -184,6 +185,43 @@ class Llama(Closing):
         if not is_one(prompt):
             raise UsageError("stream takes one prompt (text or a list of ids); generate takes a list of prompts.")
         return Stream(self.runtime, self._completions(prompt, request, 0, streamed=True)[0])
+
+    @overload
+    def chat(self, messages: object, stream: Literal[False] = False, **options: Any) -> ChatResult: ...
+
+    @overload
+    def chat(self, messages: object, stream: Literal[True], **options: Any) -> ChatStream: ...
+
+    def chat(
+        self,
+        messages: object,
+        stream: bool = False,
+        *,
+        escape: bool = False,
+        max_tokens: int | None = None,
+        **options: Any,
+    ) -> ChatResult | ChatStream:
+        """Answer the last of a dialog's messages: [{"role": "user", "content": "Hello"}, ...], the list of OpenAI.
+
+        The dialog becomes ids as the model's chat format has it (`chat_format`): what people wrote is encoded as text
+        and never becomes a control token; marks of the format in it are refused, or escaped if `escape`. stream: piece
+        by piece, an iterator with a `.result`. max_tokens None: until the context is full. options: those of
+        `generate` but echo, bos, eos and n. A next turn reads only what is new.
+        Raises UsageError for messages that the format does not have, and for a model without a chat format.
+        """
+        prompt = chat_prompt(self._known_format(), self.tokenizer, messages, escape)
+        if wrong := sorted({"echo", "bos", "eos", "n"} & options.keys()):
+            raise UsageError(f"chat takes no {wrong[0]}: its chat format says what a dialog begins and ends with.")
+        answer = ChatStream(self.stream(prompt.ids, max_tokens, **options), prompt)
+        return answer if stream else answer.run()
+
+    def _known_format(self) -> str:
+        if self.chat_format is None:
+            raise UsageError(
+                f"this model does not say how a dialog is told to it (it may be none that talks); load it with "
+                f"chat_format=, one of {', '.join(FORMATS)}."
+            )
+        return self.chat_format
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of the next token after each of the ids: (T, V) float32. Nothing is added to the ids."""
@@ -352,6 +390,10 @@ class Stream:
         raise_first_error([job])
         raise StopIteration
 
+    def end_at(self, ids: Iterable[int]) -> None:
+        """End at these ids too."""
+        self._job.end_at(ids)
+
     def _drive(self) -> None:
         """Wait for the next piece; what interrupts the wait ends the generation."""
         job = self._job
@@ -376,6 +418,35 @@ class Stream:
     @property
     def result(self) -> Result:
         return self._job.result
+
+
+class ChatStream:
+    """An answer under way: an iterator of Piece. `result` is what has come so far, complete after the last piece."""
+
+    def __init__(self, stream: Stream, prompt: ChatPrompt) -> None:
+        self._stream, self._prompt = stream, prompt
+        stream.end_at(prompt.stop_ids)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._stream
+
+    def __next__(self) -> Piece:
+        return next(self._stream)
+
+    def run(self) -> ChatResult:
+        """Answer to the end."""
+        for _ in self._stream:
+            pass
+        return self.result
+
+    def close(self) -> None:
+        """End the answer early."""
+        self._stream.close()
+
+    @property
+    def result(self) -> ChatResult:
+        result = self._stream.result
+        return ChatResult({"role": "assistant", "content": result.text}, result, self._prompt.escaped)
 
 
 def load(

@@ -12,6 +12,8 @@ Files, in the order in which to read them:
     quantize.py    model directory to a smaller one
     tokenize.py    text or dialog to ids
     detokenize.py  ids to text
+    dialog/        talk with a model
+    scoring/       how likely texts are; texts as vectors
     bench.py       speed
     perplexity.py  quality on a text
     verify.py      every kernel against its step in NumPy

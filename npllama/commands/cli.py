@@ -28,11 +28,16 @@ from npllama.commands import (
     verify,
     warmup,
 )
+from npllama.commands.dialog import chat
+from npllama.commands.scoring import embed, score
 from npllama.commands.terminal import MARK, Notes, say
 from npllama.errors import NpllamaError, UsageError
 from npllama.version import __version__
 
-COMMANDS = (generate, export, info, models, quantize, tokenize, detokenize, bench, perplexity, verify, warmup)
+COMMANDS = (
+    *(generate, chat, export, info, models, quantize),
+    *(tokenize, detokenize, score, embed, bench, perplexity, verify, warmup),
+)
 """Each has NAME, SUMMARY, add_arguments(parser) and run(args, notes) -> exit code."""
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130

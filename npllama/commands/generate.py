@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-n", "--max-tokens", metavar="N", type=whole(-1, 2**31), default=256, help="tokens to generate (default 256; "
         "-1: until the context is full; 0: read the prompt only)"
     )  # fmt: skip
-    _add_sampling(parser)
+    add_sampling(parser)
     add("--stop", metavar="TEXT", type=text, action="append", default=[], help="end before this text; may be repeated")
     add(
         "-e", "--escape", action="store_true", help="read \\n \\r \\t \\\\ \\' \\\" and \\xHH (a byte) in these texts"
@@ -79,7 +79,7 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     add_text(parser)
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser) -> None:
     """The options of sampling, and where those that are not given come from."""
     add = parser.add_argument
     for option in OPTIONS:

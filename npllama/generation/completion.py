@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
@@ -64,6 +65,10 @@ class Completion(Job):
         self._tokens: list[int] = []
         self._finish_reason = "length"
         self._started = self._read_at = self._last_at = 0.0
+
+    def end_at(self, ids: Iterable[int]) -> None:
+        """End at these ids too."""
+        self._ends.update(ids)
 
     def begin(self) -> None:
         """The clock starts; the prompt's own text comes first where it is asked for."""

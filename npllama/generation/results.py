@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from npllama.text.chat.marks import Escaped
 
 
 class Piece(NamedTuple):
@@ -47,3 +49,25 @@ class Result:
     prompt_s: float
     generate_s: float
     slid_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ChatResult:
+    """What the assistant answered.
+
+    message: {"role": "assistant", "content": text}, to be put behind the messages for the next turn; escaped: marks of
+    the chat format that stood in the messages and were escaped, (number of the message, mark, times). The rest is that
+    of a Result, which is `result`.
+    """
+
+    message: dict[str, str]
+    result: Result = field(repr=False)
+    escaped: tuple[Escaped, ...] = ()
+
+    @property
+    def finish_reason(self) -> str:
+        return self.result.finish_reason
+
+    @property
+    def usage(self) -> Usage:
+        return self.result.usage
