@@ -317,7 +317,8 @@ class Llama(Closing):
                 "the continuation has no id of its own, or nothing stands before its first id; give a longer one, or a "
                 "prompt."
             )
-        return self._fitting(ids), first
+        self._fitting(ids[:-1])  # the last one is not read
+        return ids, first
 
     def _fitting(self, ids: list[int]) -> list[int]:
         """The same ids; ContextError for more than the context holds."""

@@ -38,7 +38,7 @@ LAYERS = (
     {"execution"},
     {"generation"},
     {"inference"},
-    {"measure"},
+    {"measure", "integrations"},
     {"__init__"},
     {"commands"},
     {"__main__"},
