@@ -37,7 +37,7 @@ from npllama.errors import CheckpointError, ContextError, ModelError, NpllamaErr
 from npllama.version import __version__
 
 if TYPE_CHECKING:
-    from npllama.inference import Llama, Piece, Result, Stream, Usage, load
+    from npllama.inference import Llama, Piece, Result, Session, Stream, Usage, load, load_session
 
 __all__ = [
     "CheckpointError",
@@ -47,11 +47,13 @@ __all__ = [
     "NpllamaError",
     "Piece",
     "Result",
+    "Session",
     "Stream",
     "Usage",
     "UsageError",
     "__version__",
     "load",
+    "load_session",
 ]
 
 

@@ -16,11 +16,21 @@ from npllama.errors import ContextError, UsageError, quote, whole_number
 from npllama.execution.engine import Engine
 from npllama.generation.chunks import chunk_tokens
 from npllama.generation.completion import Completion, Model
-from npllama.generation.jobs import LogitsJob
-from npllama.generation.requests import Prompt, Request, check_kind, either, is_one, new_request
+from npllama.generation.jobs import Continued, LogitsJob
+from npllama.generation.requests import (
+    Prompt,
+    Request,
+    check_kind,
+    checked_ids,
+    either,
+    is_one,
+    new_request,
+    session_options,
+)
 from npllama.generation.results import Piece, Result, Usage
 from npllama.generation.runtime import Runtime, raise_first_error
 from npllama.generation.scheduler import Scheduler
+from npllama.generation.sessions.session import Rules, Session, load_session
 from npllama.options import SamplingOptions
 from npllama.store.direct import open_source
 from npllama.store.opening import OpenModel, Progress
@@ -28,7 +38,7 @@ from npllama.store.tokenizers import open_tokenizer
 from npllama.system.closing import Closing
 from npllama.text.protocol import Tokenizer
 
-__all__ = ["DEMO", "Llama", "Piece", "Result", "Stream", "Usage", "load"]
+__all__ = ["DEMO", "Llama", "Piece", "Result", "Session", "Stream", "Usage", "load", "load_session"]
 
 DEMO = Path(__file__).parent / "demo"
 MAX_DEFAULT_CONTEXT = 4096
@@ -121,7 +131,8 @@ class Llama(Closing):
     def _completions(self, prompt: Prompt, request: Request, first: int, streamed: bool = False) -> list[Completion]:
         """The completions of one prompt that a request asks for, from index `first` on; the others follow the first."""
         ids = self._ids(prompt, request.bos, request.eos)
-        window, n_sink, left = self._seen(request), self._sinks(request), self.context - len(ids)
+        kept, left = (request.context_policy, request.n_keep), self.context - len(ids)
+        window, n_sink = self._seen(*kept), self._sinks(*kept)
         if request.context_policy == "slide":
             left = MAX_ENDLESS
         elif left < (n_new := 0 if request.max_tokens == 0 else 1):
@@ -132,27 +143,29 @@ class Llama(Closing):
             for i in range(request.n)
         ]
         jobs[0].followers.extend(jobs[1:])
+        if isinstance(prompt, Continued):
+            jobs[0].rest = prompt.rest
         for job in jobs:
             job.begin()
         return jobs
 
-    def _sinks(self, request: Request) -> int:
+    def _sinks(self, context_policy: str, n_keep: int) -> int:
         """How many first positions stay in sight for good: none where a text ends with the context."""
-        if request.context_policy == "stop":
+        if context_policy == "stop":
             return 0
-        n_sink = max(request.n_keep, 0 if self.config.sliding_window else MIN_SINKS)
+        n_sink = max(n_keep, 0 if self.config.sliding_window else MIN_SINKS)
         if n_sink > self.context // 2:
             raise UsageError(
-                f"n_keep={request.n_keep}: at most half of the context, {self.context // 2} positions, can be kept; "
+                f"n_keep={n_keep}: at most half of the context, {self.context // 2} positions, can be kept; "
                 f"keep fewer, or load the model with a larger context."
             )
         return n_sink
 
-    def _seen(self, request: Request) -> int:
+    def _seen(self, context_policy: str, n_keep: int) -> int:
         """How far back a position sees, sinks apart."""
-        if request.context_policy == "stop" or self.config.sliding_window:
+        if context_policy == "stop" or self.config.sliding_window:
             return self.runtime.window
-        return self.context - self._sinks(request)
+        return self.context - self._sinks(context_policy, n_keep)
 
     def stream(
         self,
@@ -201,6 +214,15 @@ class Llama(Closing):
         self.runtime.run([[job]])
         return np.concatenate(job.rows)
 
+    def session(self, seed: int | None = None, *, context_policy: str = "stop", n_keep: int = 0) -> Session:
+        """A text that is written in several calls and not read again between them: see Session.
+
+        seed: of all its draws, None for a random one; context_policy, n_keep: as in generate. Raises UsageError.
+        """
+        chosen, policy, kept = session_options(seed, context_policy, n_keep)
+        rules = Rules(chosen, policy, kept, self._seen(policy, kept), self._sinks(policy, kept))
+        return Session(self, rules)
+
     def new_cache(self) -> KVCache:
         """An empty cache for one text of a full context, outside the pool that generations share."""
         return self.engine.new_cache(1, self.context, self.config.sliding_window or 0)
@@ -215,23 +237,9 @@ class Llama(Closing):
                     + (", or bos=True." if self.tokenizer.bos_id is not None else ".")
                 )
             return ids
-        check_kind(prompt)
-        for name, asked in (("bos", bos), ("eos", eos)):
-            if asked:
-                raise UsageError(f"{name}=True is for a prompt of text; ids are taken as they are: put it among them.")
-        ids = []
-        for item in prompt:
-            number = whole_number(item)
-            if number is None:
-                raise UsageError(f"a prompt is text or a list of token ids; got {type(item).__name__} in the list.")
-            ids.append(number)
-        if not ids:
-            raise UsageError("the prompt has no token: give at least one id (text gets BOS by itself).")
-        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            raise UsageError(
-                f"token ids must be 0 to {self.config.vocab_size - 1}; the prompt has {min(ids)} to {max(ids)}."
-            )
-        return ids
+        if isinstance(prompt, Continued):
+            return prompt
+        return checked_ids(prompt, self.config.vocab_size, bos, eos)
 
     def _too_long(self, n: int, n_new: int) -> str:
         more = " and needs room for one more" if n_new and n == self.context else ""

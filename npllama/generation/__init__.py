@@ -11,6 +11,7 @@ Files, in the order in which to read them:
     jobs.py        ids that go through the model, and who takes the logits
     completion.py  one continuation of one prompt
     scheduler.py   many jobs at once: each step is one call of the model
+    sessions/      texts that go on over several calls, and on disk
     runtime.py     the pool and the scheduler of an open model
 
 A new way to sample is a field of `options.SamplingOptions` (with it the command line has an option), its step in
