@@ -21,6 +21,7 @@ Files, in the order in which to read them:
     checkpoints/   checkpoints of others as names and arrays, without executing anything
     store/         model directories: opened, exported, quantized
     measure/       is it right, and how fast: verify, quality, bench
+    integrations/   adapters for other packages
     commands/      the command line
     system/        memory, processors, and files that may hold anything
     errors.py      what can go wrong, as one family of exceptions
@@ -37,7 +38,7 @@ from npllama.errors import CheckpointError, ContextError, ModelError, NpllamaErr
 from npllama.version import __version__
 
 if TYPE_CHECKING:
-    from npllama.inference import Llama, Piece, Result, Stream, Usage, load
+    from npllama.inference import Llama, Piece, Result, Session, Stream, Usage, load, load_session
 
 __all__ = [
     "CheckpointError",
@@ -47,11 +48,13 @@ __all__ = [
     "NpllamaError",
     "Piece",
     "Result",
+    "Session",
     "Stream",
     "Usage",
     "UsageError",
     "__version__",
     "load",
+    "load_session",
 ]
 
 

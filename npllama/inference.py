@@ -16,23 +16,22 @@ from npllama.errors import ContextError, UsageError, quote, whole_number
 from npllama.execution.engine import Engine
 from npllama.generation.chunks import Sight, chunk_tokens
 from npllama.generation.completion import Completion, Model
-from npllama.generation.jobs import LogitsJob
-from npllama.generation.requests import POLICIES, Prompt, Request, check_kind, either, is_one, new_request
+from npllama.generation.jobs import Continued, LogitsJob
+from npllama.generation.requests import (
+    Prompt,
+    Request,
+    check_kind,
+    checked_ids,
+    either,
+    is_one,
+    new_request,
+    session_options,
+)
 from npllama.generation.results import ChatResult, Piece, Result, Usage
 from npllama.generation.runtime import Runtime, raise_first_error
 from npllama.generation.scheduler import Scheduler
-from npllama.generation.scoring import (
-    NORMALIZATIONS,
-    POOLINGS,
-    EmbedJob,
-    Ranked,
-    Score,
-    ScoreJob,
-    checked_choice,
-    option_jobs,
-    ranked,
-    windows,
-)
+from npllama.generation.scores import Scores
+from npllama.generation.sessions.session import Rules, Session, load_session
 from npllama.options import SamplingOptions
 from npllama.store.direct import open_source
 from npllama.store.opening import OpenModel, Progress
@@ -42,7 +41,8 @@ from npllama.text.chat.encoding import ChatPrompt, chat_prompt, checked_format
 from npllama.text.chat.formats import FORMATS
 from npllama.text.protocol import Tokenizer
 
-__all__ = ["DEMO", "ChatResult", "ChatStream", "Llama", "Piece", "Result", "Stream", "Usage", "load"]
+__all__ = ["DEMO", "ChatResult", "ChatStream", "Llama", "Piece", "Result", "Session", "Stream", "Usage", "load"]
+__all__ += ["load_session"]
 
 DEMO = Path(__file__).parent / "demo"
 MAX_DEFAULT_CONTEXT = 4096
@@ -51,7 +51,7 @@ MAX_ENDLESS = 1 << 39  # tokens of a text that slides
 log = logging.getLogger("npllama")
 
 
-class Llama(Closing):
+class Llama(Scores, Closing):
     """An open model. Made by `load`; also a context manager, which closes it.
 
     tokenizer: text to ids and back, as text/protocol.Tokenizer says; chat_format: how a dialog is told, if known.
@@ -139,17 +139,25 @@ class Llama(Closing):
     def _completions(self, prompt: Prompt, request: Request, first: int, streamed: bool = False) -> list[Completion]:
         """The completions of one prompt that a request asks for, from index `first` on; the others follow the first."""
         ids = self._ids(prompt, request.bos, request.eos)
-        sight, left = Sight(self.runtime.window, 0), self.context - len(ids)
+        sight, left = self._sight(request.context_policy, request.n_keep), self.context - len(ids)
         if request.context_policy == "slide":
-            sight, left = Sight.sliding(self.context, self.config.sliding_window, request.n_keep), MAX_ENDLESS
+            left = MAX_ENDLESS
         elif left < (n_new := 0 if request.max_tokens == 0 else 1):
             raise ContextError(self._too_long(len(ids), n_new))
         n_tokens = left if request.max_tokens is None else min(request.max_tokens, left)
         jobs = [Completion(self._model, ids, request, n_tokens, *sight, first + i, streamed) for i in range(request.n)]
         jobs[0].followers.extend(jobs[1:])
+        if isinstance(prompt, Continued):
+            jobs[0].rest = prompt.rest
         for job in jobs:
             job.begin()
         return jobs
+
+    def _sight(self, context_policy: str, n_keep: int) -> Sight:
+        """How far back the positions of a text see."""
+        if context_policy == "slide":
+            return Sight.sliding(self.context, self.config.sliding_window, n_keep)
+        return Sight(self.runtime.window, 0)
 
     def stream(
         self,
@@ -233,92 +241,14 @@ class Llama(Closing):
         self.runtime.run([[job]])
         return np.concatenate(job.rows)
 
-    def score(self, prompt: Prompt, continuation: Prompt) -> Score:
-        """How probable a continuation is after a prompt, id by id. Both text, or both ids.
+    def session(self, seed: int | None = None, *, context_policy: str = "stop", n_keep: int = 0) -> Session:
+        """A text that is written in several calls and not read again between them: see Session.
 
-        Text is cut into ids as a whole; what is scored begins with the first id that differs from the prompt's own, so
-        an id that reaches across the boundary counts as the continuation's.
+        seed: of all its draws, None for a random one; context_policy, n_keep: as in generate. Raises UsageError.
         """
-        return self.score_many([(prompt, continuation)])[0]
-
-    def score_many(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[Score]:
-        """`score` of many pairs of prompt and continuation, in company, in order."""
-        jobs = [ScoreJob(*self._pair_ids(*pair), self.runtime.window) for pair in pairs]
-        self.runtime.run([[job] for job in jobs])
-        return [job.score for job in jobs]
-
-    def rank(self, prompt: Prompt, options: Sequence[Prompt], normalize: str = "none") -> list[Ranked]:
-        """Options that may continue a prompt, the most probable first; the prompt is read once.
-
-        normalize: "none", or divide log probabilities by the option's number of "tokens" or "bytes".
-        """
-        checked_choice("normalize", normalize, NORMALIZATIONS)
-        if isinstance(options, str) or not len(options):
-            raise UsageError("options: needs a list of at least one text, or list of ids.")
-        pairs = [self._pair_ids(prompt, option) for option in options]
-        jobs, scores = option_jobs([ids for ids, _ in pairs], [first for _, first in pairs], self.runtime.window)
-        self.runtime.run([jobs] if jobs[0].followers else [[job] for job in jobs])
-        return ranked(options, [job.score for job in scores], normalize)
-
-    def choose(self, prompt: Prompt, options: Sequence[Prompt], normalize: str = "none") -> Ranked:
-        """The most probable of some options: the first of `rank`."""
-        return self.rank(prompt, options, normalize)[0]
-
-    def embed(self, texts: Prompt | Sequence[Prompt], pooling: str = "mean", normalize: bool = True) -> np.ndarray:
-        """Vectors for texts (N, D) float32, or (D,) for one: final hidden states, as the output sees them.
-
-        pooling: their "mean" over all ids, BOS included, or that of the "last" id. normalize: to length 1.
-        """
-        checked_choice("pooling", pooling, POOLINGS)
-        one = is_one(texts)
-        prompts: list[Prompt] = [texts] if one else list(texts)  # type: ignore[list-item, arg-type]
-        jobs = [EmbedJob(self._fitting(self._ids(p)), self.runtime.window, pooling) for p in prompts]
-        self.runtime.run([[job] for job in jobs])
-        vectors = [job.embedding(normalize) for job in jobs]
-        return vectors[0] if one else np.array(vectors, np.float32).reshape(len(jobs), self.config.dim)
-
-    def perplexity(self, text: Prompt, n_ctx: int | None = None, context_policy: str = "stop") -> float:
-        """exp(mean of -log p) over all ids of a text, read in windows of n_ctx ids that each begin with BOS.
-
-        n_ctx None: the context. Where the model puts no BOS before a text, a window begins with the last id of the one
-        before, and the first id of the text is not predicted. context_policy "slide": the text is read as one, of which
-        each id sees the last n_ctx, the first four of the text among them.
-        """
-        size = whole_number(self.context if n_ctx is None else n_ctx, 2, self.context)
-        if size is None:
-            raise UsageError(f"n_ctx={quote(n_ctx)}: needs 2 to {self.context} ids, the context.")
-        ids = self.tokenizer.encode(text, False, False) if isinstance(text, str) else self._ids(text)
-        bos = self.tokenizer.bos_id if self.config.add_bos_token and isinstance(text, str) else None
-        if checked_choice("context_policy", context_policy, POLICIES) == "slide":
-            seen = Sight.sliding(size, self.config.sliding_window, 0)
-            jobs = [ScoreJob(whole, 1, *seen) for whole in windows(ids, len(ids) + 2, bos)]
-        else:
-            jobs = [ScoreJob(window, 1, self.runtime.window) for window in windows(ids, size, bos)]
-        if not jobs:
-            raise UsageError("the text has no id to predict; give a longer text.")
-        self.runtime.run([[job] for job in jobs])
-        return float(np.exp(-np.mean(np.concatenate([job.score.logprobs for job in jobs]))))
-
-    def _pair_ids(self, prompt: Prompt, continuation: Prompt) -> tuple[list[int], int]:
-        """The ids of a prompt and its continuation, and the number of the first that is scored."""
-        if isinstance(prompt, str) and isinstance(continuation, str):
-            before = self.tokenizer.encode(prompt, None, False)
-            ids = self.tokenizer.encode(prompt + continuation, None, False)
-            first = next(
-                (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids))
-            )
-        elif isinstance(prompt, str) or isinstance(continuation, str):
-            raise UsageError("prompt and continuation must both be text, or both lists of ids.")
-        else:
-            before = self._ids(prompt)
-            ids, first = before + self._ids(continuation), len(before)
-        if first == 0 or first >= len(ids):
-            raise UsageError(
-                "the continuation has no id of its own, or nothing stands before its first id; give a longer one, or a "
-                "prompt."
-            )
-        self._fitting(ids[:-1])  # the last one is not read
-        return ids, first
+        chosen, policy, kept = session_options(seed, context_policy, n_keep)
+        rules = Rules(chosen, policy, kept, *self._sight(policy, kept))
+        return Session(self, rules)
 
     def _fitting(self, ids: list[int]) -> list[int]:
         """The same ids; ContextError for more than the context holds."""
@@ -340,23 +270,9 @@ class Llama(Closing):
                     + (", or bos=True." if self.tokenizer.bos_id is not None else ".")
                 )
             return ids
-        check_kind(prompt)
-        for name, asked in (("bos", bos), ("eos", eos)):
-            if asked:
-                raise UsageError(f"{name}=True is for a prompt of text; ids are taken as they are: put it among them.")
-        ids = []
-        for item in prompt:
-            number = whole_number(item)
-            if number is None:
-                raise UsageError(f"a prompt is text or a list of token ids; got {type(item).__name__} in the list.")
-            ids.append(number)
-        if not ids:
-            raise UsageError("the prompt has no token: give at least one id (text gets BOS by itself).")
-        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            raise UsageError(
-                f"token ids must be 0 to {self.config.vocab_size - 1}; the prompt has {min(ids)} to {max(ids)}."
-            )
-        return ids
+        if isinstance(prompt, Continued):
+            return prompt
+        return checked_ids(prompt, self.config.vocab_size, bos, eos)
 
     def _too_long(self, n: int, n_new: int) -> str:
         more = " and needs room for one more" if n_new and n == self.context else ""

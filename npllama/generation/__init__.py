@@ -11,7 +11,9 @@ Files, in the order in which to read them:
     jobs.py        ids that go through the model, and who takes the logits
     completion.py  one continuation of one prompt
     scoring.py     how likely texts are; options compared; embeddings
+    scores.py      the calls of an open model that ask for it
     scheduler.py   many jobs at once: each step is one call of the model
+    sessions/      texts that go on over several calls, and on disk
     runtime.py     the pool and the scheduler of an open model
 
 A new way to sample is a field of `options.SamplingOptions` (with it the command line has an option), its step in

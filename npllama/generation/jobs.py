@@ -31,6 +31,7 @@ class Job:
         self.error: BaseException | None = None
         self.event = threading.Event()
         self.followers: list[Job] = []  # with the same ids so far: they get the first logits too, and go on from there
+        self.rest: Resting | None = None  # where its sequence comes from, and where it goes when the job has ended
 
     @property
     def pending(self) -> int:
@@ -58,12 +59,41 @@ class Job:
         self.error, self.done = error, True
 
 
-class LogitsJob(Job):
-    """The logits of every id of a text."""
+class Resting(Job):
+    """A text that nobody continues now: it keeps its blocks until others need them. `ids`: what they were fed."""
 
-    def __init__(self, ids: list[int], window: int = NO_WINDOW, n_sink: int = 0) -> None:
+    def __init__(self, window: int, n_sink: int) -> None:
+        super().__init__([], window, n_sink)
+
+    @property
+    def paused(self) -> bool:
+        return True
+
+    def common(self, ids: list[int]) -> int:
+        """How many of the first ids its sequence was fed too."""
+        n = 0 if self.sequence is None else min(self.sequence.length, len(ids))
+        if self.ids[:n] == ids[:n]:
+            return n
+        return next(i for i in range(n) if self.ids[i] != ids[i])
+
+
+class Continued(list[int]):
+    """The ids of a session as a prompt, and where their blocks rest."""
+
+    def __init__(self, ids: Ids[int], rest: Resting) -> None:
+        super().__init__(ids)
+        self.rest = rest
+
+
+class LogitsJob(Job):
+    """The logits of every id of a text, or of the last one alone."""
+
+    def __init__(
+        self, ids: list[int], window: int = NO_WINDOW, n_sink: int = 0, last: bool = False, rest: Resting | None = None
+    ) -> None:
         super().__init__(ids, window, n_sink)
         self.rows: list[np.ndarray] = []
+        self.received, self.rest = len(ids) - 1 if last else 0, rest
 
     def receive(self, positions: Ids[int], logits: np.ndarray) -> None:
         self.rows.append(logits.copy())

@@ -163,6 +163,12 @@ class Pool:
             raise UsageError(f"the pool has lost count of {len(wrong)} blocks: {wrong[:8]}.")
 
 
+def seen_blocks(p: int, window: int, n_sink: int) -> list[int]:
+    """The blocks of the positions before p that a query at p sees."""
+    first = max(0, p - window + 1) // BLOCK_SLOTS
+    return [*range(min(n_blocks(n_sink), first)), *range(first, n_blocks(p) if window > 1 else first)]
+
+
 class Sequence:
     """One text's blocks. `length` positions of it are written; the ids are kept by whoever feeds it."""
 
@@ -216,8 +222,43 @@ class Sequence:
 
     def _seen_from(self, p: int) -> list[int]:
         """The blocks of the positions before p that p sees."""
-        first = self._first_in_window(p)
-        return [*range(min(n_blocks(self.n_sink), first)), *range(first, n_blocks(p) if self.window > 1 else first)]
+        return seen_blocks(p, self.window, self.n_sink)
+
+    def holds(self, n: int) -> bool:
+        """Whether the first n positions are written, and what position n sees of them was not given back."""
+        return n <= self.length and NO_BLOCK not in (self._table[c] for c in self._seen_from(n))
+
+    def claim(self, ids: Ids[int]) -> list[int]:
+        """Take blocks for what stands behind a text sees, for an empty sequence: those that are to be filled.
+
+        They are given as entries of the table; the others were found. `claimed` says that they are filled. Raises
+        PoolFullError; what was taken until then stays.
+        """
+        self._pool.extend_names(self._names, ids, len(ids), self.window, self.n_sink)
+        self._pool.make_room(n_blocks(len(ids)))
+        missing = []
+        for c in self._seen_from(len(ids)):
+            block = self._pool.find(self._names[c]) if c < len(self._names) else NO_BLOCK
+            if block == NO_BLOCK:
+                missing.append(c)
+                block = self._pool.take()
+            else:
+                self._pool.hold(block)
+            self._table[c] = block
+        return missing
+
+    def claimed(self, n: int) -> None:
+        """The blocks that `claim` took for a text of n ids hold its keys and values."""
+        self._pool.cache.length[self.row] = n
+        self._oldest = self._first_in_window(n)
+        for c, name in enumerate(self._names):
+            if self._table[c] != NO_BLOCK:
+                self._pool.name(int(self._table[c]), name)
+
+    def rows(self, c: int) -> list[np.ndarray]:
+        """Entry c of the table: views (L, G, 64, ...) of each of the pool's arrays."""
+        first = int(self._table[c]) * BLOCK_SLOTS
+        return [a[:, :, first : first + BLOCK_SLOTS] for a in kv.arrays(self._pool.cache)]
 
     def reserve(self, n: int) -> None:
         """Have blocks of its own for the next n positions. Raises PoolFullError; what was taken until then stays."""
@@ -237,12 +278,15 @@ class Sequence:
         return end - first - sum(b != NO_BLOCK and not self._pool.is_shared(b) for b in have)
 
     def written(self, ids: Ids[int]) -> None:
-        """Name the full blocks of the text, whose ids are given; give back what no later query sees."""
+        """Name the full blocks of the text, whose ids are given; give back what no later query sees.
+
+        What the last position sees stays too: it may be fed again, for its logits.
+        """
         length, old = self.length, len(self._names)
         self._pool.extend_names(self._names, ids, length, self.window, self.n_sink)
         for c in range(old, len(self._names)):
             self._pool.name(int(self._table[c]), self._names[c])
-        first = self._first_in_window(length)
+        first = self._first_in_window(length - 1)
         for c in range(max(self._oldest, n_blocks(self.n_sink)), first):
             self._pool.give_back(int(self._table[c]))
             self._table[c] = NO_BLOCK

@@ -50,6 +50,25 @@ def check_kind(prompt: object) -> None:
         raise UsageError(f"a prompt is text, a list of token ids, or a list of either; got {type(prompt).__name__}.")
 
 
+def checked_ids(prompt: Sequence[int], vocab_size: int, bos: bool | None = None, eos: bool | None = None) -> list[int]:
+    """A prompt of ids as a list, each in the vocabulary; at least one. Raises UsageError."""
+    check_kind(prompt)
+    for name, asked in (("bos", bos), ("eos", eos)):
+        if asked:
+            raise UsageError(f"{name}=True is for a prompt of text; ids are taken as they are: put it among them.")
+    ids = []
+    for item in prompt:
+        number = whole_number(item)
+        if number is None:
+            raise UsageError(f"a prompt is text or a list of token ids; got {type(item).__name__} in the list.")
+        ids.append(number)
+    if not ids:
+        raise UsageError("the prompt has no token: give at least one id (text gets BOS by itself).")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise UsageError(f"token ids must be 0 to {vocab_size - 1}; the prompt has {min(ids)} to {max(ids)}.")
+    return ids
+
+
 def either(name: str, value: Any, default: object, alias: str, other: Any) -> Any:
     """The value of a parameter that has another name; UsageError when both are given and differ."""
     if other is None:
@@ -135,3 +154,9 @@ def new_request(
         context_policy=_checked_policy(context_policy),
         n_keep=_checked_number("n_keep", n_keep, 0, 2**31, "how many first positions stay in sight"),
     )
+
+
+def session_options(seed: int | None, context_policy: str, n_keep: int) -> tuple[int, str, int]:
+    """Check what holds for all calls of a session; UsageError names what is out of range."""
+    kept = _checked_number("n_keep", n_keep, 0, 2**31, "how many first positions stay in sight")
+    return _checked_seed(seed), _checked_policy(context_policy), kept

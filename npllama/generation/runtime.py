@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ids
+from typing import Any
 
 from npllama.cache import BLOCK_SLOTS, NO_WINDOW, n_blocks
 from npllama.errors import UsageError, quote, whole_number
@@ -43,7 +44,8 @@ class Runtime:
     ) -> None:
         self._engine, self._context, self._chunk = engine, context, chunk
         self.window = opened.config.sliding_window or NO_WINDOW
-        self.identity = _identity(engine, opened)
+        self.facts = _facts(engine, opened)
+        self.identity = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).digest()
         n_parallel = whole_number(DEFAULT_PARALLEL if parallel is None else parallel, 1, MAX_PARALLEL)
         if n_parallel is None:
             raise UsageError(f"parallel={quote(parallel)}: needs how many texts to write at once, 1 to {MAX_PARALLEL}.")
@@ -149,10 +151,13 @@ def _all_done(group: Ids[Job]) -> bool:
     return all(job.done for job in group)
 
 
-def _identity(engine: Engine, opened: OpenModel) -> bytes:
-    """All that keys and values depend on beside the ids, the window and the sinks, as a hash."""
-    facts = [opened.manifest["tensors"], opened.manifest["config"], engine.kv_dtype]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+def _facts(engine: Engine, opened: OpenModel) -> dict[str, Any]:
+    """All that keys and values depend on beside the ids, the window and the sinks."""
+    tensors = json.dumps(opened.manifest["tensors"], sort_keys=True).encode()
     frequencies, scale = engine.frequencies
-    digest.update(frequencies.tobytes() + repr(scale).encode())
-    return digest.digest()
+    return {
+        "weights": hashlib.sha256(tensors).hexdigest(),
+        "config": opened.manifest["config"],
+        "kv_dtype": engine.kv_dtype,
+        "rope": hashlib.sha256(frequencies.tobytes() + repr(scale).encode()).hexdigest(),
+    }

@@ -10,10 +10,11 @@ and the others wait for news of their job. `start_thread` drives for callers tha
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ids
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy as np
 from npllama.cache import BLOCK_SLOTS, n_blocks
 from npllama.errors import ContextError, NpllamaError, UsageError
 from npllama.execution.engine import Engine
-from npllama.generation.jobs import Job
+from npllama.generation.jobs import Job, Resting
 from npllama.generation.pool import Pool, PoolFullError, Sequence
 
 MAX_WRITTEN = 16
@@ -129,16 +130,77 @@ class Scheduler:
         while self._arrived:
             self._waiting.append(self._arrived.popleft())
         for job in [job for job in (*self._active, *self._waiting) if job.done]:
-            self._release(job)
             (self._active if job in self._active else self._waiting).remove(job)
+            self._release(job)
             self._waiting.extend(job.followers)  # of a job that ended before its prompt was read
             job.followers = []
 
-    @staticmethod
-    def _release(job: Job) -> None:
-        if job.sequence is not None:
-            job.sequence.close()
-            job.sequence = None
+    def _release(self, job: Job) -> None:
+        """Take a job's blocks: for the session that it has continued, else for everybody."""
+        sequence, job.sequence = job.sequence, None
+        if sequence is None:
+            return
+        if job.done and job.rest is not None and not self.closed:
+            self.keep(job.rest, sequence, job.ids)
+        else:
+            sequence.close()
+
+    # ------------------------------------------------------------ texts that rest
+
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Nobody steps meanwhile: for who changes sequences from outside. Waits for a step that is under way."""
+        with self._driving:
+            self._sweep()
+            try:
+                yield
+            finally:
+                self._sweep()
+        self._hand_over(None)
+
+    def keep(self, rest: Resting, sequence: Sequence, ids: list[int]) -> None:
+        """Let a text rest that was fed these ids. Between steps."""
+        if rest.done:
+            sequence.close()
+            return
+        if rest.sequence is None:
+            self._active.append(rest)
+        else:
+            rest.sequence.close()
+        rest.sequence, rest.ids = sequence, ids
+
+    def claim(self, rest: Resting, ids: list[int]) -> tuple[Sequence, list[int]] | None:
+        """A sequence for a text that is to be filled from elsewhere, and what is missing of it; None without room.
+
+        Between steps. Texts that are not fed now make room.
+        """
+        while True:
+            sequence = Sequence(self.pool, rest.window, rest.n_sink)
+            try:
+                return sequence, sequence.claim(ids)
+            except PoolFullError:
+                sequence.close()
+            if not any(job.paused for job in self._active):
+                return None
+            self._set_aside(self._victim())
+
+    def _inherit(self, job: Job) -> bool:
+        """Let a job go on in the blocks of the text that it continues, as far as that is the same; False: it has none.
+
+        Not where the window has left what is needed behind: then the text is read again.
+        """
+        rest = job.rest
+        if rest is None or rest.sequence is None:
+            return False
+        n = min(rest.common(job.ids), job.received)
+        sequence, rest.sequence = rest.sequence, None
+        self._active.remove(rest)
+        if not sequence.holds(n):
+            sequence.close()
+            return False
+        sequence.rewind(n)
+        job.sequence, job.cached = sequence, n if job.cached is None else job.cached
+        return True
 
     # ------------------------------------------------------------ driving
 
@@ -233,6 +295,10 @@ class Scheduler:
             if len(busy) >= self._parallel:
                 return
             job = next(job for job in self._waiting if not job.paused)
+            if self._inherit(job):
+                self._waiting.remove(job)
+                self._active.append(job)
+                continue
             sequence = Sequence(self.pool, job.window, job.n_sink)
             found = sequence.adopt(job.ids[: job.received + 1])
             if sequence.needed(min(len(job.ids) - found, self._chunk) + 1) > self.pool.available and self._active:
@@ -247,7 +313,9 @@ class Scheduler:
             self._active.append(job)
 
     def _victim(self) -> Job:
-        """Whose blocks are taken next: those of the youngest that is not fed now, else of the youngest."""
+        """Whose blocks are taken next: of who rests longest, else of the youngest not fed now, else of the youngest."""
+        if resting := [job for job in self._active if isinstance(job, Resting)]:
+            return resting[0]
         return next((job for job in reversed(self._active) if job.paused), self._active[-1])
 
     def _choose(self) -> list[Part]:
@@ -284,8 +352,8 @@ class Scheduler:
         return False
 
     def _set_aside(self, job: Job) -> None:
-        """Take a job's blocks; it is read again when blocks are free."""
-        if len(self._active) == 1:
+        """Take a job's blocks; it is read again when blocks are free, or when somebody continues it."""
+        if len(self._active) == 1 and not job.paused:
             needed = ContextError(
                 f"a text of {len(job.ids)} tokens does not fit into the {self.pool.capacity} blocks of "
                 f"{BLOCK_SLOTS} positions that there are; load the model with more kv_memory."
@@ -293,7 +361,7 @@ class Scheduler:
             self._end(job, needed)
         self._release(job)
         self._active.remove(job)
-        if not job.done:
+        if not job.done and not isinstance(job, Resting):
             job.draft = []
             self._waiting.appendleft(job)
 

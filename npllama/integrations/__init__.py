@@ -1,6 +1,6 @@
 """Adapters for other packages. Each imports its package, and is imported by nothing here.
 
-Files:
+Files, in the order in which to read them:
 
     lm_eval.py  a model for the evaluation harness lm-eval
 """

@@ -13,7 +13,7 @@ import os
 import struct
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,16 @@ MAX_NPY_HEADER_BYTES = 10_000
 NPY_ALIGNMENT = 64
 CHUNK_BYTES = 4 << 20
 AGAIN = "export the checkpoint again."
+
+
+class Whole(NamedTuple):
+    """What a file is part of, and what to do where it is not what it must be."""
+
+    name: str
+    again: str
+
+
+MODEL = Whole("a model directory", AGAIN)
 
 # Errors that no other way of having the numbers avoids: too many open files, no memory.
 HOPELESS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -48,22 +58,25 @@ def _npy_dict(spec: ArraySpec) -> bytes:
 # ---------------------------------------------------------------- files
 
 
-def open_regular(path: Path) -> io.FileIO:
+def open_regular(path: Path, whole: Whole = MODEL) -> io.FileIO:
     """Open a regular file for reading. Raises ModelError for anything else."""
     try:
         file = regular_files.open_regular(path)
     except (OSError, ValueError) as error:
-        raise ModelError(unreadable(path, error)) from error
+        raise ModelError(unreadable(path, error, whole)) from error
     if file is None:
-        raise ModelError(f"{path}: is not a regular file, which every file of a model directory must be; {AGAIN}")
+        raise ModelError(f"{path}: is not a regular file, which every file of {whole.name} must be; {whole.again}")
     return file
 
 
-def unreadable(path: Path, error: OSError | ValueError) -> str:
+def unreadable(path: Path, error: OSError | ValueError, whole: Whole = MODEL) -> str:
     """What to say about a file that the system does not give."""
     if isinstance(error, FileNotFoundError):
-        return f"{path}: is missing, and a model directory needs it; {AGAIN}"
-    return f"{path}: cannot be read ({reason(error)}), and a model needs every one of its files; check its permissions."
+        return f"{path}: is missing, and {whole.name} needs it; {whole.again}"
+    return (
+        f"{path}: cannot be read ({reason(error)}), and {whole.name} needs every one of its files; check its "
+        f"permissions."
+    )
 
 
 def reason(error: OSError | ValueError) -> str:
@@ -79,24 +92,24 @@ def read(file: io.FileIO, size: int, name: str) -> bytes:
         raise ModelError(unreadable(Path(name), error)) from error
 
 
-def read_small(path: Path, largest: int) -> bytes:
+def read_small(path: Path, largest: int, whole: Whole = MODEL) -> bytes:
     """A whole file of at most `largest` bytes."""
-    with open_regular(path) as file:
+    with open_regular(path, whole) as file:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
-            raise ModelError(f"{path}: has {size:,} bytes, at most {largest:,} are accepted; {AGAIN}")
+            raise ModelError(f"{path}: has {size:,} bytes, at most {largest:,} are accepted; {whole.again}")
         return read(file, size, path.name)
 
 
 # ---------------------------------------------------------------- arrays
 
 
-def map_array(path: Path, spec: ArraySpec, refused: list[OSError | ValueError]) -> np.ndarray:
+def map_array(path: Path, spec: ArraySpec, refused: list[OSError | ValueError], whole: Whole = MODEL) -> np.ndarray:
     """Map one .npy file read-only; where its file system does not map files, read it, and add the error to `refused`.
 
     Some file systems (FUSE with direct I/O) map privately only.
     """
-    with open_array(path, spec) as file:
+    with open_array(path, spec, whole) as file:
         offset = file.tell()
         size = offset + spec.size_bytes
         try:
@@ -107,7 +120,7 @@ def map_array(path: Path, spec: ArraySpec, refused: list[OSError | ValueError]) 
                     f"{path}: cannot be mapped into memory ({reason(error)}); {size:,} bytes and one open file are "
                     f"needed: raise the process's limits (ulimit -v, ulimit -n)."
                 ) from error
-            buffer, offset = _read_aligned(path, file, spec, error), 0
+            buffer, offset = _read_aligned(path, file, spec, error, whole), 0
             refused.append(error)
     array = np.frombuffer(buffer, np.dtype(spec.dtype), math.prod(spec.shape), offset).reshape(spec.shape)
     array.flags.writeable = False
@@ -126,13 +139,13 @@ def _mapped(file: io.FileIO, size: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
 
 
-def _read_aligned(path: Path, file: io.FileIO, spec: ArraySpec, why: OSError | ValueError) -> np.ndarray:
+def _read_aligned(path: Path, file: io.FileIO, spec: ArraySpec, why: OSError | ValueError, whole: Whole) -> np.ndarray:
     """The numbers of an array, read into memory that begins at a multiple of 64 as those of a map do."""
     size, free = spec.size_bytes, machine.free_memory()
     if size > free:
         raise ModelError(
             f"{path}: cannot be mapped into memory ({reason(why)}), nor read: {size:,} bytes are needed, {free:,} are "
-            f"free; copy the model to a local disk."
+            f"free; copy it to a local disk."
         )
     buffer = np.empty(size + NPY_ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % NPY_ALIGNMENT
@@ -140,25 +153,26 @@ def _read_aligned(path: Path, file: io.FileIO, spec: ArraySpec, why: OSError | V
     while done < size:
         chunk = read(file, min(CHUNK_BYTES, size - done), path.name)
         if not chunk:
-            raise ModelError(f"{path}: became shorter while it was read; {AGAIN}")
+            raise ModelError(f"{path}: became shorter while it was read; {whole.again}")
         numbers[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
         done += len(chunk)
     return numbers
 
 
-def open_array(path: Path, spec: ArraySpec) -> io.FileIO:
+def open_array(path: Path, spec: ArraySpec, whole: Whole = MODEL) -> io.FileIO:
     """Open one .npy file where its numbers begin, once header and size are exactly what they must be.
 
     Why exactly: a file cut short would end the process when its missing part is touched, and longer or differently
     laid out contents are not what was exported.
     """
-    file = open_regular(path)
+    file = open_regular(path, whole)
     try:
-        offset = _check_npy_header(path, file, spec)
+        offset = _check_npy_header(path, file, spec, whole)
         size, needed = os.fstat(file.fileno()).st_size, offset + spec.size_bytes
         if size != needed:
             raise ModelError(
-                f"{path}: has {size:,} bytes, shape {spec.shape} of {spec.dtype} needs exactly {needed:,}; {AGAIN}"
+                f"{path}: has {size:,} bytes, shape {spec.shape} of {spec.dtype} needs exactly {needed:,}; "
+                f"{whole.again}"
             )
         file.seek(offset)
     except BaseException:
@@ -177,23 +191,23 @@ def prefetch(array: np.ndarray) -> None:
             base.madvise(mmap.MADV_WILLNEED)
 
 
-def _check_npy_header(path: Path, file: io.FileIO, spec: ArraySpec) -> int:
+def _check_npy_header(path: Path, file: io.FileIO, spec: ArraySpec, whole: Whole) -> int:
     """Where the numbers start. The header is not parsed but compared: there is one right spelling of it."""
     start = read(file, 12, path.name)
     if start[:6] != b"\x93NUMPY" or start[6:8] not in (b"\x01\x00", b"\x02\x00") or len(start) < 12:
         what = signatures.pointer_or_page(start + read(file, signatures.HEAD, path.name))
         found = f"is {what}" if what else f"begins with {quote(start[:8].decode('latin-1'))}"
-        raise ModelError(f"{path}: {found}, a .npy file (version 1.0, 2.0) is needed; {AGAIN}")
+        raise ModelError(f"{path}: {found}, a .npy file (version 1.0, 2.0) is needed; {whole.again}")
     begin = 10 if start[6] == 1 else 12
     length = int.from_bytes(start[8:begin], "little")
     if length > MAX_NPY_HEADER_BYTES or (begin + length) % NPY_ALIGNMENT:
         raise ModelError(
             f"{path}: has a header of {length:,} bytes, needed are at most {MAX_NPY_HEADER_BYTES:,} and an end at a "
-            f"multiple of {NPY_ALIGNMENT}; {AGAIN}"
+            f"multiple of {NPY_ALIGNMENT}; {whole.again}"
         )
     header = start[begin:] + read(file, length - len(start[begin:]), path.name)
     needed = _npy_dict(spec)
     if len(header) != length or not header.endswith(b"\n") or header.rstrip(b"\n").rstrip(b" ") != needed:
         found = header.rstrip(b" \n").decode("latin-1")
-        raise ModelError(f"{path}: its header is {quote(found)}, needed is {quote(needed.decode())}; {AGAIN}")
+        raise ModelError(f"{path}: its header is {quote(found)}, needed is {quote(needed.decode())}; {whole.again}")
     return begin + length
