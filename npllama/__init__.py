@@ -21,7 +21,7 @@ Files, in the order in which to read them:
     checkpoints/   checkpoints of others as names and arrays, without executing anything
     store/         model directories: opened, exported, quantized
     measure/       is it right, and how fast: verify, quality, bench
-    integrations/   adapters for other packages
+    integrations/  adapters for other packages
     commands/      the command line
     system/        memory, processors, and files that may hold anything
     errors.py      what can go wrong, as one family of exceptions
