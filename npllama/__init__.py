@@ -37,11 +37,13 @@ from npllama.errors import CheckpointError, ContextError, ModelError, NpllamaErr
 from npllama.version import __version__
 
 if TYPE_CHECKING:
-    from npllama.inference import Llama, Piece, Result, Stream, Usage, load
+    from npllama.inference import AsyncStream, Handle, Llama, Piece, Result, Stream, Usage, load
 
 __all__ = [
+    "AsyncStream",
     "CheckpointError",
     "ContextError",
+    "Handle",
     "Llama",
     "ModelError",
     "NpllamaError",
