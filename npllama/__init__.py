@@ -38,11 +38,13 @@ from npllama.errors import CheckpointError, ContextError, ModelError, NpllamaErr
 from npllama.version import __version__
 
 if TYPE_CHECKING:
-    from npllama.inference import Llama, Piece, Result, Session, Stream, Usage, load, load_session
+    from npllama.inference import AsyncStream, Handle, Llama, Piece, Result, Session, Stream, Usage, load, load_session
 
 __all__ = [
+    "AsyncStream",
     "CheckpointError",
     "ContextError",
+    "Handle",
     "Llama",
     "ModelError",
     "NpllamaError",

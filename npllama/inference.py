@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -15,8 +15,10 @@ from npllama.config import ModelConfig
 from npllama.errors import ContextError, UsageError, quote, whole_number
 from npllama.execution.engine import Engine
 from npllama.generation.chunks import Sight, chunk_tokens
-from npllama.generation.completion import Completion, Model
+from npllama.generation.completion import Completion, Model, PromptProgress
+from npllama.generation.handles import AsyncStream, ChatStream, Handle, Stream
 from npllama.generation.jobs import Continued, LogitsJob
+from npllama.generation.requests import Progress as ReadProgress
 from npllama.generation.requests import (
     Prompt,
     Request,
@@ -28,8 +30,7 @@ from npllama.generation.requests import (
     session_options,
 )
 from npllama.generation.results import ChatResult, Piece, Result, Usage
-from npllama.generation.runtime import Runtime, raise_first_error
-from npllama.generation.scheduler import Scheduler
+from npllama.generation.runtime import Runtime
 from npllama.generation.scores import Scores
 from npllama.generation.sessions.session import Rules, Session, load_session
 from npllama.options import SamplingOptions
@@ -37,12 +38,25 @@ from npllama.store.direct import open_source
 from npllama.store.opening import OpenModel, Progress
 from npllama.store.tokenizers import open_tokenizer
 from npllama.system.closing import Closing
-from npllama.text.chat.encoding import ChatPrompt, chat_prompt, checked_format
+from npllama.text.chat.encoding import chat_prompt, checked_format
 from npllama.text.chat.formats import FORMATS
 from npllama.text.protocol import Tokenizer
 
-__all__ = ["DEMO", "ChatResult", "ChatStream", "Llama", "Piece", "Result", "Session", "Stream", "Usage", "load"]
-__all__ += ["load_session"]
+__all__ = [
+    "DEMO",
+    "AsyncStream",
+    "ChatResult",
+    "ChatStream",
+    "Handle",
+    "Llama",
+    "Piece",
+    "Result",
+    "Session",
+    "Stream",
+    "Usage",
+    "load",
+    "load_session",
+]
 
 DEMO = Path(__file__).parent / "demo"
 MAX_DEFAULT_CONTEXT = 4096
@@ -107,6 +121,8 @@ class Llama(Scores, Closing):
         n: int = 1,
         context_policy: str = "stop",
         n_keep: int = 0,
+        max_time_s: float | None = None,
+        progress: ReadProgress | None = None,
         max_new_tokens: int | None = None,
         repetition_penalty: float | None = None,
     ) -> Result | list[Result] | list[list[Result]]:
@@ -119,17 +135,22 @@ class Llama(Scores, Closing):
         see Result.seed. stop: texts that end the generation and are not returned. padding_ids: ids beyond the
         tokenizer's pieces may come too. n: completions of each prompt, which is read once (a list of results).
         context_policy: "stop" where the context is full, or "slide": the text goes on, of which the last positions and
-        n_keep first ones (at least 4) stay in sight. max_new_tokens and repetition_penalty are other names.
+        n_keep first ones (at least 4) stay in sight. max_time_s: seconds after which texts end as they are ("time").
+        progress(tokens read, tokens of all prompts, seconds) is called while prompts are read; when it returns False,
+        all ends ("cancelled"). max_new_tokens and repetition_penalty are other names.
         Raises UsageError for values out of range, ContextError for a prompt that does not fit.
         """
         given, aliases = (temperature, top_k, top_p, min_p, repeat_penalty), (max_new_tokens, repetition_penalty)
         source = (sampling, self._opened.sampling)
         request = new_request(
-            *(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases, n, context_policy, n_keep)
+            *(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases),
+            *(n, context_policy, n_keep, max_time_s, progress),
         )
         one = is_one(prompt)
         prompts: list[Prompt] = [prompt] if one else list(prompt)  # type: ignore[list-item, arg-type]
         groups = [self._completions(p, request, i * request.n) for i, p in enumerate(prompts)]
+        if request.progress is not None:
+            PromptProgress(request.progress, groups)
         self.runtime.run(groups)
         results = [[job.result for job in group] for group in groups]
         if request.n == 1:
@@ -178,6 +199,8 @@ class Llama(Scores, Closing):
         padding_ids: bool = False,
         context_policy: str = "stop",
         n_keep: int = 0,
+        max_time_s: float | None = None,
+        progress: ReadProgress | None = None,
         max_new_tokens: int | None = None,
         repetition_penalty: float | None = None,
     ) -> Stream:
@@ -188,11 +211,30 @@ class Llama(Scores, Closing):
         given, aliases = (temperature, top_k, top_p, min_p, repeat_penalty), (max_new_tokens, repetition_penalty)
         source = (sampling, self._opened.sampling)
         request = new_request(
-            *(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases, 1, context_policy, n_keep)
+            *(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases),
+            *(1, context_policy, n_keep, max_time_s, progress),
         )
         if not is_one(prompt):
             raise UsageError("stream takes one prompt (text or a list of ids); generate takes a list of prompts.")
-        return Stream(self.runtime, self._completions(prompt, request, 0, streamed=True)[0])
+        jobs = self._completions(prompt, request, 0, streamed=True)
+        if request.progress is not None:
+            PromptProgress(request.progress, [jobs])
+        return Stream(self.runtime, jobs[0])
+
+    def submit(self, prompt: Prompt, max_tokens: int | None = 256, **options: Any) -> Handle:
+        """Begin a generation from any thread without waiting: a thread of the model's own computes it.
+
+        Takes the options of `stream`. The handle gives the pieces, or the result; `cancel` ends it early. Raises
+        UsageError when too many wait to begin.
+        """
+        return Handle(self.runtime, self.stream(prompt, max_tokens, **options).give_away(paused=False)).begin()
+
+    def astream(self, prompt: Prompt, max_tokens: int | None = 256, **options: Any) -> AsyncStream:
+        """Like `stream` for asyncio: `async for piece in llm.astream(prompt, ...)`. Takes the options of `stream`.
+
+        The event loop goes on meanwhile; a thread of the model's own computes. Cancelling the task cancels the text.
+        """
+        return AsyncStream(self.runtime, self.stream(prompt, max_tokens, **options).give_away(paused=True))
 
     @overload
     def chat(self, messages: object, stream: Literal[False] = False, **options: Any) -> ChatResult: ...
@@ -286,84 +328,6 @@ class Llama(Scores, Closing):
         self.runtime.close()
         self.engine.close()
         self._opened.close()
-
-
-class Stream:
-    """A generation under way: an iterator of Piece. `result` is what has come so far, complete after the last piece."""
-
-    def __init__(self, runtime: Runtime, job: Completion) -> None:
-        self._runtime, self._job = runtime, job
-        self._scheduler: Scheduler | None = None
-
-    def __iter__(self) -> Iterator[Piece]:
-        return self
-
-    def __next__(self) -> Piece:
-        job = self._job
-        if not job.pieces and not job.done:
-            self._drive()
-        if job.pieces:
-            return job.pieces.popleft()
-        raise_first_error([job])
-        raise StopIteration
-
-    def end_at(self, ids: Iterable[int]) -> None:
-        """End at these ids too."""
-        self._job.end_at(ids)
-
-    def _drive(self) -> None:
-        """Wait for the next piece; what interrupts the wait ends the generation."""
-        job = self._job
-        try:
-            if self._scheduler is None:
-                self._scheduler = self._runtime.scheduler
-                self._scheduler.add(job)
-            self._scheduler.drive(job, lambda: bool(job.pieces) or job.done)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """End the generation early and give its part of the cache back."""
-        if self._scheduler is not None:
-            self._scheduler.cancel(self._job)
-        self._job.done = True
-
-    def __del__(self) -> None:
-        self.close()
-
-    @property
-    def result(self) -> Result:
-        return self._job.result
-
-
-class ChatStream:
-    """An answer under way: an iterator of Piece. `result` is what has come so far, complete after the last piece."""
-
-    def __init__(self, stream: Stream, prompt: ChatPrompt) -> None:
-        self._stream, self._prompt = stream, prompt
-        stream.end_at(prompt.stop_ids)
-
-    def __iter__(self) -> Iterator[Piece]:
-        return self._stream
-
-    def __next__(self) -> Piece:
-        return next(self._stream)
-
-    def run(self) -> ChatResult:
-        """Answer to the end."""
-        for _ in self._stream:
-            pass
-        return self.result
-
-    def close(self) -> None:
-        """End the answer early."""
-        self._stream.close()
-
-    @property
-    def result(self) -> ChatResult:
-        result = self._stream.result
-        return ChatResult({"role": "assistant", "content": result.text}, result, self._prompt.escaped)
 
 
 def load(

@@ -7,6 +7,7 @@ Files, in the order in which to read them:
     compiled.py          compiled execution of one model
     kernels/             the functions of ops.py, implemented for Numba
     threads.py           one call at a time; forks; how Numba's threads start
+    abandon.py           a call of compiled code that another thread, or Ctrl-C, may end early
     affinity.py          threads on CPUs of their own while other programs compete for them
     process.py           what an open model changes in the process, and puts back
     compiled_code.py     files of compiled code: their names, and when they are removed

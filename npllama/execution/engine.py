@@ -19,6 +19,7 @@ from npllama import model, ops, rope
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
 from npllama.execution import process
+from npllama.execution.abandon import Call
 from npllama.execution.cache_checks import check_fits, check_rows
 from npllama.execution.compiled import Compiled
 from npllama.execution.compiled_code import compiled_exists
@@ -27,6 +28,7 @@ from npllama.execution.top_k import Search, top_k
 from npllama.numbers import format_of
 from npllama.store.opening import OpenModel
 from npllama.system import machine
+from npllama.system.interrupts import Interruptible
 from npllama.weights import Weights, kind_shapes
 
 SMALL_MODEL_BYTES = 20_000_000
@@ -208,24 +210,30 @@ class Engine:
         seq: Sequence[int] | np.ndarray,
         out: Sequence[int] | np.ndarray,
         hidden: bool = False,
+        call: Call | None = None,
     ) -> np.ndarray:
         """Logits of the rows in `out`: (R, V) float32. Writes the cache, and counts the positions as written.
 
         hidden: the final hidden states (R, D) instead, as the output would see them.
-
         tokens, pos, seq (T,), out (R,): see model.Batch. Compiled kernels do not check bounds, so everything
-        that addresses memory is checked here; a violation is a UsageError.
+        that addresses memory is checked here; a violation is a UsageError. call: by which another thread may abandon
+        it where it is compiled, which is an AbandonedError.
         """
         batch = [np.ascontiguousarray(a, np.int64) for a in (tokens, pos, seq, out)]
         with self._lock, self._writing(cache, *batch):
             arguments = self._arguments(cache, *batch)
-            if hidden:
-                return self._hidden_states(arguments)
-            if self.compiled is None:
-                return _forward_in_numpy(*arguments)
-            return self.compiled.forward(self.threads, arguments)
+            with Interruptible():
+                if hidden:
+                    return self._hidden_states(arguments, call)
+                if self.compiled is None:
+                    return _forward_in_numpy(*arguments)
+                return self._compiled_call(self.compiled, arguments, call)
 
-    def _hidden_states(self, arguments: tuple[Any, ...]) -> np.ndarray:
+    def _compiled_call(self, compiled: Compiled, arguments: tuple[Any, ...], call: Call | None) -> np.ndarray:
+        compute = functools.partial(compiled.forward, self.threads, arguments)
+        return (call or Call()).run(compute, n_rows=len(arguments[0].tokens))
+
+    def _hidden_states(self, arguments: tuple[Any, ...], call: Call | None) -> np.ndarray:
         """model.forward with an identity in the place of the output weights: a product with it changes no bit."""
         if self._identity is None:
             self._identity = np.eye(self.config.dim, dtype=np.float32)
@@ -234,10 +242,10 @@ class Engine:
         if self.compiled is None:
             return _forward_in_numpy(*arguments)
         if isinstance(weights.output, np.ndarray):
-            return self.compiled.forward(self.threads, arguments)
+            return self._compiled_call(self.compiled, arguments, call)
         if self._compiled_hidden is None:  # other types of arguments: another compilation, when it is first needed
             self._compiled_hidden = Compiled(*self._compiled_for(arguments, self.threads))
-        return self._compiled_hidden.forward(self.threads, arguments)
+        return self._compiled_call(self._compiled_hidden, arguments, call)
 
     def _compiled_for(self, arguments: tuple[Any, ...], n_threads: int | None) -> tuple[Any, ...]:
         return self._opened.size_bytes, self.kv_dtype, arguments, n_threads, self._report

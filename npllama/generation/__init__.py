@@ -15,6 +15,7 @@ Files, in the order in which to read them:
     scheduler.py   many jobs at once: each step is one call of the model
     sessions/      texts that go on over several calls, and on disk
     runtime.py     the pool and the scheduler of an open model
+    handles.py     generations under way, as their owners hold them: streams, handles
 
 A new way to sample is a field of `options.SamplingOptions` (with it the command line has an option), its step in
 `sampling.candidates`, or in `sampling._truncated` where it leaves ids out, and a parameter of `Llama.generate` and

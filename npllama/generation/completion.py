@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import numpy as np
 from npllama.config import ModelConfig
 from npllama.execution.top_k import Search
 from npllama.generation.jobs import Job
-from npllama.generation.requests import Request
+from npllama.generation.requests import Progress, Request
 from npllama.generation.results import Piece, Result, Usage
 from npllama.generation.sampling import PENALTY_WINDOW, Allowed, sample
 from npllama.generation.streaming import StopStrings
@@ -33,11 +34,34 @@ class Model:
     search: Search
 
 
+class PromptProgress:
+    """Tells the caller how much of the prompts of one call was read, as it asked; the answer may cancel the call."""
+
+    def __init__(self, tell: Progress, groups: Iterable[Iterable[Completion]]) -> None:
+        """groups: the completions of each prompt."""
+        self._tell, self._groups = tell, [list(group) for group in groups]
+        self._total = sum(len(group[0].ids) for group in self._groups)
+        self._read, self._started = [0] * len(self._groups), time.perf_counter()
+        for g, group in enumerate(self._groups):
+            for job in group:
+                job.on_read = functools.partial(self.add, g)
+
+    def add(self, g: int, n_read: int) -> None:
+        """So many tokens of a prompt are read. What is read again is not told twice."""
+        if n_read <= self._read[g]:
+            return
+        self._read[g] = n_read
+        if self._tell(sum(self._read), self._total, time.perf_counter() - self._started) is False:
+            for group in self._groups:
+                for job in group:
+                    job.cancelled = True
+
+
 class Completion(Job):
     """A generation under way. `pieces` holds what has come and was not read yet.
 
     max_tokens: what the request asks for, at most what the context has room for. index: which of several completions
-    of the same prompt. streamed: it waits for its reader.
+    of the same prompt. streamed: it pauses while its reader is behind.
     """
 
     def __init__(
@@ -52,7 +76,8 @@ class Completion(Job):
         streamed: bool = False,
     ) -> None:
         super().__init__(list(ids), window, n_sink)
-        self._model, self._request, self._index, self._streamed = model, request, index, streamed
+        self._model, self._request, self._index = model, request, index
+        self.streamed = streamed
         self._max_tokens, self._n_prompt = max_tokens, len(ids)
         self.received = self._n_prompt - 1
         config, tokenizer = model.config, model.tokenizer
@@ -65,6 +90,9 @@ class Completion(Job):
         self._tokens: list[int] = []
         self._finish_reason = "length"
         self._started = self._read_at = self._last_at = 0.0
+        self.on_read: Callable[[int], None] | None = None  # told how much of the prompt was read
+        if request.max_time_s is not None:
+            self.deadline = time.monotonic() + request.max_time_s
 
     def end_at(self, ids: Iterable[int]) -> None:
         """End at these ids too."""
@@ -79,11 +107,22 @@ class Completion(Job):
 
     @property
     def paused(self) -> bool:
-        return self._streamed and len(self.pieces) >= MAX_UNREAD
+        return self.streamed and len(self.pieces) >= MAX_UNREAD
 
     def _emit(self, piece: Piece) -> None:
         self.pieces.append(piece)
         self._text.append(piece.text)
+
+    def progressed(self, n_fed: int) -> None:
+        if self.on_read is not None and not self._tokens:
+            self.on_read(min(n_fed, self._n_prompt))
+
+    def end(self, reason: str) -> None:
+        """End with what has come; out of time, with the text that was held back too."""
+        if reason == "time":
+            self._finish(reason)
+        else:
+            self._finish_reason, self.done = reason, True
 
     def receive(self, positions: Ids[int], logits: np.ndarray) -> None:
         """Sample the next id, and finish where the text ends."""

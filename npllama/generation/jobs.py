@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 
 import numpy as np
@@ -27,9 +29,13 @@ class Job:
         self.sequence: Sequence | None = None
         self.received = 0  # ids whose logits are not wanted any more
         self.cached: int | None = None
-        self.done = self.cancelled = False
+        self.deadline = math.inf  # on the clock of time.monotonic
+        self.done = False
+        self.cancelled = False  # any thread may set it; the scheduler then ends the job
+        self.attended = True  # its owner drives the scheduler
         self.error: BaseException | None = None
-        self.event = threading.Event()
+        self.event = threading.Event()  # set at all news, cleared by the one who waits
+        self.on_news: Callable[[], None] | None = None
         self.followers: list[Job] = []  # with the same ids so far: they get the first logits too, and go on from there
         self.rest: Resting | None = None  # where its sequence comes from, and where it goes when the job has ended
 
@@ -46,13 +52,23 @@ class Job:
         """Take the logits (R, V) of these positions."""
         raise NotImplementedError
 
-    def progressed(self) -> None:
-        """A part of the ids has been fed."""
+    def progressed(self, n_fed: int) -> None:
+        """So many of the ids have been fed."""
+
+    def tell(self) -> None:
+        """There is news, which whoever waits is to know."""
+        self.event.set()
+        if self.on_news is not None:
+            self.on_news()
 
     @property
     def paused(self) -> bool:
         """Whether it is not to be fed now."""
         return False
+
+    def end(self, reason: str) -> None:
+        """End early: "cancelled" or "time"."""
+        self.done = True
 
     def fail(self, error: BaseException) -> None:
         """End with an error, which its owner gets."""

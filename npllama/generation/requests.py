@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from npllama.errors import UsageError, quote, whole_number
@@ -13,6 +15,8 @@ from npllama.generation.streaming import stop_texts
 from npllama.options import OPTIONS, SamplingOptions, chosen_sampling
 
 Prompt = str | Sequence[int]
+Progress = Callable[[int, int, float], object]
+"""Told (tokens of prompts that were read, of all, seconds); cancels by returning False."""
 POLICIES = ("stop", "slide")
 """What happens where the context is full."""
 MAX_COMPLETIONS = 1024
@@ -33,6 +37,8 @@ class Request:
     n: int = 1
     context_policy: str = "stop"
     n_keep: int = 0
+    max_time_s: float | None = None
+    progress: Progress | None = None
 
 
 def is_one(prompt: object) -> bool:
@@ -117,6 +123,22 @@ def _checked_policy(policy: str) -> str:
     return policy
 
 
+def _checked_time(max_time_s: float | None) -> float | None:
+    if max_time_s is None:
+        return None
+    if isinstance(max_time_s, bool) or not isinstance(max_time_s, Real) or not 0 < float(max_time_s) < math.inf:
+        raise UsageError(
+            f"max_time_s={quote(max_time_s)}: needs seconds, more than 0; or None for as long as it takes."
+        )
+    return float(max_time_s)
+
+
+def _checked_progress(progress: Progress | None) -> Progress | None:
+    if progress is not None and not callable(progress):
+        raise UsageError(f"progress={quote(progress)}: needs a function of (tokens read, in all, seconds), or None.")
+    return progress
+
+
 def new_request(
     max_tokens: int | None,
     given: tuple[float | None, ...],
@@ -131,6 +153,8 @@ def new_request(
     n: int = 1,
     context_policy: str = "stop",
     n_keep: int = 0,
+    max_time_s: float | None = None,
+    progress: Progress | None = None,
 ) -> Request:
     """Check the options of a call; UsageError names what is out of range.
 
@@ -153,6 +177,8 @@ def new_request(
         n=_checked_number("n", n, 1, MAX_COMPLETIONS, "how many completions"),
         context_policy=_checked_policy(context_policy),
         n_keep=_checked_number("n_keep", n_keep, 0, 2**31, "how many first positions stay in sight"),
+        max_time_s=_checked_time(max_time_s),
+        progress=_checked_progress(progress),
     )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ids
@@ -16,7 +17,7 @@ from npllama.errors import UsageError, quote, whole_number
 from npllama.execution.engine import Engine
 from npllama.generation.jobs import Job
 from npllama.generation.pool import Pool
-from npllama.generation.scheduler import Scheduler
+from npllama.generation.scheduler import CLOSED, Scheduler
 from npllama.store.opening import OpenModel
 from npllama.system import machine
 
@@ -51,10 +52,14 @@ class Runtime:
             raise UsageError(f"parallel={quote(parallel)}: needs how many texts to write at once, 1 to {MAX_PARALLEL}.")
         self.parallel = n_parallel
         self._kv_memory = self._checked_memory(kv_memory)
-        self._scheduler: Scheduler | None = None
-        self._process = 0
-        self._lock = threading.Lock()
         self._closed = False
+        self._begin_process()
+        _runtimes.add(self)
+
+    def _begin_process(self) -> None:
+        """No scheduler yet: its thread, its locks and its jobs do not survive a fork."""
+        self._scheduler: Scheduler | None = None
+        self._lock = threading.Lock()
 
     @property
     def _block_bytes(self) -> int:
@@ -91,17 +96,14 @@ class Runtime:
     def scheduler(self) -> Scheduler:
         """The scheduler of this process. Raises UsageError once the model is closed, ModelError without memory."""
         scheduler = self._scheduler
-        if scheduler is not None and self._process == os.getpid():
+        if scheduler is not None:
             return scheduler
-        if self._closed:
-            raise UsageError("this model is closed; load it again.")
-        if self._process not in (0, os.getpid()):
-            self._lock, self._scheduler = threading.Lock(), None  # another thread may have held it when we were forked
         with self._lock:
+            if self._closed:
+                raise UsageError(CLOSED)
             if self._scheduler is None:
                 pool = Pool(self._engine, self._capacity(), self.identity)
                 self._scheduler = Scheduler(self._engine, pool, self.parallel, self._chunk)
-                self._process = os.getpid()
             return self._scheduler
 
     def run(self, groups: Iterable[Ids[Job]]) -> None:
@@ -111,6 +113,10 @@ class Runtime:
         """
         scheduler, todo = self.scheduler, deque(groups)
         under_way: list[Ids[Job]] = []
+        event = threading.Event()  # of all of them: whichever has news, the caller wakes
+        for group in todo:
+            for job in group:
+                job.event = event
 
         def any_done() -> bool:
             return any(_all_done(group) for group in under_way)
@@ -125,15 +131,28 @@ class Runtime:
                     raise_first_error(group)
                 under_way = [group for group in under_way if not _all_done(group)]
         finally:
-            for job in _undone(under_way):
-                scheduler.cancel(job)
+            if under_way:
+                scheduler.cancel(*_undone(under_way))
 
     def close(self) -> None:
         """End what is under way, with an error, and free the pool."""
-        self._closed = True
-        scheduler, self._scheduler = self._scheduler, None
-        if scheduler is not None and self._process == os.getpid():
+        with self._lock:
+            self._closed = True
+            scheduler, self._scheduler = self._scheduler, None
+        if scheduler is not None:
             scheduler.close()
+
+
+_runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+def _begin_processes() -> None:
+    for runtime in _runtimes:
+        runtime._begin_process()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_processes)
 
 
 def raise_first_error(jobs: Iterable[Job]) -> None:

@@ -5,12 +5,22 @@ do not stall the writers. A text that ends makes room for the next. When the poo
 aside, and read again later: what it had computed is often still there. So nothing fails that fits alone.
 
 Whoever wants a result drives: a lone caller runs the steps in its own thread. Callers in several threads drive in turn,
-and the others wait for news of their job. `start_thread` drives for callers that do not wait.
+and the others wait for news of their job. Jobs whose owners do not drive have a thread of the scheduler, which lives
+as long as there are any.
+
+Any thread adds jobs, and asks for their end by a flag. Only the thread that holds `_driving` changes them: it looks at
+the flags before each step. Whoever sets one tries for that lock afterwards, and whoever releases it looks for flags
+afterwards, so none is missed.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import itertools
+import math
+import os
 import threading
 import time
 from collections import deque
@@ -21,9 +31,11 @@ import numpy as np
 
 from npllama.cache import BLOCK_SLOTS, n_blocks
 from npllama.errors import ContextError, NpllamaError, UsageError
+from npllama.execution.abandon import AbandonedError, Call
 from npllama.execution.engine import Engine
 from npllama.generation.jobs import Job, Resting
 from npllama.generation.pool import Pool, PoolFullError, Sequence
+from npllama.system.interrupts import Uninterrupted
 
 MAX_WRITTEN = 16
 """A text with no more pending ids than this is being written, and not read."""
@@ -40,6 +52,7 @@ MAX_WAITING = 4096
 IDLE_S = 5.0
 """Seconds after which a thread without work ends."""
 
+CLOSED = "this model is closed; load it again."
 
 Part = tuple[Job, Sequence, int]
 """A job of a step, its sequence, and how many ids of it are fed."""
@@ -73,20 +86,24 @@ class Scheduler:
 
     def __init__(self, engine: Engine, pool: Pool, parallel: int, chunk: int) -> None:
         self.pool = pool
+        self.closed = False
+        self._process = os.getpid()
         self._engine = engine
         self._parallel, self._chunk = parallel, chunk
         self._pace = Pace()
-        self._driving = threading.Lock()
-        self._arrived: deque[Job] = deque()
+        self._driving = threading.Lock()  # guards the pool, what jobs have computed, and what stands from here on:
         self._waiting: deque[Job] = deque()
         self._active: list[Job] = []  # the oldest first
+        self._next_deadline = math.inf
+        self._driver: int | None = None  # the thread that steps
+        self._guard = threading.RLock()  # of what follows; reentrant, because a stream may be collected at any time
+        self._arrived: deque[Job] = deque()
         self._listeners: set[threading.Event] = set()
-        self._work = threading.Event()
         self._thread: threading.Thread | None = None
-        self._guard = threading.Lock()  # of _listeners and _thread
-        self._swept = True
+        self._work = threading.Event()
+        self._swept = True  # False: something was cancelled since the last look
         self._hidden = False  # what the last step gave, where jobs want either
-        self.closed = False
+        self._computing: tuple[Call, list[Job]] | None = None
 
     # ------------------------------------------------------------ jobs in and out
 
@@ -99,41 +116,86 @@ class Scheduler:
         """Blocks that a text of n ids has at most at a time: all, or its sinks and its window and a part behind it."""
         return min(n_blocks(n_ids), n_blocks(n_sink) + n_blocks(window + chunk) + 1)
 
-    def add(self, job: Job) -> None:
-        """Queue a job. Raises UsageError when too many wait."""
-        if self.closed:
-            raise UsageError("this model is closed; load it again.")
-        if len(self._arrived) + len(self._waiting) >= MAX_WAITING:
-            raise UsageError(f"{MAX_WAITING} requests are waiting already; wait for some of them before the next.")
-        self._arrived.append(job)
-        self._work.set()
+    def add(self, job: Job, attended: bool = True) -> None:
+        """Queue a job. attended: its owner drives; else a thread of the scheduler does.
 
-    def cancel(self, job: Job) -> None:
-        """End a job early; its blocks are given back now, or by the thread that drives."""
-        if job.done and job.sequence is None:
+        Raises UsageError when too many wait, or when no thread can be started.
+        """
+        with self._guard:
+            if self.closed:
+                raise UsageError(CLOSED)
+            if len(self._arrived) + len(self._waiting) >= MAX_WAITING:
+                raise UsageError(f"{MAX_WAITING} requests are waiting already; wait for some of them before the next.")
+            if not attended:
+                self._ensure_thread()
+            job.attended = attended
+            self._arrived.append(job)
+            if not attended:
+                self._work.set()
+
+    def cancel(self, *jobs: Job) -> None:
+        """End jobs early: now, or where another thread steps, after the step under way. Ended ones stay as they are."""
+        if self._process != os.getpid():
             return
-        job.cancelled = job.done = True
+        for job in jobs:
+            job.cancelled = True
         self._swept = False
-        self._sweep_if_free()
-        job.event.set()
+        computing = self._computing
+        if computing is not None and all(job.cancelled for job in computing[1]):
+            computing[0].abandon()
+        self._settle()
 
-    def _sweep_if_free(self) -> None:
-        while not self._swept and self._driving.acquire(blocking=False):
-            try:
-                self._sweep()
-            finally:
-                self._driving.release()
+    def _settle(self) -> None:
+        """Let go of what was cancelled, unless another thread steps: it will. Then wake those who wait for a turn."""
+        with Uninterrupted():
+            while not self._swept and self._driving.acquire(blocking=False):
+                try:
+                    self._sweep()
+                finally:
+                    self._driving.release()
+            with self._guard:
+                for event in self._listeners:
+                    event.set()
 
     def _sweep(self) -> None:
-        """Take in what has arrived; let go of jobs that have ended."""
-        self._swept = True
+        """Take in what has arrived; end what was cancelled or is out of time; let go of what has ended."""
         while self._arrived:
-            self._waiting.append(self._arrived.popleft())
-        for job in [job for job in (*self._active, *self._waiting) if job.done]:
-            (self._active if job in self._active else self._waiting).remove(job)
+            job = self._arrived.popleft()
+            self._waiting.append(job)
+            if job.cancelled:
+                self._swept = False
+            self._next_deadline = min(self._next_deadline, job.deadline)
+        now = time.monotonic()
+        if self._swept and not self.closed and now < self._next_deadline:
+            return
+        self._swept = True  # before looking: who cancels from here on is seen the next time
+        known = [*self._active, *self._waiting]
+        for job in [*known, *itertools.chain.from_iterable(job.followers for job in known)]:
+            if job.done:
+                continue
+            if self.closed:
+                job.fail(UsageError(CLOSED))
+            elif job.cancelled:
+                job.end("cancelled")
+            elif job.deadline <= now:
+                job.end("time")
+        self._drop_ended(self._waiting)
+        self._next_deadline = min((job.deadline for job in (*self._active, *self._waiting)), default=math.inf)
+
+    def _drop_ended(self, more: Iterable[Job] = ()) -> None:
+        """Let go of jobs that have ended; the followers of one that ended early take its place.
+
+        Only then are owners told: who has a result finds the pool without its blocks.
+        """
+        for job in [job for job in (*self._active, *more) if job.done]:
             self._release(job)
-            self._waiting.extend(job.followers)  # of a job that ended before its prompt was read
+            (self._active if job in self._active else self._waiting).remove(job)
+            heirs = [follower for follower in job.followers if not follower.done]
+            for follower in job.followers:
+                follower.tell()
             job.followers = []
+            self._waiting.extendleft(reversed(heirs))
+            job.tell()
 
     def _release(self, job: Job) -> None:
         """Take a job's blocks: for the session that it has continued, else for everybody."""
@@ -156,7 +218,7 @@ class Scheduler:
                 yield
             finally:
                 self._sweep()
-        self._hand_over(None)
+        self._settle()
 
     def keep(self, rest: Resting, sequence: Sequence, ids: list[int]) -> None:
         """Let a text rest that was fed these ids. Between steps."""
@@ -206,62 +268,98 @@ class Scheduler:
 
     def drive(self, job: Job, ready: Callable[[], bool], deadline: float | None = None) -> bool:
         """Step, or let another thread step, until a job is ready. False when the deadline passed before."""
+        self.check_caller()
+        event = job.event
         with self._guard:
-            self._listeners.add(job.event)
+            self._listeners.add(event)
         try:
             while True:
-                job.event.clear()
+                event.clear()
                 if ready():
                     return True
-                if self._driving.acquire(blocking=False):
-                    try:
-                        while not ready() and not _is_over(deadline):
-                            self.step()
-                    finally:
-                        self._driving.release()
-                        self._hand_over(job.event)
-                    if not ready():
-                        return False
-                elif not job.event.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                stepped = self._step_until(lambda: ready() or _is_over(deadline))
+                if not stepped and not event.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                    return ready()
+                if _is_over(deadline):
                     return ready()
         finally:
             with self._guard:
-                self._listeners.discard(job.event)
+                self._listeners.discard(event)
 
-    def _hand_over(self, own: threading.Event | None) -> None:
-        """Nobody drives any more: wake those who wait, of whom one will."""
-        self._sweep_if_free()
-        with self._guard:
-            for event in self._listeners:
-                if event is not own:
-                    event.set()
+    def check_caller(self) -> None:
+        """Raise UsageError where nobody would ever end a wait for a job."""
+        if self._process != os.getpid():
+            raise UsageError("this text was begun in the process from which this one was forked; begin it anew here.")
+        if self._driver == threading.get_ident():
+            raise UsageError(
+                "a function that is called while texts are computed cannot wait for one of the same model; "
+                "let another thread do that."
+            )
 
-    def start_thread(self) -> None:
-        """Drive in a thread of its own for as long as there is work."""
+    def _step_until(self, over: Callable[[], bool]) -> bool:
+        """Step until something is over; False where another thread steps already."""
+        with Uninterrupted():
+            if not self._driving.acquire(blocking=False):
+                return False
+            self._driver = threading.get_ident()
+            try:
+                while not over():
+                    self.step()
+            finally:
+                self._driver = None
+                self._driving.release()
+                self._settle()
+        return True
+
+    def wake(self) -> None:
+        """There is work again for the scheduler's thread: a job that nobody drives was paused, and is not any more."""
         with self._guard:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="npllama-scheduler", daemon=True)
-                self._thread.start()
+            self._ensure_thread()
+            self._work.set()
+
+    def _ensure_thread(self) -> None:
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="npllama-scheduler", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise UsageError(f"no thread can be started ({error}); end some, or use generate.") from error
+            self._thread = thread
+            atexit.register(self.close)  # no thread is to compute while the interpreter is taken down
 
     def _run(self) -> None:
+        """The scheduler's thread: steps while there are jobs that nobody drives; ends after a while without."""
         while True:
             self._work.clear()
-            while self.has_work and self._driving.acquire(timeout=IDLE_S):
+            with self._driving:
+                self._driver = threading.get_ident()
                 try:
-                    self.step()
+                    while self._has_unattended():
+                        self.step()
+                except BaseException as error:  # nobody is to wait for ever
+                    self._fail_all(error)
+                    raise
                 finally:
-                    self._driving.release()
-            if not self._work.wait(IDLE_S):
+                    self._driver = None
+            self._settle()
+            if not self._work.wait(0 if self.closed else IDLE_S):
                 with self._guard:
-                    if not self._work.is_set() or self.closed:
+                    if not self._work.is_set():
                         self._thread = None
+                        atexit.unregister(self.close)
                         return
 
-    @property
-    def has_work(self) -> bool:
-        """Whether any job can be fed."""
-        jobs = (*self._arrived, *self._waiting, *self._active)
-        return any(not job.done and not job.paused for job in jobs)
+    def _fail_all(self, error: BaseException) -> None:
+        for job in (*self._active, *self._waiting, *self._arrived):
+            job.fail(error)
+        with self._guard:
+            self._thread = None
+        self._swept = False
+        self._sweep()
+
+    def _has_unattended(self) -> bool:
+        self._sweep()
+        return any(not job.attended and not job.paused for job in itertools.chain(self._active, self._waiting))
 
     # ------------------------------------------------------------ one step
 
@@ -271,22 +369,29 @@ class Scheduler:
         self._admit()
         parts = self._choose()
         if not parts:
+            self._drop_ended()
             return
         started = time.perf_counter()
         try:
-            logits = self._forward(parts)
-        except (NpllamaError, MemoryError) as error:
-            for job, _, _ in parts:
-                self._end(job, error)
-            self._sweep()
-            return
-        self._deliver(parts, logits)
+            self._compute(parts)
+        except AbandonedError:
+            return  # nothing counts as written; the next step begins with a look at what was cancelled
         n_read = sum(n for _, _, n in parts if n > MAX_WRITTEN)
         self._pace.record(sum(n for _, _, n in parts) - n_read, n_read, time.perf_counter() - started)
 
-    def _end(self, job: Job, error: BaseException) -> None:
-        job.fail(error)
-        job.event.set()
+    def _compute(self, parts: list[Part]) -> None:
+        """Feed the parts and hand out their logits. What fails together is tried one by one: only what fails ends."""
+        try:
+            logits = self._forward(parts)
+        except (NpllamaError, MemoryError) as error:
+            if len(parts) == 1:
+                parts[0][0].fail(error)
+                self._drop_ended()
+                return
+            for part in parts:
+                self._compute([part])
+            return
+        self._deliver(parts, logits)
 
     def _admit(self) -> None:
         """Let jobs that wait begin, as long as there are blocks for their beginnings."""
@@ -346,22 +451,26 @@ class Scheduler:
             try:
                 job.sequence.reserve(n)
             except PoolFullError:
-                self._set_aside(self._victim())
+                if len(self._active) > 1:
+                    self._set_aside(self._victim())
+                    continue
+                self._release(job)
+                job.fail(self._too_long(job))
             else:
                 return True
         return False
 
+    def _too_long(self, job: Job) -> ContextError:
+        return ContextError(
+            f"a text of {len(job.ids)} tokens does not fit into the {self.pool.capacity} blocks of {BLOCK_SLOTS} "
+            f"positions that there are; load the model with more kv_memory."
+        )
+
     def _set_aside(self, job: Job) -> None:
         """Take a job's blocks; it is read again when blocks are free, or when somebody continues it."""
-        if len(self._active) == 1 and not job.paused:
-            needed = ContextError(
-                f"a text of {len(job.ids)} tokens does not fit into the {self.pool.capacity} blocks of "
-                f"{BLOCK_SLOTS} positions that there are; load the model with more kv_memory."
-            )
-            self._end(job, needed)
         self._release(job)
         self._active.remove(job)
-        if not job.done and not isinstance(job, Resting):
+        if not isinstance(job, Resting):
             job.draft = []
             self._waiting.appendleft(job)
 
@@ -378,50 +487,75 @@ class Scheduler:
             tokens += job.draft[: max(0, start + n - len(job.ids))]
             pos += range(start, start + n)
             seq += [sequence.row] * n
-        return self._engine.forward(self.pool.cache, tokens, pos, seq, out, parts[0][0].hidden)
+        call = Call()
+        self._computing = call, [job for job, _, _ in parts]
+        try:
+            return self._engine.forward(self.pool.cache, tokens, pos, seq, out, parts[0][0].hidden, call)
+        finally:
+            self._computing = None
 
     def _deliver(self, parts: list[Part], logits: np.ndarray) -> None:
         """Hand out the logits; guesses that were fed and are wrong are taken back."""
         row = 0
         for job, sequence, n in parts:
             positions = job.wanted(sequence.length - n, sequence.length)
-            try:
-                if len(positions):
-                    self._fork(job, sequence, positions, logits[row : row + len(positions)])
-                    job.receive(positions, logits[row : row + len(positions)])
-                job.progressed()
-            except NpllamaError as error:
-                self._end(job, error)
+            self._hand(job, sequence, positions, logits[row : row + len(positions)])
             row += len(positions)
             if sequence.length > len(job.ids):
                 sequence.rewind(len(job.ids))
             sequence.written(job.ids)
-            job.event.set()
-        self._sweep()
+            if job.cancelled:
+                self._swept = False
+            if not job.done:
+                job.tell()
+        self._drop_ended()
 
-    def _fork(self, job: Job, sequence: Sequence, positions: Ids[int], logits: np.ndarray) -> None:
-        """Let the followers of a job go on from its prompt, in blocks that all share until they write."""
-        for follower in job.followers:
+    def _hand(self, job: Job, sequence: Sequence, positions: Ids[int], logits: np.ndarray) -> None:
+        """Give a job, and those that follow it from here on, the logits of these positions.
+
+        Followers go on from the prompt in blocks that all share until they write.
+        """
+        self._receive(job, lambda: job.progressed(sequence.length))
+        if not len(positions):
+            return
+        followers, job.followers = job.followers, []
+        for follower in followers:
+            if follower.done:
+                follower.tell()
+                continue
             follower.sequence, follower.cached = sequence.fork(), sequence.length
             self._active.append(follower)
-            try:
-                follower.receive(positions, logits)
-            except NpllamaError as error:
-                self._end(follower, error)
-            follower.event.set()
-        job.followers = []
+            self._receive(follower, functools.partial(follower.receive, positions, logits))
+            follower.tell()
+        self._receive(job, lambda: job.receive(positions, logits))
+
+    @staticmethod
+    def _receive(job: Job, receive: Callable[[], None]) -> None:
+        """Let a job take something, unless it has ended. Whatever goes wrong there is told to its owner alone."""
+        if job.done or job.cancelled:
+            return
+        try:
+            receive()
+        except Exception as error:  # noqa: BLE001 (a function that the owner gave may raise anything)
+            job.fail(error)
 
     # ------------------------------------------------------------ the end
 
-    def close(self, jobs: Iterable[Job] = ()) -> None:
-        """End all jobs with an error, when nobody steps any more."""
-        self.closed = True
-        with self._driving:
-            for job in (*self._arrived, *self._waiting, *self._active, *jobs):
-                if not job.done:
-                    self._end(job, UsageError("this model is closed; load it again."))
-            self._sweep()
+    def close(self) -> None:
+        """End all jobs with an error: at once, or at the end of a step that computes in NumPy."""
+        if self._process != os.getpid():
+            return
+        with self._guard:
+            self.closed = True
+        computing = self._computing
+        if computing is not None:
+            computing[0].abandon()
         self._work.set()
+        if self._driver == threading.get_ident():
+            return  # from a function that a step calls: the next step ends all
+        with Uninterrupted(), self._driving:
+            self._sweep()
+        self._settle()
 
 
 def _is_over(deadline: float | None) -> bool:

@@ -55,6 +55,7 @@ Files, in the order in which to read them:
     compile.py          model.forward compiled whole, and kept on disk
     numba_internals.py  what is used of Numba's private parts, each probed, with one fallback
     affinity.py         ties threads to CPUs
+    abandon.py          the flag that ends a call early
     per_op.py           every op compiled on its own
     bandwidth.py        reads memory as fast as possible
 

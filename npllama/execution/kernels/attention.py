@@ -21,6 +21,7 @@ from numba.extending import overload
 from npllama import cache as kv
 from npllama import ops
 from npllama.cache import BLOCK_SLOTS
+from npllama.execution.kernels.abandon import abandoned
 from npllama.execution.kernels.flags import INLINE, INNER, INNER_PARALLEL
 from npllama.execution.kernels.gemm_f32 import transpose_square
 from npllama.execution.kernels.gemv_f32 import StridedRows, skip_columns, skip_rows
@@ -274,6 +275,8 @@ def attend_tiles(doubles, singles, M, queries, cache, l, pos, seq, starts, part,
     G, share = queries.n_heads // queries.heads_per_kv, queries.heads_per_kv
     k, v, S = pointers(cache.k), pointers(cache.v), pool_slots(cache.k)
     for unit in range(part, n_tiles * G, parts):
+        if abandoned():
+            return
         i, g = unit % n_tiles, unit // n_tiles
         i = n_tiles - 1 - i if g % 2 == 1 else i  # else one thread would take all the longer ones of each pair
         t = load_scalar(starts, i)

@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit, prange
 
 from npllama.execution.kernels import simd
+from npllama.execution.kernels.abandon import abandoned
 from npllama.execution.kernels.flags import INNER, INNER_PARALLEL
 from npllama.execution.kernels.formats import register
 from npllama.execution.kernels.fused_inputs import outputs, part_of_each
@@ -197,6 +198,8 @@ def make_linears(reader, n_streams, load, load_last):
         most = min(T, MAX_PANELS * PANEL)
         panels = np.empty((most + PANEL - 1) // PANEL * PANEL * K, np.float32)
         for first in range(0, T, most):
+            if abandoned():
+                return ys
             n_tokens = min(most, T - first)
             pack_in_threads(x, first, n_tokens, panels, parts)
             gemm_in_threads(panels, first, n_tokens, ws, ys, parts)

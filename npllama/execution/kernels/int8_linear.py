@@ -17,6 +17,7 @@ import numpy as np
 from numba import njit, prange
 
 from npllama.execution.kernels import amx
+from npllama.execution.kernels.abandon import abandoned
 from npllama.execution.kernels.amx import (
     LEVELS_BYTES,
     N_SUMS,
@@ -221,6 +222,8 @@ def make_multiply_blocks(dot_group, unpack_group, code_bits):
         strip = max(1, STRIP_BYTES // block_bytes)
         for low in range(begin, stop, strip):
             high = min(low + strip, stop)
+            if abandoned():
+                return
             for i in range(unpacked_strip(x, w, y, low, high), n_wide_tiles(T)):
                 for b in range(low, high):
                     wide_tile(w, b, w.codes, b * block_bytes, x, i * TOKEN_TILE, y)

@@ -49,6 +49,17 @@ def store(builder, value, pointer, align=None):
     builder.store(value, cast(builder, pointer, value.type)).align = align
 
 
+def load_shared(builder, pointer, element):
+    """Load a value that another thread may store at any time: neither left out nor moved by the compiler."""
+    return builder.load_atomic(cast(builder, pointer, element), "monotonic", element.width // 8, typ=element)
+
+
+def external(builder, element, name):
+    """Pointer to a variable of this type that another module, or the process, defines under this name."""
+    known = builder.module.globals.get(name)
+    return ir.GlobalVariable(builder.module, element, name) if known is None else known
+
+
 def variable(builder, element, value=None):
     """Pointer to a local variable of this type, set to the value if one is given."""
     if value is None:

@@ -123,6 +123,11 @@ def _parallel_loop() -> Any:
     return done
 
 
+def define_symbol(name: str, address: int) -> None:
+    """Tell LLVM where in this process something is that code refers to by a name."""
+    llvmlite.binding.add_symbol(name, address)
+
+
 def namedtuple_class(typ: Any) -> type | None:
     """The NamedTuple that a Numba type stands for; None for other types."""
     found: type | None = getattr(typ, "instance_class", None)
