@@ -124,6 +124,22 @@ def test_importing_the_package_or_the_command_line_does_not_import_numba_nor_num
     subprocess.run([sys.executable, "-c", program], env=environment(), check=True)
 
 
+# What opening a model directory with a SentencePiece tokenizer needs nothing of: other tokenizers, checkpoints, the
+# compiler, and large parts of the standard library.
+LATE = (
+    *("npllama.text.bpe", "npllama.text.derived", "npllama.text.readers", "npllama.text.vocabulary"),
+    *("npllama.checkpoints", "npllama.store.export", "npllama.store.find_tokenizer", "npllama.store.text_rules"),
+    *("npllama.execution.disk_cache", "npllama.execution.kernels.compile", "npllama.measure", "npllama.commands"),
+    *("numba", "importlib.metadata", "email", "concurrent.futures"),
+)
+
+
+def test_loading_the_demo_model_imports_nothing_that_only_other_models_and_calls_need() -> None:
+    program = "import npllama, sys; npllama.load(backend='numpy'); print(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", program], env=environment(), text=True).split()
+    assert not [name for name in loaded if any(f"{name}.".startswith(f"{late}.") for late in LATE)]
+
+
 @pytest.mark.parametrize("file", [f for f in TREES if module(f) != "commands"])
 def test_only_the_command_line_prints(file: str) -> None:
     assert not list(calls(TREES[file], "print"))
