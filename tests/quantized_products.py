@@ -10,10 +10,23 @@ import numpy as np
 from helpers import quantize
 
 
-def products() -> dict[str, np.ndarray]:
-    """Products of all formats, of awkward sizes, with a zero group."""
+def multiply(x: np.ndarray, w: Any) -> np.ndarray:
+    """The compiled x @ w.T, of arrays that nobody may write, as mapped files are: one signature for each format."""
     from npllama.execution.kernels.per_op import linear_alone
 
+    parts = [_read_only(part) if isinstance(part, np.ndarray) else part for part in w]
+    product: np.ndarray = linear_alone(_read_only(x), type(w)(*parts))
+    return product
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def products() -> dict[str, np.ndarray]:
+    """Products of all formats, of awkward sizes, with a zero group."""
     rng, found = np.random.default_rng(0), {}
     for rows, columns in ((300, 172), (1030, 288)):
         w, x = rng.standard_normal((rows, columns)), rng.standard_normal((43, columns), dtype=np.float32)
@@ -21,7 +34,7 @@ def products() -> dict[str, np.ndarray]:
         for number_format in ("q4", "q6", "q8"):
             quantized = quantize(w.astype(np.float32), number_format)
             for tokens in (len(x), 9):  # too few for a strip
-                found[f"{number_format} {rows} {tokens}"] = linear_alone(x[:tokens], quantized)
+                found[f"{number_format} {rows} {tokens}"] = multiply(x[:tokens], quantized)
     return found
 
 

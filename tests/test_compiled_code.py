@@ -143,7 +143,7 @@ def test_code_for_amx_is_kept_in_a_file_of_its_own(monkeypatch: pytest.MonkeyPat
     assert target(True) != target(False)
 
 
-def test_two_hundred_flipped_bits_and_cut_files_cost_a_compilation_each(tmp_path: Path) -> None:
+def test_two_hundred_flipped_bits_and_cut_files_are_noticed_and_cost_a_compilation(tmp_path: Path) -> None:
     numba = pytest.importorskip("numba")
     from npllama.execution.disk_cache import DiskCache
     from npllama.execution.kernels.flags import SERIAL
@@ -162,7 +162,14 @@ def test_two_hundred_flipped_bits_and_cut_files_cost_a_compilation_each(tmp_path
     damaged = [bytearray(sound) for _ in range(200)]
     for content in damaged:
         content[rng.randrange(len(sound))] ^= 1 << rng.randrange(8)
-    for content in [*map(bytes, damaged), b"", sound[:31], sound[:-1], sound[:40], sound + b"\0", bytes(len(sound))]:
+    cut = [b"", sound[:31], sound[:-1], sound[:40], sound + b"\0", bytes(len(sound))]
+    for content in [*map(bytes, damaged), *cut]:
+        file.write_bytes(content)
+        assert DiskCache(file, said.append).load_overload(None, None) is None
+        (warning,) = said
+        assert "its checksum does not match" in warning, "nothing of it was looked at"
+        said.clear()
+    for content in (bytes(damaged[0]), *cut):
         file.write_bytes(content)
         assert answer() == (26, False)
         assert len(said) == 1, "one warning"

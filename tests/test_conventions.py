@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +51,25 @@ def each(*names: str) -> list[str]:
     return [file for file in TREES if not names or file.startswith(names)]
 
 
+def for_each(files: Iterable[str]) -> Callable[[Callable[[str], None]], Callable[[], None]]:
+    """One test of what holds for each of the files; it names every file that breaks the rule."""
+
+    def decorate(check: Callable[[str], None]) -> Callable[[], None]:
+        def test() -> None:
+            broken = []
+            for file in files:
+                try:
+                    check(file)
+                except AssertionError as error:
+                    broken.append(f"{file}: {error}")
+            assert not broken, "\n".join(broken)
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return decorate
+
+
 def module(file: str) -> str:
     """The entry of LAYERS that a file belongs to: its folder, or its own name."""
     return file.split("/")[0].removesuffix(".py")
@@ -90,7 +109,7 @@ def calls(tree: ast.AST, name: str) -> Iterator[ast.Call]:
 # ---------------------------------------------------------------- layers
 
 
-@pytest.mark.parametrize("file", each())
+@for_each(each())
 def test_imports_only_go_down(file: str) -> None:
     assert module(file) in RANK, f"{file} has no row in LAYERS"
     for other in own_imports(file):
@@ -105,7 +124,7 @@ def test_no_module_imports_itself_through_others() -> None:
     assert not below, f"a cycle of imports: {sorted(below)}"
 
 
-@pytest.mark.parametrize("file", each())
+@for_each(each())
 def test_only_what_compiles_imports_numba_and_only_the_tokenizer_sentencepiece(file: str) -> None:
     roots = {name.split(".")[0] for name in imports(TREES[file])}
     if module(file) != "execution":
@@ -114,7 +133,7 @@ def test_only_what_compiles_imports_numba_and_only_the_tokenizer_sentencepiece(f
         assert "sentencepiece" not in roots
 
 
-@pytest.mark.parametrize("file", each("execution/", "ops.py", "model.py", "numbers/"))
+@for_each(each("execution/", "ops.py", "model.py", "numbers/"))
 def test_what_computes_knows_nothing_of_text(file: str) -> None:
     assert not [other for other in own_imports(file) if module(other) in ("text", "checkpoints")]
 
@@ -124,7 +143,23 @@ def test_importing_the_package_or_the_command_line_does_not_import_numba_nor_num
     subprocess.run([sys.executable, "-c", program], env=environment(), check=True)
 
 
-@pytest.mark.parametrize("file", [f for f in TREES if module(f) != "commands"])
+# What opening a model directory with a SentencePiece tokenizer needs nothing of: other tokenizers, checkpoints, the
+# compiler, and large parts of the standard library.
+LATE = (
+    *("npllama.text.bpe", "npllama.text.derived", "npllama.text.readers", "npllama.text.vocabulary"),
+    *("npllama.checkpoints", "npllama.store.export", "npllama.store.find_tokenizer", "npllama.store.text_rules"),
+    *("npllama.execution.disk_cache", "npllama.execution.kernels.compile", "npllama.measure", "npllama.commands"),
+    *("numba", "importlib.metadata", "email", "concurrent.futures"),
+)
+
+
+def test_loading_the_demo_model_imports_nothing_that_only_other_models_and_calls_need() -> None:
+    program = "import npllama, sys; npllama.load(backend='numpy'); print(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", program], env=environment(), text=True).split()
+    assert not [name for name in loaded if any(f"{name}.".startswith(f"{late}.") for late in LATE)]
+
+
+@for_each([f for f in TREES if module(f) != "commands"])
 def test_only_the_command_line_prints(file: str) -> None:
     assert not list(calls(TREES[file], "print"))
     attributes = [n for n in ast.walk(TREES[file]) if isinstance(n, ast.Attribute)]
@@ -155,7 +190,7 @@ FORBIDDEN_IMPORTS = {
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__")
 
 
-@pytest.mark.parametrize("file", each())
+@for_each(each())
 def test_nothing_in_the_package_executes_data(file: str) -> None:
     roots = {name.split(".")[0] for name in imports(TREES[file])}
     assert not roots & FORBIDDEN_IMPORTS
@@ -165,7 +200,7 @@ def test_nothing_in_the_package_executes_data(file: str) -> None:
         assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), "allow_pickle"
 
 
-@pytest.mark.parametrize("file", each())
+@for_each(each())
 def test_no_guard_is_an_assert(file: str) -> None:
     """`python -O` drops them."""
     assert not [node.lineno for node in ast.walk(TREES[file]) if isinstance(node, ast.Assert)]
@@ -177,7 +212,7 @@ READERS = each(
 )
 
 
-@pytest.mark.parametrize("file", READERS)
+@for_each(READERS)
 def test_readers_of_foreign_files_have_no_broad_except(file: str) -> None:
     for node in ast.walk(TREES[file]):
         if isinstance(node, ast.ExceptHandler) and ast.unparse(node.body[-1]) != "raise":  # what is passed on is fine
@@ -256,7 +291,7 @@ def sets_of_flags() -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("file", each("execution/kernels/"))
+@for_each(each("execution/kernels/"))
 def test_every_kernel_states_its_flags(file: str) -> None:
     for line, keywords in jitted(TREES[file]):
         stated = [ast.unparse(k.value) for k in keywords or [] if k.arg is None]
@@ -281,7 +316,7 @@ def test_no_kernel_is_compiled_with_reassociation() -> None:
 OPEN_PARTS = ("numba.core.cgutils", "numba.core.errors.", "numba.core.imputils")
 
 
-@pytest.mark.parametrize("file", each())
+@for_each(each())
 def test_private_parts_of_numba_are_used_in_one_place(file: str) -> None:
     if file == "execution/kernels/numba_internals.py":
         return
@@ -293,7 +328,7 @@ def test_private_parts_of_numba_are_used_in_one_place(file: str) -> None:
             assert node.attr not in ("_cache", "_reduce", "_rebuild", "_final_module", "magic_tuple"), file
 
 
-@pytest.mark.parametrize("file", [f for f in each("execution/kernels/") if f != "execution/kernels/llvm.py"])
+@for_each([f for f in each("execution/kernels/") if f != "execution/kernels/llvm.py"])
 def test_memory_is_addressed_through_llvm_py_which_names_the_element_type(file: str) -> None:
     for node in ast.walk(TREES[file]):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "builder":
@@ -301,7 +336,7 @@ def test_memory_is_addressed_through_llvm_py_which_names_the_element_type(file: 
         assert not (isinstance(node, ast.Attribute) and node.attr in ("as_pointer", "make_array")), file
 
 
-@pytest.mark.parametrize("file", each("execution/kernels/"))
+@for_each(each("execution/kernels/"))
 def test_nothing_is_summed_over_threads(file: str) -> None:
     """A sum that belongs to no thread depends on how many there are."""
     for loop in ast.walk(TREES[file]):
@@ -351,7 +386,7 @@ GONE = {
 MAY_SAY = {("model.py", "turned")}  # a rotation in words
 
 
-@pytest.mark.parametrize("file", [*each(), "README.md"])
+@for_each([*each(), "README.md"])
 def test_words_that_have_gone_stay_away(file: str) -> None:
     folder = Path(__file__).resolve().parent.parent if file == "README.md" else PACKAGE
     text = (folder / file).read_text(encoding="utf-8")
@@ -378,7 +413,7 @@ def words_for_people(file: str) -> Iterator[tuple[int, str]]:
         yield from ((t.start[0], t.string) for t in tokenize.tokenize(source.readline) if t.type == tokenize.COMMENT)
 
 
-@pytest.mark.parametrize("file", each())
+@for_each(each())
 def test_figures_stand_in_the_log_and_not_in_docstrings_and_comments(file: str) -> None:
     for line, text in words_for_people(file):
         found = FIGURE.search(" ".join(text.split()))
@@ -406,7 +441,7 @@ MAX_FUNCTION_LINES, MAX_FILE_LINES, MAX_MODULES = 50, 500, 12
 PROGRAMS = {**TREES, **{f"tools/{p.name}": ast.parse(p.read_text()) for p in (PACKAGE.parent / "tools").glob("*.py")}}
 
 
-@pytest.mark.parametrize("file", PROGRAMS)
+@for_each(PROGRAMS)
 def test_functions_are_short(file: str) -> None:
     for node in ast.walk(PROGRAMS[file]):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -414,7 +449,7 @@ def test_functions_are_short(file: str) -> None:
             assert lines <= MAX_FUNCTION_LINES, f"{file}:{node.lineno}: {node.name} has {lines} lines"
 
 
-@pytest.mark.parametrize("file", each())
+@for_each(each())
 def test_files_are_short(file: str) -> None:
     assert len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
 

@@ -31,7 +31,7 @@ from npllama.store.find_tokenizer import find_tokenizer
 from npllama.store.opening import check_model, is_model_file, open_model
 from npllama.store.tokenizers import open_tokenizer
 from npllama.text.bpe.tokenizer import BpeTokenizer
-from npllama.text.derived import FILES
+from npllama.text.derived_names import FILES
 from npllama.text.readers.tiktoken import read_tiktoken
 from npllama.text.readers.tokenizer_json import read_tokenizer_json
 

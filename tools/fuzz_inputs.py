@@ -52,7 +52,8 @@ from npllama.rope import RopeScaling  # noqa: E402
 from npllama.store.opening import open_model  # noqa: E402
 from npllama.store.tokenizers import open_tokenizer, stored_vocabulary  # noqa: E402
 from npllama.text.bpe.tokenizer import BpeTokenizer  # noqa: E402
-from npllama.text.derived import FILES, files_of, vocabulary_of  # noqa: E402
+from npllama.text.derived import files_of, vocabulary_of  # noqa: E402
+from npllama.text.derived_names import FILES  # noqa: E402
 from npllama.text.readers.tiktoken import read_tiktoken  # noqa: E402
 from npllama.text.readers.tokenizer_json import read_tokenizer_json  # noqa: E402
 from npllama.text.sentencepiece import SentencePieceTokenizer  # noqa: E402

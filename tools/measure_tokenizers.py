@@ -20,7 +20,8 @@ from typing import TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from npllama.text.bpe.tokenizer import BpeTokenizer
-from npllama.text.derived import FILES, files_of, vocabulary_of
+from npllama.text.derived import files_of, vocabulary_of
+from npllama.text.derived_names import FILES
 from npllama.text.readers.tiktoken import is_tiktoken, read_tiktoken
 from npllama.text.readers.tokenizer_json import read_tokenizer_json
 from npllama.text.vocabulary import Vocabulary

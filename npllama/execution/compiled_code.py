@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -88,6 +87,8 @@ def _added() -> tuple[Path, ...]:
 
 
 def _versions() -> bytes:
+    import importlib.metadata  # with all of email: too much for each start, and only asked for compiled execution
+
     versions = [sys.version, str(PLAIN)]
     for package in ("numba", "llvmlite", "numpy"):
         try:

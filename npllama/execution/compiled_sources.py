@@ -8,7 +8,7 @@ replaces only the arguments count. Nothing is imported; sources are parsed.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
@@ -31,9 +31,9 @@ class _Sources:
         self._done: set[Reference] = set()
         modules = [_Module("", file) for file in files]
         self._replaced = {found for module in modules for found in module.replaced()}
-        self.texts = [_text(module.tree) for module in modules]
+        self.texts = [ast.dump(module.tree) for module in modules]
         for module in modules:
-            for reference in module.references(module.tree):
+            for reference in module.references(module.nodes):
                 self._add(*reference)
 
     def _add(self, name: str, what: str) -> None:
@@ -48,10 +48,10 @@ class _Sources:
             self._add(*module.imported[what])
         for node in module.defined.get(what, ()):
             if (name, what) in self._replaced and isinstance(node, ast.FunctionDef):
-                self.texts.append(f"{name}.{what}{_text(node.args)}")
+                self.texts.append(f"{name}.{what}{ast.dump(node.args)}")
                 continue
-            self.texts.append(f"{name}.{what}{_text(node)}")
-            for reference in module.references(node):
+            self.texts.append(f"{name}.{what}{ast.dump(node)}")
+            for reference in module.references(ast.walk(node)):
                 self._add(*reference)
 
     def _module(self, name: str) -> _Module | None:
@@ -63,15 +63,16 @@ class _Sources:
 
 
 class _Module:
-    """One parsed file: what it imports from the package, and what it defines."""
+    """One parsed file without words for people: what it imports from the package, and what it defines."""
 
     def __init__(self, name: str, file: Path) -> None:
-        self.tree = ast.parse(file.read_text(encoding="utf-8"))
+        self.tree = _WithoutWords().visit(ast.parse(file.read_text(encoding="utf-8")))
+        self.nodes = list(ast.walk(self.tree))  # once, because it takes as long as parsing
         self.name = name
         self.imported: dict[str, Reference] = {}  # its own name for it -> what it is
         self.aliases: dict[str, str] = {}  # its own name for a module -> the module
         self.defined: dict[str, list[ast.stmt]] = {}
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "npllama":
                 for alias in node.names:
                     whole, own = f"{node.module}.{alias.name}", alias.asname or alias.name
@@ -83,9 +84,9 @@ class _Module:
             for defined in _names(statement):
                 self.defined.setdefault(defined, []).append(statement)
 
-    def references(self, tree: ast.AST) -> Iterator[Reference]:
-        """What a part of this module uses of itself and of the package's modules."""
-        for node in ast.walk(tree):
+    def references(self, nodes: Iterable[ast.AST]) -> Iterator[Reference]:
+        """What nodes of this module use of itself and of the package's modules."""
+        for node in nodes:
             if isinstance(node, ast.Name) and node.id in self.imported:
                 yield self.imported[node.id]
             elif isinstance(node, ast.Name) and self.name and node.id in self.defined:
@@ -95,10 +96,10 @@ class _Module:
 
     def replaced(self) -> Iterator[Reference]:
         """The functions for which this module has a kernel: those that its decorators `overload` name."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             for decorator in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
                 if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "overload":
-                    yield from self.references(decorator.args[0])
+                    yield from self.references(ast.walk(decorator.args[0]))
 
 
 def _file(module: str) -> Path | None:
@@ -137,8 +138,3 @@ class _WithoutWords(ast.NodeTransformer):
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         kind = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
         return ast.Raise(exc=kind, cause=None)
-
-
-def _text(tree: ast.AST) -> str:
-    """A part of a program in a form in which comments, blanks and words for people make no difference."""
-    return ast.dump(_WithoutWords().visit(tree))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +29,8 @@ class Grid(Protocol):
 
 def quantize(w: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """float32 (..., N, K), finite, at most MAX_WEIGHT -> codes, scales, factors (see GroupedFormat)."""
+    from concurrent.futures import ThreadPoolExecutor  # here, because few starts quantize
+
     N, K = w.shape[-2:]
     B, Q = -(-N // BLOCK_ROWS), -(-K // GROUP)
     stacked = w.reshape(-1, N, K)

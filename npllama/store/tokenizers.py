@@ -2,7 +2,7 @@
 
     kind            files                    entry in the manifest
     sentencepiece   tokenizer.model          file, size, sha256
-    bpe             text/derived.FILES       kind, size, sha256 of each file
+    bpe             text/derived_names.py    kind, size, sha256 of each file
 
 A kind that the entry does not name is SentencePiece's, which every directory had before there were others.
 """
@@ -12,15 +12,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from npllama.config import ModelConfig
 from npllama.store.npy import read_small
-from npllama.text import derived
-from npllama.text.bpe.tokenizer import BpeTokenizer
+from npllama.text import derived_names
 from npllama.text.protocol import Tokenizer
-from npllama.text.sentencepiece import SentencePieceTokenizer
-from npllama.text.vocabulary import Rules, Vocabulary
+
+if TYPE_CHECKING:  # a kind of tokenizer is imported when one is opened or made: each start needs one of them
+    from npllama.text.vocabulary import Rules, Vocabulary
 
 TOKENIZER = "tokenizer.model"
 SENTENCEPIECE, BPE = "sentencepiece", "bpe"
@@ -36,18 +36,23 @@ class Kind(NamedTuple):
 
 
 def _open_sentencepiece(folder: Path, c: ModelConfig) -> Tokenizer:
+    from npllama.text.sentencepiece import SentencePieceTokenizer
+
     return SentencePieceTokenizer(folder / TOKENIZER, c.vocab_size, c.add_bos_token, c.add_eos_token)
 
 
 def _open_bpe(folder: Path, c: ModelConfig) -> Tokenizer:
-    data = {name: read_small(folder / name, MAX_TOKENIZER_BYTES) for name in derived.FILES}
+    from npllama.text import derived
+    from npllama.text.bpe.tokenizer import BpeTokenizer
+
+    data = {name: read_small(folder / name, MAX_TOKENIZER_BYTES) for name in derived_names.FILES}
     vocabulary = derived.vocabulary_of(data, folder)
     return BpeTokenizer(vocabulary, c.vocab_size, c.add_bos_token, c.add_eos_token)
 
 
 KINDS = {
     SENTENCEPIECE: Kind((TOKENIZER,), "SentencePiece", _open_sentencepiece),
-    BPE: Kind(derived.FILES, "byte pair encoding", _open_bpe),
+    BPE: Kind(derived_names.FILES, "byte pair encoding", _open_bpe),
 }
 FILES = frozenset(name for kind in KINDS.values() for name in kind.files)
 """All names that files of a tokenizer have."""
@@ -100,6 +105,8 @@ def stored_sentencepiece(data: bytes, n_pieces: int) -> StoredTokenizer:
 
 def stored_vocabulary(vocabulary: Vocabulary) -> StoredTokenizer:
     """A byte pair vocabulary, as arrays that are ready to be used."""
+    from npllama.text import derived
+
     files = derived.files_of(vocabulary)
     digests = {name: sha256_hex(content) for name, content in files.items()}
     return StoredTokenizer({"kind": BPE, "size": len(vocabulary.tokens), "sha256": digests}, files)

@@ -7,6 +7,7 @@ Files, in the order in which to read them:
     sentencepiece.py  the tokenizer of LLaMA 2, by the package sentencepiece
     vocabulary.py     a byte pair vocabulary as data: between the files it is read from and the tokenizer
     derived.py        the same as files of a model directory
+    derived_names.py  the names of these files
     bpe/              the tokenizer of such a vocabulary
     readers/          the files of other programs that hold one
     chat/             messages to ids: the chat formats

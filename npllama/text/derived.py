@@ -24,15 +24,9 @@ from npllama.system import strict_json
 from npllama.text.bpe.added import MAX_LENGTH, AddedToken
 from npllama.text.bpe.merging import MAX_IDS
 from npllama.text.bpe.splitting import PATTERNS
+from npllama.text.derived_names import BYTES, LENGTHS, MERGES, RULES
 from npllama.text.vocabulary import MARK, Rules, Vocabulary, problem
 
-RULES, BYTES, LENGTHS, MERGES = (
-    "tokenizer.rules.json",
-    "tokenizer.bytes.npy",
-    "tokenizer.lengths.npy",
-    "tokenizer.merges.npy",
-)
-FILES = (RULES, BYTES, LENGTHS, MERGES)
 MAX_RULES_BYTES = 8 << 20
 AGAIN = "export the checkpoint again."
 
