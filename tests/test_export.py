@@ -130,7 +130,7 @@ def test_a_number_that_is_not_finite_is_found_without_conversion_too(tmp_path: P
 
 def test_the_largest_float16_is_accepted():
     block = np.array([[65504.0, -65519.0]], np.float32)
-    bits = encode(FORMATS["f16"], block, "f32", "w", 0)["bits"]
+    bits = FORMATS["f16"].encode(block, "f32")["bits"]
     assert bits.view(np.float16).tolist() == [[65504.0, -65504.0]]
 
 
