@@ -97,12 +97,9 @@ class GgmlFormat(GroupedFormat):
         """The level of each code, float32."""
         return np.array(self.values, np.float32)
 
-    @cached_property
-    def _code(self) -> np.ndarray:
-        """The code of each level, by the level's byte."""
-        found = np.zeros(256, np.uint8)
-        found[np.array(self.values, np.int8).view(np.uint8)] = np.arange(len(self.values))
-        return found
+    def codes(self, levels: np.ndarray) -> np.ndarray:
+        """The code of each level, int8 -> uint8: levels are consecutive, with 8 bits also from 127 to -128."""
+        return levels.view(np.uint8) - np.uint8(self.values[0] % 256)
 
     # Scales ----------------------------------------------------------------------------------------------------------
 
@@ -120,7 +117,7 @@ class GgmlFormat(GroupedFormat):
         return self._value[_unpack(codes, self.code_bits)]
 
     def pack(self, levels: np.ndarray) -> np.ndarray:
-        return _pack(self._code[levels.astype(np.int8).view(np.uint8)], self.code_bits)
+        return _pack(self.codes(levels.astype(np.int8, copy=False)), self.code_bits)
 
     # Numbers that are rounded ----------------------------------------------------------------------------------------
 
@@ -129,15 +126,15 @@ class GgmlFormat(GroupedFormat):
 
     def round_groups(self, groups: np.ndarray) -> tuple[np.ndarray, ...]:
         """As GroupedFormat.round_groups says; minimums are those of the numbers, and nothing is searched for then."""
-        flat = groups.reshape(-1, GROUP)
+        flat, by_row = groups.reshape(-1, GROUP), groups.shape[:-1]
         if not self.minimums:
             scales = best_scales(flat, self).astype(np.float16)
             levels = self.nearest(flat, reciprocal(scales.astype(np.float32)))
-            return levels.reshape(groups.shape), _in_blocks(groups.shape, scales)
+            return levels.reshape(groups.shape), _in_blocks(scales.reshape(by_row))
         low = flat.min(axis=1).astype(np.float16)
         scales = ((flat.max(axis=1) - low) / np.float32(max(self.values))).astype(np.float16)
         levels = self.nearest(flat - low[:, None].astype(np.float32), reciprocal(scales.astype(np.float32)))
-        return levels.reshape(groups.shape), _in_blocks(groups.shape, scales, low)
+        return levels.reshape(groups.shape), _in_blocks(scales.reshape(by_row), low.reshape(by_row))
 
     # Numbers that are quantized already ------------------------------------------------------------------------------
 
@@ -155,29 +152,25 @@ class GgmlFormat(GroupedFormat):
         levels, scales, minimums = rows
         if self.minimums and minimums is None:
             levels, minimums = levels + np.int8(self._shift), scales * np.float32(-self._shift)
-        n, Q, _ = levels.shape
-        b = -(-n // BLOCK_ROWS)
+        b = -(-len(levels) // BLOCK_ROWS)
         stored = [part.astype(np.float16) for part in (scales, minimums) if part is not None]
         for part in stored:
             if not np.isfinite(part).all():
                 raise UnstorableError(int(np.flatnonzero(~np.isfinite(part))[0]) * GROUP, self.title, self.largest)
-        whole = [_whole_blocks(part, b) for part in (levels, *stored)]
-        vectors = in_vectors(whole[0].reshape(b, BLOCK_ROWS, Q, GROUP))
-        shape = (b, BLOCK_ROWS, Q, GROUP)
-        return {"codes": self.pack(vectors), "scales": _in_blocks(shape, *whole[1:])}
+        whole, *numbers = (_whole_blocks(part, b) for part in (levels, *stored))
+        return {"codes": self.pack(in_vectors(whole)), "scales": _in_blocks(*numbers)}
 
 
 def _whole_blocks(part: np.ndarray, b: int) -> np.ndarray:
-    """An array of rows, filled up with zeros to b blocks."""
-    missing = b * BLOCK_ROWS - len(part)
-    return np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)]) if missing else part
+    """An array of rows, filled up with zeros to b blocks: (rows, ...) -> (b, BLOCK_ROWS, ...)."""
+    if missing := b * BLOCK_ROWS - len(part):
+        part = np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)])
+    return part.reshape(b, BLOCK_ROWS, *part.shape[1:])
 
 
-def _in_blocks(shape: tuple[int, ...], *parts: np.ndarray) -> np.ndarray:
-    """float16 of every group in the order of rows -> bits (b, Q, parts, BLOCK_ROWS), for groups (b, ROWS, Q, GROUP)."""
-    b, _, Q, _ = shape
-    both = np.stack([part.reshape(b, BLOCK_ROWS, Q).transpose(0, 2, 1) for part in parts], axis=2)
-    return both.view(np.uint16)
+def _in_blocks(*parts: np.ndarray) -> np.ndarray:
+    """Scales, and minimums, (b, BLOCK_ROWS, Q) float16 -> bits as they are stored, (b, Q, 1 or 2, BLOCK_ROWS)."""
+    return np.stack([part.swapaxes(1, 2) for part in parts], axis=2).view(np.uint16)
 
 
 def _unpack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -218,6 +211,11 @@ class _IQ4_NL(GgmlFormat):  # noqa: N801
     weight = IQ4_NL
     code_bits, values = 4, IQ4_LEVELS
     targets = (-134, -127, -120, 106, 113, 120)
+
+    def codes(self, levels: np.ndarray) -> np.ndarray:
+        of_bytes = np.zeros(256, np.uint8)
+        of_bytes[np.array(self.values, np.int8).view(np.uint8)] = np.arange(16)
+        return of_bytes.take(levels.view(np.uint8))
 
     def nearest(self, w: np.ndarray, inverse: np.ndarray) -> np.ndarray:
         borders = (self._value[1:] + self._value[:-1]) / 2

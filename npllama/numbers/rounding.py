@@ -18,6 +18,9 @@ MAX_WEIGHT = 1e6
 
 MAX_WORKERS = 8
 
+FOUR = {1: np.uint32, 4: np.complex128}
+"""Bytes of a number -> a type of four times as many."""
+
 
 class Codebook(Protocol):
     """What the search for scales needs of a format: its levels."""
@@ -63,8 +66,9 @@ def in_vectors(levels: np.ndarray) -> np.ndarray:
     (b, BLOCK_ROWS, Q, GROUP) -> (b, Q, GROUP/4, 64)
     """
     b, _, Q, _ = levels.shape
-    in_rows = levels.reshape(b, BLOCK_ROWS, Q, GROUP // 4, 4)
-    return in_rows.transpose(0, 2, 3, 1, 4).reshape(b, Q, GROUP // 4, 4 * BLOCK_ROWS)
+    fours = np.ascontiguousarray(levels).view(FOUR[levels.itemsize]).reshape(b, BLOCK_ROWS, Q, GROUP // 4)
+    vectors = np.ascontiguousarray(fours.transpose(0, 2, 3, 1))  # four columns of a row are moved as one number
+    return vectors.view(levels.dtype).reshape(b, Q, GROUP // 4, 4 * BLOCK_ROWS)
 
 
 def round_to_8_bit_scales(groups: np.ndarray, grid: Codebook) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
