@@ -153,7 +153,8 @@ class GgmlFormat(GroupedFormat):
         if self.minimums and minimums is None:
             levels, minimums = levels + np.int8(self._shift), scales * np.float32(-self._shift)
         b = -(-len(levels) // BLOCK_ROWS)
-        stored = [part.astype(np.float16) for part in (scales, minimums) if part is not None]
+        with np.errstate(over="ignore"):
+            stored = [part.astype(np.float16) for part in (scales, minimums) if part is not None]
         for part in stored:
             if not np.isfinite(part).all():
                 raise UnstorableError(int(np.flatnonzero(~np.isfinite(part))[0]) * GROUP, self.title, self.largest)
