@@ -192,7 +192,8 @@ def test_every_file_that_an_export_opens_is_part_of_the_key(tmp_path: Path, chec
     for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         (checkpoint / name).write_text("{}")
     write_meta(tmp_path / "meta")
-    shutil.copy(checkpoint / "tokenizer.model", tmp_path / "tokenizer.model")
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        shutil.copy(checkpoint / name, tmp_path / name)
     script = (
         "import os, sys\n"
         "from pathlib import Path\n"
