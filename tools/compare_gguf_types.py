@@ -4,8 +4,8 @@
 
 The matrices of MODEL (the demo model by default) are quantized as a file of each type would have them, in levels and
 in scales of a few bits. The numbers that they stand for are the reference; what an export without --dtype stores is
-compared with it, and so are other formats: once as float32, so that nothing but weights
-is rounded, and once as it computes, with 8-bit activations. The texts are held-out stories, in NumPy.
+compared with it, and so are other formats: once as float32, so that nothing but weights is rounded, and once as it
+computes, with 8-bit activations. The texts are held-out stories, in NumPy.
 """
 
 from __future__ import annotations
