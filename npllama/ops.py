@@ -62,8 +62,8 @@ def linear(x: np.ndarray, w: Weight) -> np.ndarray:
 
         y[t, n] = sum_k x[t, k] * w[n, k]
 
-    x (T, K) float32, w (N, K) in any format. Returns (T, N) float32, new. With a grouped format (q8, q6, q4) the x of
-    the equation is x rounded to 8 bits, and the products are of integers: see `_grouped_linear`.
+    x (T, K) float32, w (N, K) in any format. Returns (T, N) float32, new. With a quantized format the x of the
+    equation is x rounded to 8 bits, and the products are of integers: see `_grouped_linear`.
     """
     w = w if isinstance(w, Grouped) else format_of(w).for_products(w)
     if isinstance(w, Grouped):
@@ -76,8 +76,9 @@ def _grouped_linear(x: np.ndarray, w: Grouped) -> np.ndarray:
 
         y[t, n] = factor[n] * sum_q (sum_k level[n, q, k] * code[t, q, k]) * (scale[n, q] * x_scale[t, q])
 
-    The inner sum is of integers below 2^24: exact in float32, in whatever order it is added. The outer one runs over q
-    in ascending order, each operation rounded to float32: so a kernel that does the same gives the same bits.
+    A format with minimums adds minimum[n, q] * (sum_k code[t, q, k] * x_scale[t, q]) to each term. The sums over k are
+    of integers below 2^24: exact in float32, in whatever order they are added. The one over q runs in ascending order,
+    each operation rounded to float32: so a kernel that does the same gives the same bits.
     """
     codes, x_scales = (np.moveaxis(a, 1, 0) for a in quantize_rows(x))  # (T, Q, GROUP) -> (Q, T, GROUP), (Q, T)
     (Q, T), N = x_scales.shape, len(w.factors)
@@ -88,6 +89,9 @@ def _grouped_linear(x: np.ndarray, w: Grouped) -> np.ndarray:
         counts = codes[some].astype(np.float32) @ w.levels[some]  # (q, T, GROUP) @ (q, GROUP, N) -> (q, T, N)
         with np.errstate(invalid="ignore"):  # infinity times 0, in a row that is not finite anyway
             counts *= w.scales[some, None, :] * x_scales[some, :, None]
+            if w.minimums is not None:
+                x_sums = codes[some].sum(axis=-1, dtype=np.float32) * x_scales[some]  # (q, T)
+                counts += w.minimums[some, None, :] * x_sums[..., None]
         for product in counts:
             y += product
     y *= w.factors

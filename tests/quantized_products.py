@@ -31,7 +31,7 @@ def products() -> dict[str, np.ndarray]:
     for rows, columns in ((300, 172), (1030, 288)):
         w, x = rng.standard_normal((rows, columns)), rng.standard_normal((43, columns), dtype=np.float32)
         x[4, 32:64] = 0
-        for number_format in ("q4", "q6", "q8"):
+        for number_format in ("q4", "q6", "q8", "q4_1", "iq4_nl", "q5_1"):
             quantized = quantize(w.astype(np.float32), number_format)
             for tokens in (len(x), 9):  # too few for a strip
                 found[f"{number_format} {rows} {tokens}"] = multiply(x[:tokens], quantized)

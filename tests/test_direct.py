@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import environment
+from gguf_files import write_quantized
 from helpers import TINY, random_weights, write_model_directory, write_safetensors_checkpoint
 from model_folder import later, name_of
 from torch_files import write_llama2c, write_meta
 
 import npllama
 from npllama.errors import CheckpointError, ModelError, UsageError
+from npllama.numbers import FORMATS
 from npllama.store import model_cache
 from npllama.store.direct import open_source
 from npllama.store.export import export
@@ -163,7 +165,7 @@ def test_links_of_a_hub_cache_count_as_what_they_lead_to(tmp_path: Path, checkpo
 
 def test_number_formats_are_kept_beside_each_other(checkpoint: Path) -> None:
     assert len({name_of(checkpoint), name_of(checkpoint, "q4"), name_of(checkpoint, "f16")}) == 3
-    assert {one.format for one in listed()} == {"f32", "q4", "f16"}
+    assert {one.format for one in listed()} == {"f32", "q4 and q6", "f16"}
 
 
 def test_another_exporter_exports_anew(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,10 +178,13 @@ def test_another_exporter_exports_anew(checkpoint: Path, monkeypatch: pytest.Mon
 def test_exported_bytes_are_those_that_the_exporters_version_stands_for(checkpoint: Path, tmp_path: Path) -> None:
     """A change of these bytes is a new version.EXPORTER: else models that were kept would stay as they are."""
     digest = hashlib.sha256()
-    for dtype in ("f32", "f16", "bf16", "q8", "q6", "q4"):
+    for dtype in FORMATS:
         export(checkpoint, tmp_path / dtype, dtype)
         digest.update((tmp_path / dtype / "npllama.json").read_bytes())  # it holds the sha256 of every array
-    assert (EXPORTER, digest.hexdigest()[:16]) == (2, "9ed76eba86f8c1b9")
+    write_quantized(tmp_path / "gguf")
+    manifest = export(tmp_path / "gguf", tmp_path / "own", tokenizer=checkpoint / "tokenizer.model")
+    digest.update(json.dumps(manifest["tensors"]).encode())
+    assert (EXPORTER, digest.hexdigest()[:16]) == (2, "c0d0d20fc8711e79")
 
 
 def test_every_file_that_an_export_opens_is_part_of_the_key(tmp_path: Path, checkpoint: Path) -> None:
@@ -187,7 +192,8 @@ def test_every_file_that_an_export_opens_is_part_of_the_key(tmp_path: Path, chec
     for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         (checkpoint / name).write_text("{}")
     write_meta(tmp_path / "meta")
-    shutil.copy(checkpoint / "tokenizer.model", tmp_path / "tokenizer.model")
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        shutil.copy(checkpoint / name, tmp_path / name)
     script = (
         "import os, sys\n"
         "from pathlib import Path\n"
@@ -403,7 +409,7 @@ def test_info_shows_a_checkpoint_without_exporting_it(call, checkpoint: Path, mo
 def test_info_says_what_each_number_format_takes(call, tmp_path: Path, tied: bool) -> None:
     write_safetensors_checkpoint(tmp_path / "c", tied=tied)
     facts = json.loads(call("info", tmp_path / "c", "--json").text)
-    assert list(facts["dtypes"]) == ["f32", "f16", "bf16", "q8", "q6", "q4"]
+    assert list(facts["dtypes"]) == list(FORMATS)
     for dtype, takes in facts["dtypes"].items():
         with open_source(tmp_path / "c", dtype) as opened:
             assert takes["disk_bytes"] == opened.size_bytes
@@ -418,14 +424,8 @@ def test_info_says_what_does_not_fit(call, checkpoint: Path, monkeypatch: pytest
     monkeypatch.setattr("npllama.system.machine.free_memory", lambda: 60_000)
     takes = json.loads(call("info", checkpoint, "--json").text)["dtypes"]
     fits = {dtype: (one["fits_disk"], one["fits_memory"]) for dtype, one in takes.items()}
-    assert fits == {
-        "f32": (False, False),
-        "f16": (False, True),
-        "bf16": (False, True),
-        "q8": (True, True),
-        "q6": (True, True),
-        "q4": (True, True),
-    }
+    narrow = {name: (True, True) for name, number_format in FORMATS.items() if number_format.quantized}
+    assert fits == {"f32": (False, False), "f16": (False, True), "bf16": (False, True), **narrow}
 
 
 def test_info_shows_a_checkpoint_without_a_tokenizer_and_says_so(call, checkpoint: Path) -> None:

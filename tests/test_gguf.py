@@ -107,16 +107,19 @@ def test_blocks_are_decoded_in_pieces_that_are_small(tmp_path: Path, monkeypatch
         np.testing.assert_array_equal(opened.tensors["output"].rows(2, 9), needed["output.weight"][2:9])
 
 
-def test_the_blocks_themselves_can_be_had(tmp_path: Path) -> None:
+def test_levels_and_scales_can_be_had_themselves(tmp_path: Path) -> None:
     file, needed = quantized()
     with open_checkpoint(put(tmp_path, file)) as opened:
-        for name in ("tok_embeddings", "layers.1.feed_forward.w2"):
-            (view,) = opened.tensors[name].parts
-            assert isinstance(view, BlockView)
-            found = view.blocks(3, 5)
-            assert found.shape == (2, view.shape[1] // view.kind.elements, view.kind.size)
-            rows = view.kind.decode(found.reshape(-1, view.kind.size)).reshape(2, -1)
-            np.testing.assert_array_equal(rows, needed[gguf_files.gguf_name(name)][3:5])
+        for name, tensor in opened.tensors.items():
+            if len(tensor.shape) == 2:
+                (view,) = tensor.parts
+                assert isinstance(view, BlockView)
+                found = view.levels(3, 5)
+                assert found.levels.shape == (2, view.shape[1] // view.kind.group, view.kind.group)
+                assert set(np.unique(found.levels)) <= set(view.kind.values)
+                assert (found.minimums is not None) == view.kind.minimums
+                rows = found.widen().reshape(2, -1)
+                np.testing.assert_array_equal(rows, needed[gguf_files.gguf_name(name)][3:5])
 
 
 def test_a_file_of_the_package_gguf_is_read(tmp_path: Path) -> None:

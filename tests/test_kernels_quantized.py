@@ -1,4 +1,4 @@
-"""The compiled products of q8, q6, q4: what ops.linear defines, to the bit, whatever is computed beside it."""
+"""The compiled products of quantized formats: what ops.linear defines, to the bit, whatever is computed beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,15 +25,18 @@ from npllama.execution.kernels import amx, int8_input, int8_linear  # noqa: E402
 from npllama.execution.kernels.flags import SERIAL  # noqa: E402
 from npllama.execution.kernels.int8_dot import DOT  # noqa: E402
 from npllama.execution.kernels.target import FEATURES, TRIPLE  # noqa: E402
+from npllama.numbers import FORMATS  # noqa: E402
 from npllama.numbers.activations import quantize_rows  # noqa: E402
-from npllama.numbers.q4 import Q4  # noqa: E402
-from npllama.numbers.q6 import Q6  # noqa: E402
-from npllama.numbers.q8 import Q8  # noqa: E402
 
 SHAPES = [(1, 1), (7, 8), (16, 32), (17, 33), (512, 64), (64, 172), (172, 64), (48, 288)]
 MANY = 43
 """Tokens that are multiplied in every way there is: by AMX, in a wide tile, and one by one."""
 
+KERNELS = ("q8", "q6", "q4", "q4_1", "iq4_nl", "q5_1")
+"""Formats that between them have every way to unpack codes and to scale."""
+
+every = pytest.mark.parametrize("number_format", KERNELS)
+all_formats = pytest.mark.parametrize("number_format", [own.name for own in FORMATS.values() if own.quantized])
 both = pytest.mark.parametrize("number_format", ["q8", "q6", "q4"])
 
 
@@ -43,7 +47,7 @@ def _same_number_of_threads() -> Iterator[None]:
     numba.set_num_threads(before)
 
 
-def problem(number_format: str, rows: int, columns: int, tokens: int) -> tuple[np.ndarray, Q8 | Q6 | Q4]:
+def problem(number_format: str, rows: int, columns: int, tokens: int) -> tuple[np.ndarray, Any]:
     rng = np.random.default_rng(rows * 1000 + columns)
     w = rng.standard_normal((rows, columns), dtype=np.float32)
     return rng.standard_normal((tokens, columns), dtype=np.float32), quantize(w, number_format)
@@ -52,14 +56,14 @@ def problem(number_format: str, rows: int, columns: int, tokens: int) -> tuple[n
 # ---------------------------------------------------------------- against the definition
 
 
-@both
+@all_formats
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_products_are_those_that_ops_linear_defines(rows, columns, number_format):
     x, w = problem(number_format, rows, columns, MANY)
     assert np.array_equal(multiply(x, w), ops.linear(x, w))
 
 
-@both
+@every
 @pytest.mark.parametrize("tokens", range(MANY))
 def test_any_number_of_tokens_is_multiplied(tokens, number_format):
     x, w = problem(number_format, 40, 72, tokens)
@@ -68,7 +72,7 @@ def test_any_number_of_tokens_is_multiplied(tokens, number_format):
     assert np.array_equal(y, ops.linear(x, w))
 
 
-@both
+@every
 def test_rows_of_very_different_size_are_each_as_exact(number_format):
     x, w = problem(number_format, 40, 72, 6)
     x[0] *= 1e-20
@@ -88,30 +92,31 @@ def test_zero_groups_of_weights_add_nothing(number_format):
     assert np.array_equal(multiply(x, w), ops.linear(x, w))
 
 
-def extreme_codes(number_format: str) -> tuple[np.ndarray, Q8 | Q6 | Q4]:
+def extreme_codes(number_format: str) -> tuple[np.ndarray, Any]:
     """The largest codes of either sign on both sides: where sums of 16 bits would overflow if any did."""
     x = np.where(np.random.default_rng(0).random((MANY, 64)) < 0.5, np.float32(-1), np.float32(1))
     x[:2] = [[1], [-1]]
-    scales, factors = np.full((2, 2, 16), 0x60, np.uint8), np.full((2, 16), 0x4580, np.uint16)  # 2^-12 and 2^12
-    rng = np.random.default_rng(1)
-    if number_format == "q8":
-        codes = np.where(rng.random((2, 2, 512)) < 0.5, -127, 127).astype(np.int8)
-        codes[0, :, ::4], codes[0, :, 1::4], codes[0, :, 2::4], codes[0, :, 3::4] = -127, -127, 127, 127
-        codes[0, 0], codes[0, 1] = -127, 127
-        return x, Q8(codes, scales, factors, 32, 64)
-    form, n_bytes = (Q6, 384) if number_format == "q6" else (Q4, 256)
-    packed = rng.choice(np.array([0x00, 0xFF, 0x0F, 0xF0], np.uint8), (2, 2, n_bytes))
-    packed[0, 0], packed[0, 1] = 0x00, 0xFF
-    return x, form(packed, scales, factors, 32, 64)
+    own, rng = FORMATS[number_format], np.random.default_rng(1)
+    arrays = {part: np.zeros(spec.shape, spec.dtype) for part, spec in own.arrays((32, 64)).items()}
+    codes = arrays["codes"].view(np.uint8)
+    lowest = {"q8": 0x81, "q8_0": 0x80}.get(number_format, 0)  # -127, -128
+    ends = [lowest, 0x7F] if number_format.startswith("q8") else [0x00, 0xFF, 0x0F, 0xF0]
+    codes[:] = rng.choice(np.array(ends, np.uint8), codes.shape)
+    codes[0, 0], codes[0, 1], codes[1, 0, ::2], codes[1, 0, 1::2] = ends[0], ends[1], ends[0], ends[1]
+    if "factors" in arrays:
+        arrays["scales"][:], arrays["factors"][:] = 0x60, 0x4580  # 2^-12 and 2^12
+    else:
+        arrays["scales"][:] = np.float16(1).view(np.uint16)
+    return x, own.assemble(arrays, (32, 64))
 
 
-@both
+@all_formats
 def test_the_largest_codes_do_not_overflow(number_format):
     x, w = extreme_codes(number_format)
     assert np.array_equal(multiply(x, w), ops.linear(x, w))
 
 
-@both
+@every
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_row_that_is_not_finite_stays_alone_and_gives_nothing_finite(value, number_format):
     x, w = problem(number_format, 40, 72, MANY)
@@ -123,7 +128,7 @@ def test_a_row_that_is_not_finite_stays_alone_and_gives_nothing_finite(value, nu
     assert np.array_equal(found[others], expected[others])
 
 
-@both
+@pytest.mark.parametrize("number_format", ["q8", "q6", "q4", "q4_1"])
 def test_a_layer_of_stacked_weights_is_multiplied_where_it_lies(number_format):
     rng = np.random.default_rng(3)
     w = quantize(rng.standard_normal((3, 20, 40), dtype=np.float32), number_format)
@@ -159,7 +164,7 @@ def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
 # ---------------------------------------------------------------- the same bits
 
 
-@both
+@every
 @pytest.mark.parametrize("chunk", [1, 2, 5, 7, 64])
 def test_chunks_of_any_length_give_the_same_bits_as_all_at_once(chunk, number_format):
     x, w = problem(number_format, 300, 172, 131)

@@ -33,8 +33,9 @@ from npllama.inference import DEMO, Llama  # noqa: E402
 from npllama.measure.quality import log_softmax  # noqa: E402
 from npllama.measure.random_model import shape_config  # noqa: E402
 from npllama.numbers import FORMATS, NumberFormat  # noqa: E402
-from npllama.store.export import OpenedSource, format_of, write_model  # noqa: E402
+from npllama.store.export import OpenedSource, write_model  # noqa: E402
 from npllama.store.opening import open_model  # noqa: E402
+from npllama.store.plan import asked_formats, planned_bytes  # noqa: E402
 from npllama.store.tokenizers import stored_in  # noqa: E402
 from npllama.weights import kind_shapes  # noqa: E402
 
@@ -74,7 +75,8 @@ def measure(texts: list[str]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch, open_model(DEMO) as opened:
             folder = Path(scratch) / name
             tokenizer = stored_in(opened.path, opened.manifest)
-            write_model(OpenedSource(opened), folder, number_format, tokenizer, False, None)
+            source = OpenedSource(opened)
+            write_model(source, folder, asked_formats(number_format, source.tied), tokenizer, False, None)
             with npllama.load(folder, backend="numpy", threads=1) as llama:
                 tally = Tally()
                 for story, reference in zip(ids, references, strict=True):
@@ -96,10 +98,9 @@ def predicted(llama: Llama, story: list[int]) -> np.ndarray:
 
 def size_of_7b(number_format: NumberFormat) -> tuple[int, float]:
     """Bytes of LLaMA 2 7B as `npllama export` stores it in a format, and bits per weight of it."""
-    shapes = kind_shapes(shape_config("7b"))
-    formats = {kind: format_of(kind, number_format, tied=False) for kind in shapes}
-    size = sum(spec.size_bytes for kind in shapes for spec in formats[kind].arrays(shapes[kind]).values())
-    return size, 8 * size / sum(math.prod(shape) for shape in shapes.values())
+    config = shape_config("7b")
+    size = planned_bytes(config, asked_formats(number_format, tied=False))
+    return size, 8 * size / sum(math.prod(shape) for shape in kind_shapes(config).values())
 
 
 def table(report: dict[str, Any]) -> str:

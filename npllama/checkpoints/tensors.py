@@ -14,6 +14,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from npllama.checkpoints.files import InputFile
 from npllama.errors import CheckpointError, quote
+from npllama.numbers.formats import Levels, LevelSet, NumberFormat
 
 NUMPY = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "f64": np.float64}
 """The formats that weights may have, and the arrays that carry them (bfloat16: its bits)."""
@@ -47,6 +48,20 @@ class View:
     @property
     def dtype(self) -> str:
         return self.storage.dtype
+
+    @property
+    def stored_as(self) -> str:
+        """The name of the format in the file: `dtype`, or that of quantized blocks which are read as `dtype`."""
+        return self.dtype
+
+    @property
+    def level_set(self) -> LevelSet | None:
+        """What a number format must hold to keep its levels; None for numbers without, and for other groups."""
+        return None
+
+    def levels(self, start: int, stop: int) -> Levels:
+        """Rows `start` to `stop` as levels and scales, where there is a `level_set`."""
+        raise NotImplementedError
 
     def check_weight(self, name: str) -> None:
         """CheckpointError unless this can be a weight: a supported format, and no more elements than are stored."""
@@ -132,6 +147,22 @@ class Tensor:
     def source(self) -> str:
         """The names of the files that have it."""
         return ", ".join(dict.fromkeys(part.storage.file.name for part in self.parts))
+
+    @property
+    def stored_as(self) -> str:
+        """The name of its format in the file: "f32" ..., or that of quantized blocks as "Q4_0"."""
+        return self.parts[0].stored_as
+
+    @property
+    def level_set(self) -> LevelSet | None:
+        """What a number format must hold to keep its levels; None for numbers without."""
+        return self.parts[0].level_set if len(self.parts) == 1 and not self.neox_head_dim else None
+
+    def encoded(self, number_format: NumberFormat, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Rows `start` to `stop` as a format stores them: levels as they are where it holds them. UnstorableError."""
+        if self.level_set is not None and number_format.holds(self.level_set):
+            return number_format.lay_out(self.parts[0].levels(start, stop))
+        return number_format.encode(self.rows(start, stop), self.dtype)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop`, read from the file now: C-contiguous, native, new; bfloat16 as its bits in uint16.

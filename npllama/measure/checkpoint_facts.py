@@ -34,7 +34,7 @@ def checkpoint_facts(path: str) -> dict[str, Any]:
             "architecture": "llama",
             "config": c.to_json(),
             "tensors": len(tensors),
-            "tensor_formats": dict(Counter(tensor.dtype for tensor in tensors).most_common()),
+            "tensor_formats": dict(Counter(tensor.stored_as for tensor in tensors).most_common()),
             "tied_output": checkpoint.tied,
             "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
             "files": dict(files),
@@ -76,17 +76,18 @@ def _number_formats(checkpoint: Checkpoint) -> dict[str, Any]:
     from npllama import cache
     from npllama.inference import MAX_DEFAULT_CONTEXT
     from npllama.numbers import FORMATS
-    from npllama.store.export import own_format, planned_bytes
+    from npllama.store.plan import asked_formats, own_formats, planned_bytes, title
     from npllama.system import machine
 
     c = checkpoint.config
     context = min(c.max_seq_len, MAX_DEFAULT_CONTEXT)
     kept = cache.size_bytes(c.n_layers, c.n_kv_heads, context, c.head_dim)
+    own = own_formats(checkpoint)
     where, disk = _free_disk()
     memory = found if (found := machine.free_memory()) < UNKNOWN else None
     rows = {}
     for name, number_format in FORMATS.items():
-        size = planned_bytes(c, checkpoint.tied, number_format)
+        size = planned_bytes(c, asked_formats(number_format, checkpoint.tied))
         rows[name] = {
             "disk_bytes": size,
             "memory_bytes": size + kept,
@@ -96,7 +97,8 @@ def _number_formats(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "context": context,
         "cache_bytes": kept,
-        "own_number_format": own_format(checkpoint).name,
+        "own_number_format": title(own),
+        "own_number_format_bytes": planned_bytes(c, own),
         "dtypes": rows,
         "free_memory_bytes": memory,
         "free_disk_bytes": disk,

@@ -11,8 +11,9 @@ import numpy as np
 
 from npllama.checkpoints.configs.meta import feed_forward_width
 from npllama.config import ModelConfig
-from npllama.numbers import named
+from npllama.numbers import NumberFormat, named
 from npllama.store.export import Progress, write_model
+from npllama.store.plan import asked_formats
 from npllama.store.tokenizers import stored_sentencepiece
 from npllama.text.sentencepiece import SentencePieceTokenizer
 from npllama.weights import tensor_shapes
@@ -64,6 +65,10 @@ class _Tensor(NamedTuple):
         at = np.arange(self.start + start * columns, self.start + stop * columns) % len(self.drawn)
         return (self.drawn[at] / np.float32(math.sqrt(columns))).reshape(stop - start, columns)
 
+    def encoded(self, number_format: NumberFormat, start: int, stop: int) -> dict[str, np.ndarray]:
+        """The same rows in a number format."""
+        return number_format.encode(self.rows(start, stop), self.dtype)
+
 
 class RandomCheckpoint:
     """What the exporter needs of a checkpoint, made of random numbers."""
@@ -84,7 +89,8 @@ def write_random_model(
 ) -> None:
     """Write a model directory of random weights; its tokenizer is a given one, filled up to the vocabulary's size."""
     filled = stored_sentencepiece(filled_tokenizer(tokenizer, config.vocab_size), config.vocab_size)
-    write_model(RandomCheckpoint(config), out, named(dtype), filled, False, progress)
+    source = RandomCheckpoint(config)
+    write_model(source, out, asked_formats(named(dtype), source.tied), filled, False, progress)
 
 
 def filled_tokenizer(path: Path, n_pieces: int) -> bytes:

@@ -29,6 +29,32 @@ class ArraySpec(NamedTuple):
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
+class LevelSet(NamedTuple):
+    """What a quantized matrix may hold: which levels, and whether groups have minimums."""
+
+    values: frozenset[int]
+    minimums: bool = False
+
+
+class Levels(NamedTuple):
+    """Rows as their quantized groups: w[n, q, k] = levels[n, q, k] * scales[n, q] + minimums[n, q].
+
+    levels (rows, Q, columns of a group) int8; scales and minimums (rows, Q) float32, minimums None for zeros.
+    """
+
+    levels: np.ndarray
+    scales: np.ndarray
+    minimums: np.ndarray | None = None
+
+    def widen(self) -> np.ndarray:
+        """The numbers, float32, new: each operation rounded, in the order of the equation."""
+        found = self.levels.astype(np.float32)
+        found *= self.scales[..., None]
+        if self.minimums is not None:
+            found += self.minimums[..., None]
+        return found
+
+
 class UnstorableError(UsageError):
     """A number that a format cannot hold. at: its index among the numbers that were to be stored, in C order."""
 
@@ -72,6 +98,14 @@ class NumberFormat:
         dtype "f32", "f16", "bf16" (bits) or "f64": what `block` holds. Rounds to nearest, half to even.
         Raises UnstorableError.
         """
+        raise NotImplementedError
+
+    def holds(self, stored: LevelSet) -> bool:
+        """Whether it holds the levels of a matrix that is quantized already, so that `lay_out` can be asked."""
+        return False
+
+    def lay_out(self, rows: Levels) -> dict[str, np.ndarray]:
+        """As `encode`, for rows in levels that it holds: they stay, and scales become float16. UnstorableError."""
         raise NotImplementedError
 
     def widen(self, w: Any) -> np.ndarray:

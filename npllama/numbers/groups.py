@@ -1,4 +1,4 @@
-"""What q8, q6 and q4 share: blocks of rows, groups of columns, 8-bit scales.
+"""What quantized formats share: blocks of rows, groups of columns; and the 8-bit scales of q8, q6 and q4.
 
 GROUP neighbours of a row share a scale, and BLOCK_ROWS rows stand interleaved in a block, so that a vector holds the
 same columns of many rows and no sum runs across it. Blocks (B) and groups (Q) are whole: what is beyond the last row or
@@ -17,18 +17,30 @@ import numpy as np
 from npllama.numbers.bf16 import from_bf16
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP, SCALES
 from npllama.numbers.formats import ArraySpec, NumberFormat, UnstorableError, Weight, as_float32
-from npllama.numbers.rounding import MAX_WEIGHT, quantize
+from npllama.numbers.rounding import MAX_WEIGHT, quantize, round_to_8_bit_scales
 
 
 class Grouped(NamedTuple):
-    """A quantized matrix unpacked for products in NumPy: w[n, q, k] = levels[q, k, n] * scales[q, n] * factors[n].
+    """A quantized matrix unpacked for products in NumPy.
 
-    levels (..., Q, GROUP, rows) integers as float32, scales (..., Q, rows) float32, factors (..., rows) float32.
+        w[n, q, k] = (levels[q, k, n] * scales[q, n] + minimums[q, n]) * factors[n]
+
+    levels (..., Q, GROUP, rows) integers as float32, scales and minimums (..., Q, rows) float32, factors (..., rows)
+    float32. Most formats have no minimums.
     """
 
     levels: np.ndarray
     scales: np.ndarray
     factors: np.ndarray
+    minimums: np.ndarray | None = None
+
+
+class Scaling(NamedTuple):
+    """What levels are multiplied with: scales and minimums (..., B, Q, BLOCK_ROWS), factors (..., B, BLOCK_ROWS)."""
+
+    scales: np.ndarray
+    factors: np.ndarray
+    minimums: np.ndarray | None = None
 
 
 class GroupedFormat(NumberFormat):
@@ -36,13 +48,15 @@ class GroupedFormat(NumberFormat):
 
     code_bits: bits of a code. code_dtype: of the codes in the file. A subclass says what its codes stand for
     (`levels`), which level is nearest (`nearest`) and how levels are packed (`pack`). targets: levels near the
-    outermost ones, on which a group's largest number is laid when scales are searched.
+    outermost ones, on which a group's largest number is laid when scales are searched. One with other scales says how
+    they are stored (`scale_arrays`), what they are (`scaling`) and how numbers are rounded to them (`round_groups`).
     """
 
     quantized = True
     block_rows = BLOCK_ROWS
     largest = "1,000,000"
 
+    max_weight: ClassVar[float] = MAX_WEIGHT
     code_bits: ClassVar[int]
     code_dtype: ClassVar[str] = "|u1"
     targets: ClassVar[tuple[float, ...]]
@@ -59,25 +73,37 @@ class GroupedFormat(NumberFormat):
         """Vectors of levels (b, Q, GROUP/4, 64) float32 -> codes of the blocks (b, Q, bytes)."""
         raise NotImplementedError
 
-    def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
-        blocks, groups = (*shape[:-2], -(-shape[-2] // BLOCK_ROWS)), -(-shape[-1] // GROUP)
+    def round_groups(self, groups: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Numbers (b, BLOCK_ROWS, Q, GROUP) -> their levels (the same shape), and the arrays of `scale_arrays`."""
+        return round_to_8_bit_scales(groups, self)
+
+    def scale_arrays(self, blocks: tuple[int, ...], groups: int) -> dict[str, ArraySpec]:
+        """How scales are stored, for so many blocks of rows and groups of columns."""
         return {
-            "codes": ArraySpec(self.code_dtype, (*blocks, groups, BLOCK_ROWS * GROUP * self.code_bits // 8)),
             "scales": ArraySpec("|u1", (*blocks, groups, BLOCK_ROWS)),
             "factors": ArraySpec("<u2", (*blocks, BLOCK_ROWS)),
         }
 
+    def scaling(self, w: Any) -> Scaling:
+        """The scales of a weight as numbers."""
+        return Scaling(SCALES[w.scales], from_bf16(w.factors))
+
+    def arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
+        blocks, groups = (*shape[:-2], -(-shape[-2] // BLOCK_ROWS)), -(-shape[-1] // GROUP)
+        codes = ArraySpec(self.code_dtype, (*blocks, groups, BLOCK_ROWS * GROUP * self.code_bits // 8))
+        return {"codes": codes, **self.scale_arrays(blocks, groups)}
+
     def assemble(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> Weight:
-        made: Weight = self.weight(arrays["codes"], arrays["scales"], arrays["factors"], shape[-2], shape[-1])
+        made: Weight = self.weight(*(arrays[name] for name in self.arrays(shape)), shape[-2], shape[-1])
         return made
 
     def encode(self, block: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
         """As NumberFormat.encode says; `block` begins at a whole block of rows."""
         wide = as_float32(block, dtype)
-        storable = np.abs(wide) <= MAX_WEIGHT  # not true for NaN
+        storable = np.abs(wide) <= self.max_weight  # not true for NaN
         if not storable.all():
             raise UnstorableError(int(np.flatnonzero(~storable)[0]), self.title, self.largest)
-        return dict(zip(("codes", "scales", "factors"), quantize(wide, self), strict=True))
+        return dict(zip(self.arrays(wide.shape), quantize(wide, self), strict=True))
 
     def quantize(self, w: np.ndarray) -> Any:
         """float32 (..., N, K) -> this format, with scales that make the squared error small. Raises UnstorableError.
@@ -88,30 +114,45 @@ class GroupedFormat(NumberFormat):
 
     def widen(self, w: Any) -> np.ndarray:
         groups = self._in_rows(w)  # (..., B, Q, BLOCK_ROWS, GROUP)
-        groups *= SCALES[w.scales][..., None]  # exact: a level has 8 bits, a scale 6
-        groups *= from_bf16(w.factors)[..., None, :, None]
+        scales, factors, minimums = self.scaling(w)
+        groups *= scales[..., None]  # exact: a level has 8 bits, an 8-bit scale 6, a float16 11
+        if minimums is not None:
+            groups += minimums[..., None]
+        groups *= factors[..., None, :, None]
         rows = np.swapaxes(groups, -3, -2)  # (..., B, BLOCK_ROWS, Q, GROUP)
         whole = rows.reshape(*rows.shape[:-4], rows.shape[-4] * BLOCK_ROWS, rows.shape[-2] * GROUP)
         return np.ascontiguousarray(whole[..., : w.rows, : w.columns])
 
     def widen_rows(self, w: Any, rows: np.ndarray) -> np.ndarray:
-        codes, scales, factors = (part[rows // BLOCK_ROWS] for part in (w.codes, w.scales, w.factors))
-        blocks = type(w)(codes, scales, factors, BLOCK_ROWS * len(rows), w.columns)
+        parts = (part[rows // BLOCK_ROWS] for part in w[:-2])
+        blocks = type(w)(*parts, BLOCK_ROWS * len(rows), w.columns)
         return self.widen(blocks)[np.arange(len(rows)) * BLOCK_ROWS + rows % BLOCK_ROWS]
 
     def for_products(self, w: Any) -> Grouped:
         in_blocks = np.moveaxis(self._in_rows(w), -4, -2)  # (..., B, Q, BLOCK_ROWS, GROUP) -> (..., Q, ROWS, B, GROUP)
         levels = np.moveaxis(in_blocks, (-1, -2), (-3, -2))  # -> (..., Q, GROUP, B, BLOCK_ROWS)
-        scales = np.swapaxes(SCALES[w.scales], -3, -2)  # (..., B, Q, BLOCK_ROWS) -> (..., Q, B, BLOCK_ROWS)
-        factors = from_bf16(w.factors)  # (..., B, BLOCK_ROWS)
-        parts = (part.reshape(*part.shape[:-2], -1)[..., : w.rows] for part in (levels, scales, factors))
-        return Grouped(*(np.ascontiguousarray(part) for part in parts))
+        scales, factors, minimums = self.scaling(w)
+
+        def by_group(part: np.ndarray) -> np.ndarray:
+            return _rows(np.swapaxes(part, -3, -2), w.rows)  # (..., B, Q, BLOCK_ROWS) -> (..., Q, rows)
+
+        return Grouped(
+            _rows(levels, w.rows),
+            by_group(scales),
+            _rows(factors, w.rows),
+            None if minimums is None else by_group(minimums),
+        )
 
     def _in_rows(self, w: Any) -> np.ndarray:
         """Levels in the order of rows and columns: (..., B, Q, BLOCK_ROWS, GROUP) float32, new."""
         vectors = self.levels(w.codes).reshape(*w.codes.shape[:-1], GROUP // 4, BLOCK_ROWS, 4)
         groups = np.swapaxes(vectors, -3, -2)  # (..., GROUP/4, BLOCK_ROWS, 4) -> (..., BLOCK_ROWS, GROUP/4, 4)
         return groups.reshape(*w.codes.shape[:-1], BLOCK_ROWS, GROUP)
+
+
+def _rows(part: np.ndarray, n: int) -> np.ndarray:
+    """The first n rows, block after block: (..., B, BLOCK_ROWS) -> (..., n)."""
+    return np.ascontiguousarray(part.reshape(*part.shape[:-2], -1)[..., :n])
 
 
 def unpack_nibbles(packed: np.ndarray) -> np.ndarray:

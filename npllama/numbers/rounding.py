@@ -17,18 +17,27 @@ MAX_WEIGHT = 1e6
 
 MAX_WORKERS = 8
 
+FOUR = {1: np.uint32, 4: np.complex128}
+"""Bytes of a number -> a type of four times as many."""
 
-class Grid(Protocol):
-    """What the search needs of a format (groups.GroupedFormat): its levels and how they are packed."""
+
+class Codebook(Protocol):
+    """What the search for scales needs of a format: its levels."""
 
     @property
     def targets(self) -> tuple[float, ...]: ...
     def nearest(self, w: np.ndarray, inverse: np.ndarray) -> np.ndarray: ...
+
+
+class Grid(Codebook, Protocol):
+    """What rounding needs of a format (groups.GroupedFormat): levels and scales, and how levels are packed."""
+
+    def round_groups(self, groups: np.ndarray) -> tuple[np.ndarray, ...]: ...
     def pack(self, levels: np.ndarray) -> np.ndarray: ...
 
 
-def quantize(w: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float32 (..., N, K), finite, at most MAX_WEIGHT -> codes, scales, factors (see GroupedFormat)."""
+def quantize(w: np.ndarray, grid: Grid) -> tuple[np.ndarray, ...]:
+    """float32 (..., N, K), finite, at most MAX_WEIGHT -> the arrays of a format (GroupedFormat.arrays), codes first."""
     from concurrent.futures import ThreadPoolExecutor  # here, because few starts quantize
 
     N, K = w.shape[-2:]
@@ -38,48 +47,55 @@ def quantize(w: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndar
     pieces = list(itertools.product(range(len(stacked)), range(0, B, step)))
     with ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
         done = list(pool.map(lambda p: _quantize_blocks(stacked[p[0]], p[1], p[1] + step, grid), pieces))
-    codes, scales, factors = (np.concatenate(part) for part in zip(*done, strict=True))
-    blocks = (*w.shape[:-2], B)
-    return (
-        np.ascontiguousarray(codes.reshape(*blocks, Q, -1)),
-        np.ascontiguousarray(scales.reshape(*blocks, Q, BLOCK_ROWS)),
-        factors.reshape(*blocks, BLOCK_ROWS),
-    )
+    parts = (np.concatenate(part) for part in zip(*done, strict=True))
+    return tuple(np.ascontiguousarray(part.reshape(*w.shape[:-2], B, *part.shape[1:])) for part in parts)
 
 
-def _quantize_blocks(w: np.ndarray, begin: int, stop: int, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Blocks begin .. stop-1 of a matrix (N, K): codes (b, Q, bytes), scales (b, Q, ROWS), factors (b, ROWS)."""
+def _quantize_blocks(w: np.ndarray, begin: int, stop: int, grid: Grid) -> tuple[np.ndarray, ...]:
+    """Blocks begin .. stop-1 of a matrix (N, K): codes (b, Q, bytes), then scales."""
     part = w[begin * BLOCK_ROWS : stop * BLOCK_ROWS]
     b, Q = -(-len(part) // BLOCK_ROWS), -(-part.shape[1] // GROUP)
     whole = np.zeros((b * BLOCK_ROWS, Q * GROUP), np.float32)
     whole[: len(part), : part.shape[1]] = part
-    groups = whole.reshape(-1, GROUP)
-    wanted = _best_scales(groups, grid)
+    levels, *scales = grid.round_groups(whole.reshape(b, BLOCK_ROWS, Q, GROUP))
+    return (grid.pack(in_vectors(levels)), *scales)
+
+
+def in_vectors(levels: np.ndarray) -> np.ndarray:
+    """Levels in the order of rows and columns -> vectors of four columns of each row.
+
+    (b, BLOCK_ROWS, Q, GROUP) -> (b, Q, GROUP/4, 64)
+    """
+    b, _, Q, _ = levels.shape
+    fours: np.ndarray = np.ascontiguousarray(levels).view(FOUR[levels.itemsize]).reshape(b, BLOCK_ROWS, Q, GROUP // 4)
+    vectors = np.ascontiguousarray(fours.transpose(0, 2, 3, 1))  # four columns of a row are moved as one number
+    return vectors.view(levels.dtype).reshape(b, Q, GROUP // 4, 4 * BLOCK_ROWS)
+
+
+def round_to_8_bit_scales(groups: np.ndarray, grid: Codebook) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers (b, BLOCK_ROWS, Q, GROUP) -> levels, scales (b, Q, BLOCK_ROWS), factors (b, BLOCK_ROWS) bfloat16."""
+    b, _, Q, _ = groups.shape
+    flat = groups.reshape(-1, GROUP)
+    wanted = best_scales(flat, grid)
     factors = bf16_bits(np.abs(wanted).reshape(-1, Q).max(axis=1) / SCALES[127])
-    scale, levels = _with_stored_scales(groups, wanted, from_bf16(factors).repeat(Q), grid)
-    in_blocks = scale.reshape(b, BLOCK_ROWS, Q).transpose(0, 2, 1)
-    return grid.pack(_vectors(levels, b, Q)), in_blocks, factors.reshape(b, BLOCK_ROWS)
-
-
-def _vectors(levels: np.ndarray, b: int, Q: int) -> np.ndarray:
-    """Levels in the order of rows and columns -> vectors of four columns of each row: (b, Q, GROUP/4, 64)."""
-    in_rows = levels.reshape(b, BLOCK_ROWS, Q, GROUP // 4, 4)
-    return in_rows.transpose(0, 2, 3, 1, 4).reshape(b, Q, GROUP // 4, 4 * BLOCK_ROWS)
+    scales, levels = _with_stored_scales(flat, wanted, from_bf16(factors).repeat(Q), grid)
+    in_blocks = scales.reshape(b, BLOCK_ROWS, Q).transpose(0, 2, 1)
+    return levels.reshape(groups.shape), in_blocks, factors.reshape(b, BLOCK_ROWS)
 
 
 def _with_stored_scales(
-    w: np.ndarray, wanted: np.ndarray, factors: np.ndarray, grid: Grid
+    w: np.ndarray, wanted: np.ndarray, factors: np.ndarray, grid: Codebook
 ) -> tuple[np.ndarray, np.ndarray]:
     """The 8-bit scale above or below the wanted one, whichever leaves the smaller error, and its levels.
 
     w (n, GROUP), wanted and factors (n,) -> codes of scales (n,) uint8, levels (n, GROUP) float32.
     """
-    above = np.searchsorted(SCALES[:127], np.abs(wanted) * _inverse(factors)).clip(1, 127).astype(np.uint8)
+    above = np.searchsorted(SCALES[:127], np.abs(wanted) * reciprocal(factors)).clip(1, 127).astype(np.uint8)
     sign = np.where(wanted < 0, np.uint8(128), np.uint8(0))
     codes, levels, errors = [], [], []
     for code in (above, above - 1):
         scale = SCALES[code | sign] * factors
-        level = grid.nearest(w, _inverse(scale))
+        level = grid.nearest(w, reciprocal(scale))
         codes.append(code | sign)
         levels.append(level)
         errors.append(np.square(level * scale[:, None] - w).sum(axis=1))
@@ -87,7 +103,7 @@ def _with_stored_scales(
     return np.where(below, codes[1], codes[0]), np.where(below[:, None], levels[1], levels[0])
 
 
-def _best_scales(w: np.ndarray, grid: Grid) -> np.ndarray:
+def best_scales(w: np.ndarray, grid: Codebook) -> np.ndarray:
     """The scale of each group: (n, GROUP) -> (n,) float32.
 
     For given levels q the best scale is w.q / q.q, and leaves the squared error w.w - (w.q)^2 / q.q. So candidates
@@ -96,15 +112,15 @@ def _best_scales(w: np.ndarray, grid: Grid) -> np.ndarray:
     largest = w[np.arange(len(w)), np.abs(w).argmax(axis=1)]
     best, most = np.zeros(len(w), np.float32), np.zeros(len(w), np.float32)
     for target in (*grid.targets, None):
-        q = grid.nearest(w, _inverse(best if target is None else largest / np.float32(target)))
+        q = grid.nearest(w, reciprocal(best if target is None else largest / np.float32(target)))
         along, length = np.einsum("ng,ng->n", w, q), np.einsum("ng,ng->n", q, q)
-        scale = along * _inverse(length)
+        scale = along * reciprocal(length)
         better = along * scale > most
         best[better], most[better] = scale[better], (along * scale)[better]
     return best
 
 
-def _inverse(x: np.ndarray) -> np.ndarray:
+def reciprocal(x: np.ndarray) -> np.ndarray:
     """1 / x, and 0 where that is not a finite float32."""
     tiny = np.abs(x) < 1e-37
     return np.where(tiny, np.float32(0), np.float32(1) / np.where(tiny, np.float32(1), x))

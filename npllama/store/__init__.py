@@ -6,6 +6,7 @@ Files, in the order in which to read them:
     npy.py             one array as a .npy file, mapped into memory
     tokenizers.py      the kinds of tokenizers, the files of each
     export.py          a checkpoint, or another model directory, becomes a model directory
+    plan.py            which number format each kind of weight gets
     find_tokenizer.py  which tokenizer belongs to a checkpoint
     text_rules.py      what the small files beside a Hugging Face checkpoint say about text and sampling
     staging.py         one rename makes a directory, or nothing is left

@@ -155,15 +155,16 @@ def _export_alone(
     entry: Entry, lock: Lock, source: Source, given: Path, dtype: str | None, progress: Progress | None
 ) -> None:
     from npllama.checkpoints import open_checkpoint
-    from npllama.store.export import export, own_format, planned_bytes
+    from npllama.store.export import export
     from npllama.store.find_tokenizer import find_tokenizer
+    from npllama.store.plan import asked_formats, own_formats, planned_bytes, title
 
     with open_checkpoint(given) as checkpoint:
         find_tokenizer(checkpoint, None)  # or nothing is to be removed for it
-        number_format = named(dtype) if dtype is not None else own_format(checkpoint)
-        size = planned_bytes(checkpoint.config, checkpoint.tied, number_format)
-    make_room(entry, lock, Record(str(source.path), dtype, number_format.name, size + source.tokenizer_bytes))
-    about = f"{given}: exporting it once to {entry.path} ({size / 1e6:,.1f} MB, {number_format.name}) ..."
+        formats = own_formats(checkpoint) if dtype is None else asked_formats(named(dtype), checkpoint.tied)
+        size = planned_bytes(checkpoint.config, formats)
+    make_room(entry, lock, Record(str(source.path), dtype, title(formats), size + source.tokenizer_bytes))
+    about = f"{given}: exporting it once to {entry.path} ({size / 1e6:,.1f} MB, {title(formats)}) ..."
     try:
         export(given, entry.path, dtype, None, True, _announced(about, progress), log.warning)
     except ModelError as error:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from npllama.checkpoints import Checkpoint, open_checkpoint
+from npllama.checkpoints import open_checkpoint
 from npllama.config import ModelConfig
 from npllama.errors import CheckpointError, ModelError
 from npllama.numbers import FORMATS, ArraySpec, NumberFormat, UnstorableError, Weight, named
@@ -41,6 +41,7 @@ from npllama.store.opening import (
     is_model_file,
     open_model,
 )
+from npllama.store.plan import Formats, asked_formats, own_formats, planned_bytes
 from npllama.store.staging import check_target, staged, sync_file, target_path
 from npllama.store.text_rules import text_rules
 from npllama.store.tokenizers import StoredTokenizer, open_tokenizer, stored_in
@@ -54,11 +55,8 @@ SLACK_BYTES = 1 << 20
 """Left free for headers, manifest and directory when free space is compared with what is needed."""
 
 
-_Planned = tuple[NumberFormat, tuple[int, ...]]
-
-
 class SourceTensor(Protocol):
-    """What the exporter asks of a tensor: file names, shape, number format, and rows start .. stop-1."""
+    """What the exporter asks of a tensor: file names, shape, number format, rows start .. stop-1, also encoded."""
 
     @property
     def source(self) -> str: ...
@@ -67,6 +65,7 @@ class SourceTensor(Protocol):
     @property
     def dtype(self) -> str: ...
     def rows(self, start: int, stop: int) -> np.ndarray: ...
+    def encoded(self, number_format: NumberFormat, start: int, stop: int) -> dict[str, np.ndarray]: ...
 
 
 class Source(Protocol):
@@ -93,11 +92,10 @@ def export(
 ) -> dict[str, Any]:
     """Write the model directory `out` from a checkpoint; returns its manifest.
 
-    dtype "f32", "f16", "bf16", "q8", "q6" or "q4" of the matrices (the output of a q4 model is q6), None for the
-    checkpoint's own (float32 where its matrices differ or are float64); norms are always float32. tokenizer: a file
-    of any kind, or the folder of one; None to look inside the checkpoint, in its folder and its parent. force: replace
-    a model directory. progress gets (bytes done, bytes in all, tensor), note one-line remarks. The same checkpoint
-    gives the same bytes.
+    dtype: a registered number format of the matrices (the output of a q4 model is q6), None for what the checkpoint's
+    own become (see plan.py); norms are always float32. tokenizer: a file of any kind, or the folder of one; None to
+    look inside the checkpoint, in its folder and its parent. force: replace a model directory. progress gets (bytes
+    done, bytes in all, tensor), note one-line remarks. The same checkpoint gives the same bytes.
     Raises CheckpointError for what cannot be read or stored, ModelError for an `out` that cannot be made, UsageError
     for a dtype that does not exist.
     """
@@ -117,10 +115,10 @@ def export(
             say(remark)
         config = with_ids(source.config, found, say)
         config = replace(config, add_bos_token=rules.add_bos_token, add_eos_token=rules.add_eos_token)
-        number_format = asked or own_format(source)
+        formats = own_formats(source, say) if asked is None else asked_formats(asked, source.tied)
         source = replace(source, config=config)
         said = rules.sampling, rules.chat_format
-        return write_model(source, target, number_format, found.stored, force, progress, *said)
+        return write_model(source, target, formats, found.stored, force, progress, *said)
 
 
 def quantize_model(
@@ -141,8 +139,9 @@ def quantize_model(
     with open_model(model) as opened:
         source = OpenedSource(opened)
         tokenizer = stored_in(opened.path, opened.manifest)
+        formats = asked_formats(number_format, source.tied)
         said = opened.sampling, opened.chat_format
-        return write_model(source, target, number_format, tokenizer, force, progress, *said)
+        return write_model(source, target, formats, tokenizer, force, progress, *said)
 
 
 class _StoredTensor(NamedTuple):
@@ -159,6 +158,10 @@ class _StoredTensor(NamedTuple):
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start .. stop-1 as they are stored: a view of the map."""
         return self.stored[start:stop]
+
+    def encoded(self, number_format: NumberFormat, start: int, stop: int) -> dict[str, np.ndarray]:
+        """The same rows in another number format. UnstorableError."""
+        return number_format.encode(self.rows(start, stop), self.dtype)
 
 
 class OpenedSource:
@@ -186,19 +189,10 @@ class OpenedSource:
         self.tensors |= {name: _StoredTensor(one, number_format, file) for name, one in zip(names, layers, strict=True)}
 
 
-def own_format(source: Checkpoint) -> NumberFormat:
-    """The number format that loses nothing of a checkpoint's matrices: their own where it is one, else float32.
-
-    float64 becomes float32 too: nothing computes in it. Norms have no say, as they are float32 in any case.
-    """
-    found = {tensor.dtype for name, tensor in source.tensors.items() if len(tensor.shape) == 2}
-    return FORMATS[found.pop() if len(found) == 1 and found <= FORMATS.keys() else "f32"]
-
-
 def write_model(
     source: Source,
     out: Path,
-    number_format: NumberFormat,
+    formats: Formats,
     tokenizer: StoredTokenizer,
     force: bool,
     progress: Progress | None,
@@ -206,12 +200,11 @@ def write_model(
     chat_format: str | None = None,
 ) -> dict[str, Any]:
     """Fill a new directory, let the loader open it, and make it `out`."""
-    kinds = planned(source.config, source.tied, number_format)
-    total = planned_bytes(source.config, source.tied, number_format)
+    total = planned_bytes(source.config, formats)
     with staged(out, force, is_model_file, MANIFEST) as folder:
         _check_space(out, total)
         meter = _Meter(total, progress)
-        tensors = {kind: _write_kind(source, folder, kind, *how, meter) for kind, how in kinds.items()}
+        tensors = {kind: _write_kind(source, folder, kind, own, meter) for kind, own in formats.items()}
         for name, content in tokenizer.files.items():
             _write_file(folder / name, content)
         manifest = build_manifest(source.config, tokenizer.entry, tensors, sampling, chat_format)
@@ -219,20 +212,6 @@ def write_model(
         _write_file(folder / MANIFEST, text.encode("ascii"))
         open_tokenizer(folder, *check_model(folder))
     return manifest
-
-
-def planned(config: ModelConfig, tied: bool, number_format: NumberFormat) -> dict[str, _Planned]:
-    """Every kind of weight that a model directory of a number format holds: its own format, and its shape."""
-    shapes = kind_shapes(config)
-    if tied:
-        del shapes["output"]
-    return {kind: (format_of(kind, number_format, tied), shape) for kind, shape in shapes.items()}
-
-
-def planned_bytes(config: ModelConfig, tied: bool, number_format: NumberFormat) -> int:
-    """Bytes of the numbers of all arrays of a model directory of a number format."""
-    kinds = planned(config, tied, number_format).values()
-    return sum(spec.size_bytes for own, shape in kinds for spec in own.arrays(shape).values())
 
 
 def build_manifest(
@@ -265,18 +244,6 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def format_of(kind: str, number_format: NumberFormat, tied: bool) -> NumberFormat:
-    """The number format of one kind of weight in a model of a number format.
-
-    Norms are float32 in every model. The output, where an error reaches every token, may have a wider format; so has
-    the embedding where it is the output as well (tied).
-    """
-    if KINDS[kind].is_norm:
-        return FORMATS["f32"]
-    output = "tok_embeddings" if tied else "output"
-    return FORMATS[number_format.output] if number_format.output and kind == output else number_format
-
-
 class _Meter:
     """Counts what is written and tells who wants to know."""
 
@@ -289,54 +256,55 @@ class _Meter:
             self._progress(self.done, self.total, name)
 
 
-def _write_kind(
-    source: Source, folder: Path, kind: str, number_format: NumberFormat, shape: tuple[int, ...], meter: _Meter
-) -> dict[str, Any]:
+def _write_kind(source: Source, folder: Path, kind: str, number_format: NumberFormat, meter: _Meter) -> dict[str, Any]:
     """Write the files of one kind of weight; returns its entry for the manifest."""
+    shape = kind_shapes(source.config)[kind]
     specs = number_format.arrays(shape)
     names = array_files(kind, specs)
     with ExitStack() as stack:
         files = {part: stack.enter_context(_ArrayFile(folder / names[part], spec)) for part, spec in specs.items()}
-        for name, row, block, dtype in _blocks(source, kind, number_format):
-            where = f"{source.folder}: {source.tensors[name].source}: {name}"
-            for part, stored in encode(number_format, block, dtype, where, row).items():
+        for name, start, stop in _blocks(source, kind, number_format):
+            tensor = source.tensors[name]
+            where = f"{source.folder}: {tensor.source}: {name}"
+            for part, stored in encoded(tensor, number_format, start, stop, where).items():
                 files[part].write(stored)
                 meter.advance(stored.nbytes, name)
     arrays = {part: file.record() for part, file in files.items()}
     return {"format": number_format.name, "shape": list(shape), "arrays": arrays}
 
 
-def _blocks(source: Source, kind: str, number_format: NumberFormat) -> Iterator[tuple[str, int, np.ndarray, str]]:
-    """All rows of one kind, layer after layer: tensor, first row, rows, and how their numbers are to be read."""
+def _blocks(source: Source, kind: str, number_format: NumberFormat) -> Iterator[tuple[str, int, int]]:
+    """All rows of one kind, layer after layer: tensor, first row, and the one behind the last."""
     together = number_format.block_rows
     for name in tensor_names(kind, source.config.n_layers):
-        tensor = source.tensors[name]
-        rows, row_bytes = tensor.shape[0], math.prod(tensor.shape[1:]) * 4
-        step = max(1, BLOCK_BYTES // row_bytes // together) * together
+        rows, *columns = source.tensors[name].shape
+        step = max(1, BLOCK_BYTES // (math.prod(columns) * 4) // together) * together
         for start in range(0, rows, step):
-            yield name, start, tensor.rows(start, min(start + step, rows)), tensor.dtype
+            yield name, start, min(start + step, rows)
 
 
-def encode(
-    number_format: NumberFormat, block: np.ndarray, dtype: str, name: str, first_row: int
+def encoded(
+    tensor: SourceTensor, number_format: NumberFormat, start: int, stop: int, where: str
 ) -> dict[str, np.ndarray]:
     """Rows of a tensor -> the arrays that store them. Rounds to nearest, half to even; float64 by way of float32.
 
     Raises CheckpointError, naming tensor, index and value, for a number that the format cannot hold.
     """
     try:
-        return number_format.encode(block, dtype)
+        return tensor.encoded(number_format, start, stop)
     except UnstorableError as error:
-        index = [int(i) for i in np.unravel_index(error.at, block.shape)]
-        found = block.reshape(-1)[error.at : error.at + 1]
-    value = float(as_float32(found, dtype)[0]) if dtype == "bf16" else float(found[0])
-    index[0] += first_row
+        at = error.at
+    block = tensor.rows(start, stop)
+    index = [int(i) for i in np.unravel_index(at, block.shape)]
+    found = block.reshape(-1)[at : at + 1]
+    value = float(as_float32(found, tensor.dtype)[0]) if tensor.dtype == "bf16" else float(found[0])
+    index[0] += start
     if not math.isfinite(value):
         raise CheckpointError(
-            f"{name}{index} is {value}, and a weight must be a finite number; the checkpoint is damaged: get it again."
+            f"{where}{index} is {value}, and a weight must be a finite number; the checkpoint is damaged: get it again."
         )
     raise CheckpointError(
-        f"{name}{index} is {value}, which {number_format.title} cannot hold (its largest number is "
+        f"{where}{index} is {value}, which {number_format.title} cannot hold (its largest number is "
         f"{number_format.largest}); choose a --dtype with a wider range, bf16 or f32."
     )
 

@@ -24,7 +24,8 @@ SMALL = re.compile(
 )
 """Files beside the weights that may say how they are read, or how texts are."""
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
-"""They may lie in the folder above, too."""
+ABOVE = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Tokenizers may lie in the folder above, too, and with them what says how they are read."""
 COMMON_NAME = re.compile(r"(model|pytorch_model|consolidated|ckpt|checkpoint|weights)\b.*")
 HUB_REPOSITORY = re.compile(r"models--.*--([^/]+)/snapshots/[^/]+")
 MAX_TITLE = 60
@@ -89,7 +90,7 @@ def source_of(path: Path) -> Source:
     part = _without_digits(path.name)
     taken = [n for n in names if SMALL.fullmatch(n) or (WEIGHTS.fullmatch(n) if whole else _without_digits(n) == part)]
     files = [_state(folder, name) for name in taken]
-    files += [_state(folder.parent, name, "../") for name in TOKENIZERS]
+    files += [_state(folder.parent, name, "../") for name in ABOVE]
     return Source(folder if os.path.isdir(path) else folder / path.name, tuple(files))
 
 

@@ -21,6 +21,7 @@ from npllama.checkpoints.files import InputFile
 from npllama.checkpoints.gguf.blocks import BLOCK_TYPES, BlockType
 from npllama.checkpoints.tensors import Storage, View, as_one_axis
 from npllama.errors import CheckpointError, quote
+from npllama.numbers.formats import Levels, LevelSet
 
 MAX_HEADER = 64 << 20  # bytes; a vocabulary of 128,256 with its merges needs 8 MB
 MAX_STRING = 16 << 20  # bytes
@@ -73,6 +74,14 @@ class BlockView(View):
     kind: BlockType
     order: str
 
+    @property
+    def stored_as(self) -> str:
+        return self.kind.name
+
+    @property
+    def level_set(self) -> LevelSet | None:
+        return self.kind.level_set
+
     def fill(self, out: np.ndarray, start: int) -> None:
         """Decode rows `start` to `start + len(out)` into `out`, C-contiguous; memory beside it is a few MB."""
         flat = as_one_axis(out)
@@ -85,10 +94,12 @@ class BlockView(View):
             skip = low - block * self.kind.elements
             flat[at : at + high - low] = values[skip : skip + high - low]
 
-    def blocks(self, start: int, stop: int) -> np.ndarray:
-        """The blocks of rows `start` to `stop` as they are stored: (rows, blocks in a row, size) uint8."""
-        in_row = self.shape[-1] // self.kind.elements
-        return self._blocks(start * in_row, stop * in_row).reshape(stop - start, in_row, self.kind.size)
+    def levels(self, start: int, stop: int) -> Levels:
+        """Rows `start` to `stop` as levels and scales."""
+        in_row, n = self.shape[-1] // self.kind.elements, stop - start
+        levels, scales, minimums = self.kind.levels(self._blocks(start * in_row, stop * in_row), self.order)
+        by_row = None if minimums is None else minimums.reshape(n, -1)
+        return Levels(levels.reshape(n, -1, self.kind.group), scales.reshape(n, -1), by_row)
 
     def _blocks(self, start: int, stop: int) -> np.ndarray:
         found = np.empty((stop - start, self.kind.size), np.uint8)

@@ -17,7 +17,7 @@ Why the bits of a result do not depend on the number of threads:
     2. Each output is summed in one order, which follows from shapes and positions, not from who computes what.
     3. The compiler may not reorder, contract or approximate (flags.py), and ir_math.py spells out what it would choose.
 
-Why, in q8, q6 and q4, they do not depend either on how a prompt is cut, nor on what is computed beside it:
+Why, in quantized formats, they do not depend either on how a prompt is cut, nor on what is computed beside it:
 
     4. Products of codes are integers, so their sums are exact in any order and by any instruction. Groups are added in
        ascending order, each operation rounded to float32: ops.linear in NumPy does the same.
@@ -40,6 +40,7 @@ Files, in the order in which to read them:
     q4.py               the kernel of q4
     q6.py               the kernel of q6
     q8.py               the kernel of q8
+    ggml.py             the kernels of the formats of GGUF files: float16 scales, minimums
     int8_dot.py         vector operations on 8-bit codes, in the form that this CPU has
     amx.py              the same products by Intel's AMX
     attention.py        ops.attend: online softmax over blocks of the KV cache

@@ -16,16 +16,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from npllama.execution.kernels import llvm
-from npllama.execution.kernels.int8_dot import (
-    DOT,
-    TOKEN_TILE,
-    float32x16,
-    int32x16,
-    map_tokens,
-    plus_scaled,
-    token_pointer,
-)
-from npllama.execution.kernels.llvm import address, call, f32, i8, i32, i64
+from npllama.execution.kernels.int8_dot import DOT, TOKEN_TILE, int32x16, map_tokens
+from npllama.execution.kernels.llvm import address, call, i8, i32, i64
 from npllama.execution.kernels.target import TRIPLE, has
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
 
@@ -123,22 +115,20 @@ def dot_products(typingctx, x, at, tile_stride, levels, begin, sums, i):
 
 
 @intrinsic
-def add_scaled_sums(typingctx, total, sums, i, scale, array, offset, tile_stride):
-    """int8_dot.add_scaled with the i-th N_SUMS numbers of sums."""
+def load_sums(typingctx, sums, i):
+    """The i-th N_SUMS numbers of sums: for each token a sum for every row."""
+    many = types.UniTuple(int32x16, TOKENS)
 
     def generate(context, builder, signature, args):
-        total, sums, i, scale, array, offset, tile_stride = args
-        first = builder.mul(i, ir.Constant(i64, N_SUMS))
-        start = address(context, builder, signature.args[1], sums, first)
-        scales = address(context, builder, signature.args[4], array, offset)
+        first = builder.mul(args[1], ir.Constant(i64, N_SUMS))
+        start = address(context, builder, signature.args[0], args[0], first)
 
-        def add(total_m, m):
-            dot = llvm.load(builder, llvm.gep(builder, start, i32, m * BLOCK_ROWS), int32x16.llvm, 4)
-            return plus_scaled(builder, total_m, dot, scale, token_pointer(builder, scales, f32, m, tile_stride))
+        def load(_, m):
+            return llvm.load(builder, llvm.gep(builder, start, i32, m * BLOCK_ROWS), int32x16.llvm, 4)
 
-        return map_tokens(builder, add, total)
+        return map_tokens(builder, load, ir.Constant(context.get_value_type(many), ir.Undefined))
 
-    return total(total, sums, types.intp, float32x16, array, types.intp, types.intp), generate
+    return many(sums, types.intp), generate
 
 
 @intrinsic

@@ -1,7 +1,7 @@
 """The kernels of every number format, found by the type of a weight. A format registers itself with one call.
 
-A weight is a float32 array, or a NamedTuple of either form: one array of bits (F16), or codes, scales, factors, rows
-and columns (Q4). The type alone selects the kernel, so nothing is asked while a model runs.
+A weight is a float32 array, or a NamedTuple: one array of bits (F16); or two or three arrays, the first ones codes and
+scales, then rows and columns (Q4_0, Q4). The type alone selects the kernel, so nothing is asked while a model runs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def _layer(w, l):
         return None
     if len(w.types) == 1:
         return lambda w, l: weight(w[0][l])
-    return lambda w, l: weight(w.codes[l], w.scales[l], w.factors[l], w.rows, w.columns)
+    if len(w.types) == 4:
+        return lambda w, l: weight(w[0][l], w[1][l], w.rows, w.columns)
+    return lambda w, l: weight(w[0][l], w[1][l], w[2][l], w.rows, w.columns)
 
 
 def no_rows(w):
@@ -73,7 +75,9 @@ def _no_rows(w):
     weight = namedtuple_class(w)
     if len(w.types) == 1:
         return lambda w: weight(w[0][:0])
-    return lambda w: weight(w.codes[:0], w.scales[:0], w.factors[:0], 0, w.columns)
+    if len(w.types) == 4:
+        return lambda w: weight(w[0][:0], w[1][:0], 0, w.columns)
+    return lambda w: weight(w[0][:0], w[1][:0], w[2][:0], 0, w.columns)
 
 
 def n_rows(w):

@@ -164,12 +164,12 @@ def load_codes(typingctx, array, offset):
     return int8x64(array, types.intp), generate
 
 
-def make_lookup(codebook):
+def make_lookup(codebook, signed=False):
     """Two operations on packed 4-bit codes: what the lower four bits of each byte stand for, and the upper four.
 
-    Values are less the lowest one of the codebook, so unsigned.
+    Values are less the lowest one of the codebook, so unsigned; or they are themselves.
     """
-    table = [value - codebook[0] for value in codebook]
+    table = [value if signed else value - codebook[0] for value in codebook]
 
     def low(typingctx, packed):
         def generate(context, builder, signature, args):
@@ -190,6 +190,8 @@ def make_lookup(codebook):
 
 def _look_up(builder, table, index):
     """The entry of a table of 16 numbers that each lane's index names."""
+    if table == list(range(16)):
+        return index
     if has("avx512bw"):
         return _look_up_with(builder, "llvm.x86.avx512.pshuf.b.512", table, index)
     if has("avx2"):
@@ -386,10 +388,10 @@ def zeros(typingctx, n_tokens):
     return many(n_tokens), generate
 
 
-def plus_scaled(builder, total, dot, scale, x_scale):
-    """total + dot * (scale * x_scale), rounded after each operation as in NumPy. x_scale: pointer to one float32."""
+def scaled(builder, dot, scale, x_scale):
+    """dot * (scale * x_scale), rounded after each operation as in NumPy. x_scale: pointer to one float32."""
     both = builder.fmul(scale, broadcast(builder, llvm.load(builder, x_scale, f32), BLOCK_ROWS))
-    return builder.fadd(total, builder.fmul(builder.sitofp(dot, float32x16.llvm), both))
+    return builder.fmul(builder.sitofp(dot, float32x16.llvm), both)
 
 
 @intrinsic
@@ -402,7 +404,7 @@ def add_scaled(typingctx, total, dots, scale, array, offset, tile_stride):
 
         def add(total_m, m):
             x_scale = token_pointer(builder, start, f32, m, tile_stride)
-            return plus_scaled(builder, total_m, builder.extract_value(dots, m), scale, x_scale)
+            return builder.fadd(total_m, scaled(builder, builder.extract_value(dots, m), scale, x_scale))
 
         return map_tokens(builder, add, total)
 

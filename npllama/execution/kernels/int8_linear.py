@@ -6,12 +6,14 @@ The inner sum is exact. The outer one runs over g in ascending order, for each y
 in kernels/__init__.py.
 
 A tile is a block (16 rows of w) times M tokens. A format brings functions for one group of a block: see
-`register_grouped`.
+`register_grouped`. How sums of a group are scaled, and that there are factors, is said by its `Scaling`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, prange
@@ -21,10 +23,10 @@ from npllama.execution.kernels.abandon import abandoned
 from npllama.execution.kernels.amx import (
     LEVELS_BYTES,
     N_SUMS,
-    add_scaled_sums,
     bytes_to_line,
     configure,
     dot_products,
+    load_sums,
     release,
 )
 from npllama.execution.kernels.amx import TOKENS as AMX_TOKENS
@@ -71,18 +73,55 @@ GROUPS_AHEAD, SUM_BUFFERS = 3, 4
 
 
 class Blocks(NamedTuple):
-    """What a tile needs of a matrix: codes (B, G, bytes), scales (B, G, 16), factors (B, 16)."""
+    """What a tile needs of a matrix: codes (B, G, bytes), scales (B, G, ...), factors (B, 16) of formats with them."""
 
     codes: np.ndarray
     scales: np.ndarray
     factors: np.ndarray
 
 
-def make_tile(dot_group, group_bytes, M, prefetches):
+class Scaling(NamedTuple):
+    """How the sums of a group become numbers, and what a row's number is: each njit(**INLINE), but `start`, `scale`.
+
+    start: int8_dot.load_corrections, or no_corrections; what products are added to.
+    add(total, dots, w, group, x, at, tile_stride): for each token, total plus its sums of a group, scaled.
+    finish(total, w, b): for each token, its total over all groups times what belongs to the rows of block b.
+    scale(w, b, g, r, level): njit(**INNER), one weight from its level.
+    factors: the part of a weight that is Blocks.factors; where it has none its scales, which nobody reads there.
+    """
+
+    start: Callable[..., Any]
+    add: Callable[..., Any]
+    finish: Callable[..., Any]
+    scale: Callable[..., Any]
+    factors: int
+
+
+@njit(**INLINE)
+def add_8_bit(total, dots, w, group, x, at, tile_stride):
+    return add_scaled(total, dots, load_scales(w.scales, group * BLOCK_ROWS), x.scales, at, tile_stride)
+
+
+@njit(**INLINE)
+def times_factors(total, w, b):
+    return scale_rows(total, w.factors, b * BLOCK_ROWS)
+
+
+@njit(**INNER)
+def scale_8_bit(w, b, g, r, level):
+    return level * SCALES[w.scales[b, g, r]] * bf16_to_f32(w.factors[b, r])
+
+
+EIGHT_BIT = Scaling(load_corrections, add_8_bit, times_factors, scale_8_bit, 2)
+"""8-bit scales, and a bfloat16 factor for each row: q8, q6, q4."""
+
+
+def make_tile(dot_group, group_bytes, M, prefetches, scaling):
     """The tile of block b and the M tokens from `first` on. The block's codes, packed or not, begin at codes[begin].
 
     prefetches: whether the tile prefetches whole groups.
     """
+    start, add, finish = scaling.start, scaling.add, scaling.finish
 
     @njit(**INLINE)
     def tile(w, b, codes, begin, x, first, y):
@@ -92,75 +131,91 @@ def make_tile(dot_group, group_bytes, M, prefetches):
             here, at = begin + g * group_bytes, first * G + g * min(M, TOKEN_TILE)
             if prefetches:
                 prefetch_group(codes, here + PREFETCH_BYTES, group_bytes)
-            start = load_corrections(x.corrections, at, tile_stride, M)
-            dots = dot_group(start, codes, here, x.codes, at * GROUP, tile_stride)
-            scales = load_scales(w.scales, (b * G + g) * BLOCK_ROWS)
-            total = add_scaled(total, dots, scales, x.scales, at, tile_stride)
+            dots = start(x.corrections, at, tile_stride, M)
+            dots = dot_group(dots, codes, here, x.codes, at * GROUP, tile_stride)
+            total = add(total, dots, w, b * G + g, x, at, tile_stride)
         T, N = y.shape
-        total = scale_rows(total, w.factors, b * BLOCK_ROWS)
+        total = finish(total, w, b)
         store_tile(y, first * N + b * BLOCK_ROWS, N, total, T - first, N - b * BLOCK_ROWS)
 
     return tile
 
 
 @njit(**INLINE)
-def dot_unpacked(dots, levels, begin, x, at, tile_stride):
-    """dot_group for codes that were unpacked to unsigned levels."""
+def dot_unsigned(dots, levels, begin, x, at, tile_stride):
+    """dot_group for codes that were unpacked to unsigned levels up to 64."""
     for v in range(GROUP // 8):
         low, high = load_codes(levels, begin + v * 128), load_codes(levels, begin + v * 128 + 64)
         dots = dot8(dots, low, high, x, at + v * 8, tile_stride)
     return dots
 
 
-unpacked_tile = make_tile(dot_unpacked, LEVELS_BYTES, TILES_AT_ONCE * TOKEN_TILE, False)
-
-
-@njit(**INLINE)
-def amx_tile(w, b, levels, begin, x, first, y, sums):
+def make_amx_tile(scaling):
     """Two wide tiles, from token `first` on, of block b, whose levels begin at levels[begin].
 
     AMX multiplies later groups while the sums of one are scaled and added.
     """
-    G = w.scales.shape[1]
-    total, tile_stride = zeros(AMX_TOKENS), G * TOKEN_TILE
-    for g in range(-GROUPS_AHEAD, G):
-        if g + GROUPS_AHEAD < G:
-            later = g + GROUPS_AHEAD
-            x_at, w_at = (first * G + later * TOKEN_TILE) * GROUP, begin + later * LEVELS_BYTES
-            dot_products(x.codes, x_at, tile_stride * GROUP, levels, w_at, sums, later % SUM_BUFFERS)
-        if g >= 0:
-            group, at = b * G + g, first * G + g * TOKEN_TILE
-            scale = load_scales(w.scales, group * BLOCK_ROWS)
-            total = add_scaled_sums(total, sums, g % SUM_BUFFERS, scale, x.scales, at, tile_stride)
-    T, N = y.shape
-    total = scale_rows(total, w.factors, b * BLOCK_ROWS)
-    store_tile(y, first * N + b * BLOCK_ROWS, N, total, T - first, N - b * BLOCK_ROWS)
+    add, finish = scaling.add, scaling.finish
+
+    @njit(**INLINE)
+    def tile(w, b, levels, begin, x, first, y, sums):
+        G = w.scales.shape[1]
+        total, tile_stride = zeros(AMX_TOKENS), G * TOKEN_TILE
+        for g in range(-GROUPS_AHEAD, G):
+            if g + GROUPS_AHEAD < G:
+                later = g + GROUPS_AHEAD
+                x_at, w_at = (first * G + later * TOKEN_TILE) * GROUP, begin + later * LEVELS_BYTES
+                dot_products(x.codes, x_at, tile_stride * GROUP, levels, w_at, sums, later % SUM_BUFFERS)
+            if g >= 0:
+                dots = load_sums(sums, g % SUM_BUFFERS)
+                total = add(total, dots, w, b * G + g, x, first * G + g * TOKEN_TILE, tile_stride)
+        T, N = y.shape
+        total = finish(total, w, b)
+        store_tile(y, first * N + b * BLOCK_ROWS, N, total, T - first, N - b * BLOCK_ROWS)
+
+    return tile
 
 
 # ---------------------------------------------------------------- strips of blocks
 
 
-@njit(**INNER)
-def multiply_amx(w, levels, x, y, begin, stop, n):
-    """The first n wide tiles of the blocks begin .. stop-1, whose levels stand at levels[0]."""
-    noinline()
-    G, sums = w.scales.shape[1], np.empty(SUM_BUFFERS * N_SUMS + 15, np.int32)
-    sums = sums[bytes_to_line(sums) // 4 :]
-    configure()
-    for first in range(0, n * TOKEN_TILE, AMX_TOKENS):
-        for b in range(begin, stop):
-            amx_tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, first, y, sums)
-    release()
+def make_multiply_amx(scaling):
+    """A function for the first n wide tiles of the blocks begin .. stop-1, whose levels stand at levels[0]."""
+    tile = make_amx_tile(scaling)
+
+    @njit(**INNER)
+    def multiply(w, levels, x, y, begin, stop, n):
+        noinline()
+        G, sums = w.scales.shape[1], np.empty(SUM_BUFFERS * N_SUMS + 15, np.int32)
+        sums = sums[bytes_to_line(sums) // 4 :]
+        configure()
+        for first in range(0, n * TOKEN_TILE, AMX_TOKENS):
+            for b in range(begin, stop):
+                tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, first, y, sums)
+        release()
+
+    return multiply
 
 
-@njit(**INNER)
-def multiply_simd(w, levels, x, y, begin, stop, n):
+def make_multiply_simd(scaling, dot_unpacked):
     """The same with vector instructions."""
-    noinline()
-    G = w.scales.shape[1]
-    for first in range(0, n * TOKEN_TILE, TILES_AT_ONCE * TOKEN_TILE):
-        for b in range(begin, stop):
-            unpacked_tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, first, y)
+    tile = make_tile(dot_unpacked, LEVELS_BYTES, TILES_AT_ONCE * TOKEN_TILE, False, scaling)
+
+    @njit(**INNER)
+    def multiply(w, levels, x, y, begin, stop, n):
+        noinline()
+        G = w.scales.shape[1]
+        for first in range(0, n * TOKEN_TILE, TILES_AT_ONCE * TOKEN_TILE):
+            for b in range(begin, stop):
+                tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, first, y)
+
+    return multiply
+
+
+@cache
+def make_multiply_unpacked(scaling, dot_unpacked):
+    """Formats that scale alike share the code that multiplies what was unpacked."""
+    return make_multiply_amx(scaling) if amx.USED else make_multiply_simd(scaling, dot_unpacked)
 
 
 def make_unpack(unpack_group, group_bytes):
@@ -182,7 +237,7 @@ def make_unpack(unpack_group, group_bytes):
     return unpack
 
 
-def make_unpacked_strip(unpack_group, group_bytes):
+def make_unpacked_strip(unpack_group, group_bytes, scaling, dot_unpacked):
     """A function (x, w, y, begin, stop) that unpacks the codes of some blocks once and multiplies them with all tokens.
 
     It returns how many wide tiles it has done: none where there are few, or where there is nothing to unpack.
@@ -190,7 +245,8 @@ def make_unpacked_strip(unpack_group, group_bytes):
     if not amx.USED and group_bytes >= LEVELS_BYTES:
         return nothing_unpacked
     unpack = make_unpack(unpack_group, group_bytes)
-    multiply, at_once = (multiply_amx, AMX_TOKENS // TOKEN_TILE) if amx.USED else (multiply_simd, TILES_AT_ONCE)
+    multiply = make_multiply_unpacked(scaling, dot_unpacked)
+    at_once = AMX_TOKENS // TOKEN_TILE if amx.USED else TILES_AT_ONCE
 
     @njit(**INNER)
     def strip(x, w, y, begin, stop):
@@ -209,11 +265,11 @@ def nothing_unpacked(x, w, y, begin, stop):
     return 0
 
 
-def make_multiply_blocks(dot_group, unpack_group, code_bits):
+def make_multiply_blocks(dot_group, unpack_group, code_bits, scaling, dot_unpacked):
     """A function (x, w, y, begin, stop): the rows of y of the blocks begin .. stop-1, strip by strip."""
     group_bytes, prefetches = BLOCK_ROWS * GROUP * code_bits // 8, code_bits < 8 or not NO_PREFETCH
-    wide_tile, single_tile = (make_tile(dot_group, group_bytes, M, prefetches) for M in (TOKEN_TILE, 1))
-    unpacked_strip = make_unpacked_strip(unpack_group, group_bytes)
+    wide_tile, single_tile = (make_tile(dot_group, group_bytes, M, prefetches, scaling) for M in (TOKEN_TILE, 1))
+    unpacked_strip = make_unpacked_strip(unpack_group, group_bytes, scaling, dot_unpacked)
 
     @njit(**INNER)
     def multiply_blocks(x, w, y, begin, stop):
@@ -255,9 +311,8 @@ def make_shares(multiply_blocks):
     return share, share_in_threads
 
 
-def make_linears(dot_group, unpack_group, code_bits, lowest):
+def make_linears(share, share_in_threads, lowest, factors_part):
     """ops.linears for one format: quantize x, then multiply block by block."""
-    share, share_in_threads = make_shares(make_multiply_blocks(dot_group, unpack_group, code_bits))
 
     @njit(**INNER)
     def linears(x, ws):
@@ -268,7 +323,7 @@ def make_linears(dot_group, unpack_group, code_bits, lowest):
         for w in ws:
             rows += w.rows
         ys = outputs(T, ws)
-        codes, scales, factors = part_of_each(ws, 0), part_of_each(ws, 1), part_of_each(ws, 2)
+        codes, scales, factors = part_of_each(ws, 0), part_of_each(ws, 1), part_of_each(ws, factors_part)
         if into.codes.shape[0] * rows < SERIAL_BELOW:
             share(into, codes, scales, factors, ys, np.int64(0), np.int64(1))
         else:
@@ -278,7 +333,7 @@ def make_linears(dot_group, unpack_group, code_bits, lowest):
     return linears
 
 
-def make_embed(level):
+def make_embed(level, scale):
     """ops.embed for one format: one row out of the block in which it stands interleaved with 15 others."""
 
     @njit(**INNER)
@@ -287,25 +342,28 @@ def make_embed(level):
         x = np.empty((T, D), np.float32)
         for t in range(T):
             b, r = tokens[t] // BLOCK_ROWS, tokens[t] % BLOCK_ROWS
-            factor = bf16_to_f32(table.factors[b, r])
             for g in range(table.scales.shape[1]):
-                scale = SCALES[table.scales[b, g, r]]
                 for k in range(min(GROUP, D - g * GROUP)):
-                    x[t, g * GROUP + k] = level(table.codes, b, g, r, k) * scale * factor
+                    x[t, g * GROUP + k] = scale(table, b, g, r, level(table.codes, b, g, r, k))
         return x
 
     return embed
 
 
-def register_grouped(weight, code_bits, lowest, dot_group, unpack_group, level):
+def register_grouped(
+    weight, code_bits, lowest, dot_group, unpack_group, level, scaling=EIGHT_BIT, dot_unpacked=dot_unsigned
+):
     """Register a grouped format by its kernels for one group of a block, all njit(**INLINE) but `level`, njit(**INNER).
 
-    weight: a NamedTuple with the fields of numbers.q4.Q4; code_bits of a weight; lowest: what is to be added to the
-    codes that `dot_group` multiplies by, minus their zero point.
+    weight: a NamedTuple with the fields of numbers.q4.Q4, or those that `scaling` reads; code_bits of a weight; lowest:
+    what is to be added to the codes that `dot_group` multiplies by, minus their zero point.
 
     dot_group(dots, codes, begin, x, at, tile_stride): dots plus, for each token, its codes from x[at] on times the
     group at codes[begin]; prefetches PREFETCH_BYTES ahead with int8_dot.prefetch_line.
     unpack_group(codes, begin, levels, at): the group unpacked to levels[at ...], four columns of its 16 rows to 64
-    bytes: signed for AMX, else less the lowest. level(codes, b, g, r, k): one weight's integer as float32.
+    bytes: signed for AMX, else as dot_unpacked takes them, for dot_unsigned less the lowest.
+    level(codes, b, g, r, k): one weight's integer as float32.
     """
-    register(weight, make_linears(dot_group, unpack_group, code_bits, lowest), make_embed(level))
+    multiply = make_multiply_blocks(dot_group, unpack_group, code_bits, scaling, dot_unpacked)
+    linears = make_linears(*make_shares(multiply), lowest, scaling.factors)
+    register(weight, linears, make_embed(level, scaling.scale))

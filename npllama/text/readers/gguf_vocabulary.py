@@ -24,12 +24,14 @@ MAX_CHARACTERS = 2 << 20
 MAX_LENGTH = 512
 
 PRE_TOKENIZERS = {
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx", "falcon3", "pixtral"), "llama-bpe"),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx", "falcon3", "lfm2", "pixtral"), "llama-bpe"
+    ),
     **dict.fromkeys(("smollm", "refact", "starcoder", "command-r"), "smollm"),
     **{name: name for name in ("gpt-2", "qwen2", "deepseek-llm", "deepseek-coder")},
 }
 """tokenizer.ggml.pre -> splitting.NAMED."""
-_WHOLE_WORDS = _WITH_BOS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"}
+_WHOLE_WORDS = _WITH_BOS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "pixtral"}
 _PADDING = re.compile(r"\[PAD\d+\]\Z")
 _P = "tokenizer.ggml."
 
