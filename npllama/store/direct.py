@@ -6,10 +6,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from npllama.checkpoints import open_checkpoint
 from npllama.errors import CheckpointError, ModelError, UsageError, quote
 from npllama.numbers import named
-from npllama.store.find_tokenizer import find_tokenizer
 from npllama.store.locks import Lock
 from npllama.store.model_cache import (
     FOLDER,
@@ -25,7 +23,6 @@ from npllama.store.model_cache import (
 )
 from npllama.store.opening import OpenModel, Progress, check_model, open_model
 from npllama.store.sources import Source, is_checkpoint, source_of
-from npllama.store.text_rules import text_rules
 from npllama.store.tokenizers import open_tokenizer
 from npllama.text.protocol import Tokenizer
 
@@ -47,6 +44,10 @@ def open_text_side(path: str | os.PathLike[str]) -> TextSide:
         manifest, config = check_model(path)
         tokenizer = open_tokenizer(Path(path), manifest, config)
         return TextSide(tokenizer, config.add_bos_token, config.add_eos_token, manifest.get("chat_format"))
+    from npllama.checkpoints import open_checkpoint  # here, because a model directory needs none of it
+    from npllama.store.find_tokenizer import find_tokenizer
+    from npllama.store.text_rules import text_rules
+
     with open_checkpoint(path) as checkpoint:
         found = find_tokenizer(checkpoint, None)
         rules = text_rules(checkpoint.folder, found)

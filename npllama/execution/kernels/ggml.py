@@ -218,9 +218,14 @@ SUMS = 1
 
 _, _, level_of_iq4 = make_four_bits(IQ4_LEVELS)
 
-register_grouped(Q4_0, 4, -8, *make_four_bits(range(-8, 8)), scaling=HALF)
-register_grouped(Q4_1, 4, SUMS, *make_four_bits(range(16)), scaling=HALF_AND_MINIMUM)
+dot_q4_0, unpack_q4_0, level_of_q4_0 = make_four_bits(range(-8, 8))
+dot_q4_1, unpack_q4_1, level_of_q4_1 = make_four_bits(range(16))
+unpack_q5_0, level_of_q5_0 = make_five_bits(-16)
+unpack_q5_1, level_of_q5_1 = make_five_bits(0)
+
+register_grouped(Q4_0, 4, -8, dot_q4_0, unpack_q4_0, level_of_q4_0, HALF)
+register_grouped(Q4_1, 4, SUMS, dot_q4_1, unpack_q4_1, level_of_q4_1, HALF_AND_MINIMUM)
 register_grouped(IQ4_NL, 4, -UNSIGNED_BIAS, dot_iq4, unpack_iq4, level_of_iq4, HALF, dot_bytes)
-register_grouped(Q5_0, 5, -16, dot_fives, *make_five_bits(-16), scaling=HALF)
-register_grouped(Q5_1, 5, SUMS, dot_fives, *make_five_bits(0), scaling=HALF_AND_MINIMUM)
+register_grouped(Q5_0, 5, -16, dot_fives, unpack_q5_0, level_of_q5_0, HALF)
+register_grouped(Q5_1, 5, SUMS, dot_fives, unpack_q5_1, level_of_q5_1, HALF_AND_MINIMUM)
 register_grouped(Q8_0, 8, -UNSIGNED_BIAS, dot_bytes, unpack_bytes, level_of_byte, HALF)
