@@ -1,4 +1,4 @@
-"""The committed table of SHA-256 of logits: compiled logits of quantized models have the bits that they had before."""
+"""The committed table of SHA-256 of logits: compiled logits have the bits that they had before."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {dtype: hash_logits.write_demo(folder, dtype) for dtype in hash_logits.WEIGHTS}
 
 
-def test_quantized_weights_have_the_bytes_that_they_had(models: dict[str, Path]) -> None:
+def test_weights_have_the_bytes_that_they_had(models: dict[str, Path]) -> None:
     assert {dtype: hash_logits.weights_hash(model) for dtype, model in models.items()} == TABLE["weights"]
 
 
-@pytest.mark.parametrize("kv_dtype", hash_logits.CACHES)
-@pytest.mark.parametrize("dtype", hash_logits.WEIGHTS)
-def test_logits_have_the_bits_that_they_had(models: dict[str, Path], dtype: str, kv_dtype: str) -> None:
+@pytest.mark.parametrize("name", hash_logits.entries())
+def test_logits_have_the_bits_that_they_had(models: dict[str, Path], name: str) -> None:
+    if name not in TABLE:
+        pytest.skip(f"the table has no {name!r}: python tools/hash_logits.py --write on this CPU adds it")
+    dtype, kv_dtype = hash_logits.entries()[name]
     for threads in (1, 2):
         found = hash_logits.hashes_of(models[dtype], kv_dtype, threads)
-        assert found == TABLE[f"{dtype}, {kv_dtype}"], f"{threads} threads"
+        assert found == TABLE[name], f"{threads} threads"
     assert found["whole"] == found["in chunks"] == found["one by one"]

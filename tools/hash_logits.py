@@ -3,7 +3,8 @@
     python tools/hash_logits.py            compare with tests/logits_sha256.json
     python tools/hash_logits.py --write    write it anew; say why in the log of measurements
 
-Quantized weights add integers and round in a fixed order, so the table is the same on every CPU.
+Quantized weights add integers and round in a fixed order, so their digests are the same on every CPU. Floats are added
+in as many lanes as a vector register has, with fused multiply-add or without: their digests stand in a part for each.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from pathlib import Path
 import numpy as np
 
 from npllama.execution.engine import Engine
+from npllama.execution.kernels.target import FMA, WIDTH
 from npllama.inference import DEMO
-from npllama.store.export import quantize_model
+from npllama.numbers import named
+from npllama.store.export import OpenedSource, write_model
 from npllama.store.opening import open_model
+from npllama.store.tokenizers import stored_in
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "logits_sha256.json"
-WEIGHTS = ("q8", "q6", "q4")
+FLOATS = ("f32", "f16", "bf16")
+WEIGHTS = (*FLOATS, "q8", "q6", "q4")
 CACHES = ("f32", "f16", "q8")
+SUMS = f"{WIDTH} lanes, {'fused' if FMA else 'rounded'} multiply-add"  # what the bits of floats depend on of a CPU
 LENGTH = 150
 BEYOND_THE_TABLE = 8_232  # tokens of a text whose last angles are not kept, but computed in each call
 
@@ -86,32 +92,38 @@ def hashes_of(model: Path, kv_dtype: str, threads: int) -> dict[str, str]:
 
 
 def write_demo(folder: Path, dtype: str) -> Path:
-    """The demo model in a quantized number format, below `folder`."""
-    quantize_model(DEMO, folder / dtype, dtype)
+    """The demo model in a number format, below `folder`."""
+    with open_model(DEMO) as opened:
+        tokenizer = stored_in(opened.path, opened.manifest)
+        write_model(OpenedSource(opened), folder / dtype, named(dtype), tokenizer, False, None, None, None)
     return folder / dtype
 
 
+def entries() -> dict[str, tuple[str, str]]:
+    """The parts of the table that this CPU can compute: their names, with the formats of weights and cache."""
+    quantized = [(dtype, kv_dtype) for dtype in WEIGHTS if dtype not in FLOATS for kv_dtype in CACHES]
+    floats = {f"{dtype}, f32, {SUMS}": (dtype, "f32") for dtype in FLOATS}
+    return {**{f"{dtype}, {kv_dtype}": (dtype, kv_dtype) for dtype, kv_dtype in quantized}, **floats}
+
+
 def table() -> dict[str, dict[str, str]]:
-    """The whole table: digests of weights, then of logits by "weights, cache"."""
-    found: dict[str, dict[str, str]] = {"weights": {}}
+    """What this CPU can compute of the table: digests of weights, then of logits by "weights, cache"."""
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in WEIGHTS:
-            model = write_demo(Path(folder), dtype)
-            found["weights"][dtype] = weights_hash(model)
-            for kv_dtype in CACHES:
-                found[f"{dtype}, {kv_dtype}"] = hashes_of(model, kv_dtype, threads=1)
-    return found
+        models = {dtype: write_demo(Path(folder), dtype) for dtype in WEIGHTS}
+        logits = {name: hashes_of(models[w], kv_dtype, threads=1) for name, (w, kv_dtype) in entries().items()}
+        return {"weights": {dtype: weights_hash(model) for dtype, model in models.items()}, **logits}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write the table anew")
-    found = table()
+    parser.add_argument("--write", action="store_true", help="write this CPU's part anew")
+    found, kept = table(), json.loads(TABLE.read_text())
     if parser.parse_args().write:
-        TABLE.write_text(json.dumps(found, indent=1) + "\n")
+        TABLE.write_text(json.dumps(kept | found, indent=1) + "\n")
         return 0
-    kept = json.loads(TABLE.read_text())
-    changed = [f"{part}: {case}" for part in kept for case in kept[part] if found[part].get(case) != kept[part][case]]
+    changed = [
+        f"{part}: {case}" for part in found for case in found[part] if kept.get(part, {}).get(case) != found[part][case]
+    ]
     print("\n".join(changed) or "no bit changed")
     return 1 if changed else 0
 

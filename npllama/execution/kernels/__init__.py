@@ -17,24 +17,25 @@ Why the bits of a result do not depend on the number of threads:
     2. Each output is summed in one order, which follows from shapes and positions, not from who computes what.
     3. The compiler may not reorder, contract or approximate (flags.py), and ir_math.py spells out what it would choose.
 
-Why, in quantized formats, they do not depend either on how a prompt is cut, nor on what is computed beside it:
+Why they do not depend either on how a prompt is cut, nor on what is computed beside it:
 
-    4. Products of codes are integers, so their sums are exact in any order and by any instruction. Groups are added in
-       ascending order, each operation rounded to float32: ops.linear in NumPy does the same.
+    4. In quantized formats products of codes are integers, so their sums are exact in any order and by any instruction.
+       Groups are added in ascending order, each operation rounded to float32: ops.linear in NumPy does the same. In
+       f32, f16 and bf16 a sum has as many lanes as a vector register of this CPU, and one order for any number of
+       tokens (float_tile.py): the same bits on every CPU with as wide registers and with fused multiply-add or without.
     5. Attention adds blocks of slots that begin at fixed slots, in float64; a masked slot adds an exact zero.
     6. Norms, rotations and SwiGLU compute each row alone.
 
-In f32, f16 and bf16 few tokens (GEMV) and many (GEMM) are summed in two orders, each the same for any number of
-threads: so another cut changes the last digits. tests/test_same_bits.py and tests/test_conventions.py hold these.
+tests/test_same_bits.py, tests/test_kernels_float.py and tests/test_conventions.py hold these.
 
 Files, in the order in which to read them:
 
     linear.py           ops.linear, ops.linears, ops.embed: the number format selects the kernel
     formats.py          the kernels of every number format, found by the type of a weight
     fused_inputs.py     several matrices that multiply the same input
-    float_linear.py     float32, float16, bfloat16: few tokens (GEMV), many tokens (GEMM)
-    gemv_f32.py         dot products of one row of x with some rows of w
-    gemm_f32.py         the register tile of many tokens, and transposing
+    float_linear.py     float32, float16, bfloat16: chunks of rows, strips of columns, threads
+    float_tile.py       the tile of a few rows and tokens, and its order of addition
+    strided_rows.py     rows of matrices by pointers, and transposing
     int8_linear.py      grouped formats: tiles, strips of blocks, threads
     int8_input.py       the input rounded to 8 bits
     q4.py               the kernel of q4

@@ -23,8 +23,6 @@ from npllama import ops
 from npllama.cache import BLOCK_SLOTS
 from npllama.execution.kernels.abandon import abandoned
 from npllama.execution.kernels.flags import INLINE, INNER, INNER_PARALLEL
-from npllama.execution.kernels.gemm_f32 import transpose_square
-from npllama.execution.kernels.gemv_f32 import StridedRows, skip_columns, skip_rows
 from npllama.execution.kernels.kv_formats import block_rows, pointers, pool_slots, store_head
 from npllama.execution.kernels.simd import (
     add,
@@ -43,6 +41,7 @@ from npllama.execution.kernels.simd import (
     store_scalar,
     sub,
 )
+from npllama.execution.kernels.strided_rows import StridedRows, skip_columns, skip_rows, transpose_square
 from npllama.execution.kernels.target import WIDTH, WIDTH64
 from npllama.execution.kernels.weighted_sum import TILE_ROWS, weighted_sums
 

@@ -1,12 +1,15 @@
-"""The kernels of float32, float16 and bfloat16 weights.
+"""The kernels of float32, float16 and bfloat16 weights: one tile, and so one order of addition, for 1, 8 or 512 tokens.
 
-Few tokens (GEMV): the weights stream by once, straight from the mapped file; memory is the limit. Many tokens (GEMM):
-strips of weights are widened into a buffer in L1 while all tokens pass; arithmetic is the limit.
+Few tokens are limited by memory: w is read where it lies, row by row. Many are limited by arithmetic: some rows of w
+stay in L2 while all tokens pass, widened to float32; of long rows a strip of columns at a time, so that the tokens of a
+tile stay in L1, and the lanes of the sums are kept from one strip to the next. See float_tile.py for the order.
 
-A thread owns whole outputs, and each of the two ways has one order of addition (see kernels/__init__.py).
+A thread owns whole outputs.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, prange
@@ -14,11 +17,23 @@ from numba import njit, prange
 from npllama.execution.kernels import simd
 from npllama.execution.kernels.abandon import abandoned
 from npllama.execution.kernels.flags import INNER, INNER_PARALLEL
+from npllama.execution.kernels.float_tile import (
+    BF16_READER,
+    F16_READER,
+    F32_READER,
+    SINGLE_ROWS,
+    TILE_ROWS,
+    TILE_TOKENS,
+    Columns,
+    full_tile,
+    make_tiles,
+    pack_tokens,
+)
 from npllama.execution.kernels.formats import register
 from npllama.execution.kernels.fused_inputs import outputs, part_of_each
-from npllama.execution.kernels.gemm_f32 import PANEL, TILE_ROWS, gemm_tile, pack_tokens, unpack_sums
-from npllama.execution.kernels.gemv_f32 import BF16_READER, F16_READER, F32_READER, StridedRows, copy_row, make_dots
 from npllama.execution.kernels.simd import (
+    horizontal_sum,
+    mul,
     noinline,
     num_threads,
     pointer,
@@ -27,182 +42,226 @@ from npllama.execution.kernels.simd import (
     store_last,
     thread_bounds,
 )
+from npllama.execution.kernels.strided_rows import StridedRows, skip_columns
 from npllama.execution.kernels.target import WIDTH
 from npllama.numbers.bf16 import BF16
 from npllama.numbers.f16 import F16
 
-MAX_GEMV_TOKENS = 8
-"""Up to so many tokens w is read where it lies; for more, a copy of it costs less than it saves."""
+CHUNK_ROWS = 12 * TILE_ROWS
+"""Rows of w that stay in L2 while all tokens pass."""
 
-MAX_STRIP_COLUMNS = 512
-"""Columns of a strip, at most: TILE_ROWS x 512 x 4 bytes stay in L1."""
+MAX_CHUNK_SUMS = CHUNK_ROWS + SINGLE_ROWS * (SINGLE_ROWS - 1)
+"""Sums of a token in a chunk, at most: those twice, too, that two streams of rows share."""
 
-MAX_PANELS = 5 if TILE_ROWS == 8 else 8
-"""Panels of tokens in turn: 512 columns of them stay in L2."""
+MAX_STRIP_COLUMNS = 1024
+"""Columns of a strip, at most: so many of the tokens of a tile stay in L1, and of CHUNK_ROWS rows in L2."""
 
-CHUNK_ROWS = 8 * TILE_ROWS
-"""Rows of w whose sums are kept in a buffer before they are written to y, transposed."""
+MAX_KEPT_TOKENS = 32 * TILE_TOKENS
+"""Tokens in turn where rows are cut: the kept lanes of so many stay in L2."""
+
+MIN_COPIED_TOKENS = 8 * TILE_TOKENS
+"""From so many tokens on, a copy of w costs less than it saves. For fewer, rows are not cut either."""
 
 SERIAL_BELOW = 1 << 16
 """Below so many products (rows x columns x tokens), starting threads costs more than it saves."""
 
-
-# ---------------------------------------------------------------- few tokens
-
-
-def make_gemv(reader, n_streams):
-    """A thread's part for few tokens, y's columns start .. stop-1: w is read once through. Needs K >= WIDTH.
-
-    n_streams rows, far apart, are read at the same time: memory gives more to several streams than to one.
-    """
-    dots, dot = make_dots(n_streams, reader), make_dots(1, reader)
-
-    @njit(**INNER)
-    def gemv(x, w, y, start, stop):
-        noinline()
-        T, K = x.shape
-        N, stride = w.shape[0], K + WIDTH
-        work = np.empty(T * stride, np.float32)
-        for t in range(T):
-            copy_row(x, t * K, K, work, t * stride)
-        apart = (stop - start) // n_streams
-        for n in range(start, start + apart):
-            for t in range(T):
-                weights, numbers = StridedRows(pointer(w, n * K), apart * K), StridedRows(pointer(work, t * stride), 0)
-                dots(numbers, weights, StridedRows(pointer(y, t * N + n), apart), K)
-        for n in range(start + apart * n_streams, stop):
-            for t in range(T):
-                weights, numbers = StridedRows(pointer(w, n * K), 0), StridedRows(pointer(work, t * stride), 0)
-                dot(numbers, weights, StridedRows(pointer(y, t * N + n), 0), K)
-
-    return gemv
+PACK_SERIAL_BELOW = 1 << 14
+"""The same for numbers of x that are packed."""
 
 
-def make_gemv_shares(gemv):
-    """A thread's part of every matrix, one after the other; and all parts, on all threads."""
-
-    @njit(**INNER)
-    def gemv_share(x, ws, ys, part, parts):
-        for i in range(len(ws)):
-            start, stop = thread_bounds(part, parts, ws[i].shape[0])
-            gemv(x, ws[i], ys[i], start, stop)
-
-    @njit(**INNER_PARALLEL)
-    def gemv_in_threads(x, ws, ys, parts):
-        for part in prange(parts):
-            gemv_share(x, ws, ys, np.int64(part), parts)
-
-    return gemv_share, gemv_in_threads
-
-
-# ---------------------------------------------------------------- many tokens
+# ---------------------------------------------------------------- the input
 
 
 @njit(**INNER)
-def strip_columns(K):
-    """Columns of a strip: nearly equal strips of whole vectors."""
-    strips = (K + MAX_STRIP_COLUMNS - 1) // MAX_STRIP_COLUMNS
-    return round_to_width((K + strips - 1) // strips)
-
-
-def make_widen(load, load_last):
-    """Copies columns of rows into a strip of float32. What fills no vector is copied as one that overlaps the last."""
-
-    @njit(**INNER)
-    def widen(w, n, n_rows, k, columns, strip, stride):
-        noinline()
-        K, whole = w.shape[1], columns // WIDTH * WIDTH
-        for row in range(n_rows):
-            at, to = (n + row) * K + k, row * stride
-            for i in range(0, whole, WIDTH):
-                store(strip, to + i, load(w, at + i))
-            if whole < columns:
-                rest = columns - whole
-                store_last(strip, to + columns - WIDTH, load_last(w, at + columns - WIDTH, rest), rest)
-
-    return widen
-
-
-def make_gemm(load, load_last):
-    """A thread's part for the tokens first .. first+T-1, packed in panels; y's columns start .. stop-1."""
-    widen = make_widen(load, load_last)
-
-    @njit(**INNER)
-    def gemm(panels, first, T, w, y, start, stop):
-        noinline()
-        K, size = w.shape[1], strip_columns(w.shape[1])
-        strip_stride, sums_stride = size + WIDTH, (T + PANEL - 1) // PANEL * PANEL
-        strip = np.zeros(TILE_ROWS * strip_stride, np.float32)
-        sums = np.empty(CHUNK_ROWS * sums_stride, np.float32)
-        for chunk in range(start, stop, CHUNK_ROWS):
-            chunk_rows = min(CHUNK_ROWS, stop - chunk)
-            for k in range(0, K, size):
-                columns = min(size, K - k)
-                for n in range(0, chunk_rows, TILE_ROWS):
-                    widen(w, chunk + n, min(TILE_ROWS, chunk_rows - n), k, columns, strip, strip_stride)
-                    for t in range(0, T, PANEL):
-                        tokens, out = pointer(panels, t * K + k * PANEL), pointer(sums, n * sums_stride + t)
-                        weights, n_tokens = pointer(strip, 0), min(PANEL, T - t)
-                        gemm_tile(n_tokens, weights, strip_stride, tokens, out, sums_stride, columns, k == 0)
-            unpack_sums(sums, sums_stride, chunk_rows, y, first, T, chunk)
-
-    return gemm
-
-
-def make_gemm_in_threads(gemm):
-    """All threads' parts of every matrix."""
-
-    @njit(**INNER_PARALLEL)
-    def gemm_in_threads(panels, first, T, ws, ys, parts):
-        for p in prange(parts):
-            for i in range(len(ws)):
-                start, stop = thread_bounds(np.int64(p), parts, ws[i].shape[0])
-                gemm(panels, first, T, ws[i], ys[i], start, stop)
-
-    return gemm_in_threads
+def pack(x, panels, part, parts):
+    """A thread's part of the panels of x: TILE_TOKENS tokens in each, fewer in the last."""
+    T, K = x.shape
+    n_panels = (T + TILE_TOKENS - 1) // TILE_TOKENS
+    for t in range(part * n_panels // parts * TILE_TOKENS, (part + 1) * n_panels // parts * TILE_TOKENS, TILE_TOKENS):
+        pack_tokens(x, t, min(TILE_TOKENS, T - t), panels, t * round_to_width(K))
 
 
 @njit(**INNER_PARALLEL)
-def pack_in_threads(x, first, T, panels, parts):
-    """Pack the tokens first .. first+T-1 of x into panels: the vectors' lanes are divided among the threads."""
-    K, n_vectors = x.shape[1], (T + WIDTH - 1) // WIDTH
-    for p in prange(parts):
-        thread = np.int64(p)
-        for v in range(thread * n_vectors // parts, (thread + 1) * n_vectors // parts):
-            t = v * WIDTH
-            at = t // PANEL * PANEL * K + t % PANEL
-            pack_tokens(x, first + t, min(WIDTH, T - t), panels, at)
+def pack_in_threads(x, panels, parts):
+    for part in prange(parts):
+        pack(x, panels, np.int64(part), parts)
+
+
+@njit(**INNER)
+def packed(x, parts):
+    """The panels of x, one after the other."""
+    noinline()
+    panels = np.empty((x.shape[0], round_to_width(x.shape[1])), np.float32)
+    if x.size < PACK_SERIAL_BELOW:
+        pack(x, panels, np.int64(0), np.int64(1))
+    else:
+        pack_in_threads(x, panels, parts)
+    return panels
+
+
+# ---------------------------------------------------------------- products
+
+
+class Part(NamedTuple):
+    """A part of y: the tokens t .. t_stop-1, and `rows` rows of w from the n-th on."""
+
+    t: int
+    t_stop: int
+    n: int
+    rows: int
+
+
+def make_multiply_part(tile):
+    """A function (panels, w, columns, lanes, y, part): some columns of the part's rows, which w begins with.
+
+    The rows of a tile lie far `apart`: memory gives more to several streams than to one. Where a tile does not divide
+    their number, the last rows of one stream are the first ones of the next.
+    """
+
+    @njit(**INNER)
+    def multiply_part(panels, w, columns, lanes, y, part):
+        noinline()
+        N, K = y.shape[1], panels.shape[1]
+        for t in range(part.t, part.t_stop, TILE_TOKENS):
+            n_tokens = min(TILE_TOKENS, part.t_stop - t)
+            n_rows = SINGLE_ROWS if n_tokens == 1 else TILE_ROWS
+            apart = part.rows // n_rows
+            rows, panel = StridedRows(w.start, apart * w.stride), pointer(panels, t * K)
+            for i in range(part.rows - (n_rows - 1) * apart):
+                kept = (t % MAX_KEPT_TOKENS * MAX_CHUNK_SUMS + i * n_tokens * n_rows) * WIDTH
+                into = StridedRows(pointer(y, t * N + part.n + i), N)
+                tile(n_tokens, panel, skip_columns(rows, i * w.stride), columns, pointer(lanes, kept), into, apart)
+
+    return multiply_part
+
+
+multiply_copied = make_multiply_part(full_tile)
+
+
+def make_copy_rows(load):
+    """A function (w, n, rows, columns, copy, stride): some columns of w's rows from the n-th on, as float32.
+
+    What fills no vector is copied with what is before it, as the tile reads it.
+    """
+
+    @njit(**INNER)
+    def copy_rows(w, n, rows, columns, copy, stride):
+        noinline()
+        for row in range(rows):
+            at, to = (n + row) * columns.K, row * stride - columns.start
+            for k in range(columns.start, columns.stop, WIDTH):
+                store(copy, to + k, load(w, at + min(k, columns.K - WIDTH)))
+
+    return copy_rows
+
+
+def make_multiply_strip(reader, load):
+    """A function (panels, w, columns, copy, lanes, y, part): some columns of the part's rows; copy: room for them."""
+    multiply_part, copy_rows = make_multiply_part(make_tiles(reader)), make_copy_rows(load)
+
+    @njit(**INNER)
+    def multiply_strip(panels, w, columns, copy, lanes, y, part):
+        noinline()
+        T, t, K = part.t_stop - part.t, part.t, w.shape[1]
+        if T >= MIN_COPIED_TOKENS:
+            t += T // TILE_TOKENS * TILE_TOKENS
+            stride = columns.stop - columns.start + WIDTH
+            copy_rows(w, part.n, part.rows, columns, copy, stride)
+            all_columns = Columns(columns.start, columns.stop, panels.shape[1])
+            copied = StridedRows(pointer(copy, -columns.start), stride)
+            multiply_copied(panels, copied, all_columns, lanes, y, Part(part.t, t, part.n, part.rows))
+        rows = StridedRows(pointer(w, part.n * K), K)
+        multiply_part(panels, rows, columns, lanes, y, Part(t, part.t_stop, part.n, part.rows))
+
+    return multiply_strip
+
+
+@njit(**INNER)
+def strip_columns(T, K):
+    """Columns of a strip: nearly equal strips of whole vectors."""
+    strips = 1 if T < MIN_COPIED_TOKENS else (K + MAX_STRIP_COLUMNS - 1) // MAX_STRIP_COLUMNS
+    return round_to_width((K + strips - 1) // strips)
+
+
+def make_multiply_rows(multiply_strip):
+    """A function (panels, w, y, start, stop): the rows start .. stop-1 of w times all tokens."""
+
+    @njit(**INNER)
+    def multiply_rows(panels, w, y, start, stop):
+        noinline()
+        (T, padded), size = panels.shape, strip_columns(y.shape[0], w.shape[1])
+        chunk = CHUNK_ROWS if T > TILE_TOKENS else max(stop - start, 1)
+        in_turn = MAX_KEPT_TOKENS if size < padded else max(T, 1)
+        copy = np.empty(CHUNK_ROWS * (size + WIDTH) if T >= MIN_COPIED_TOKENS else 0, np.float32)
+        lanes = np.empty(MAX_KEPT_TOKENS * MAX_CHUNK_SUMS * WIDTH if size < padded else 0, np.float32)
+        for t in range(0, T, in_turn):
+            for n in range(start, stop, chunk):
+                part = Part(t, min(t + in_turn, T), n, min(chunk, stop - n))
+                for k in range(0, padded, size):
+                    columns = Columns(k, min(k + size, padded), w.shape[1])
+                    multiply_strip(panels, w, columns, copy, lanes, y, part)
+
+    return multiply_rows
+
+
+def make_shares(multiply_rows):
+    """A thread's part of every matrix, one after the other; and all parts, on all threads."""
+
+    @njit(**INNER)
+    def share(panels, ws, ys, part, parts):
+        for i in range(len(ws)):
+            start, stop = thread_bounds(part, parts, ws[i].shape[0])
+            multiply_rows(panels, ws[i], ys[i], start, stop)
+
+    @njit(**INNER_PARALLEL)
+    def share_in_threads(panels, ws, ys, parts):
+        for part in prange(parts):
+            share(panels, ws, ys, np.int64(part), parts)
+
+    return share, share_in_threads
+
+
+def make_multiply_narrow(load_last):
+    """The product of fewer columns than a vector has lanes: the same order, the lanes before them zero."""
+
+    @njit(**INNER)
+    def multiply_narrow(x, w, y):
+        noinline()
+        K = x.shape[1]
+        for n in range(w.shape[0]):
+            weights = load_last(w, n * K + K - WIDTH, K)
+            for t in range(x.shape[0]):
+                y[t, n] = horizontal_sum(mul(simd.load_last(x, t * K + K - WIDTH, K), weights))
+
+    return multiply_narrow
 
 
 # ---------------------------------------------------------------- a format
 
 
-def make_linears(reader, n_streams, load, load_last):
-    """ops.linears for one format. reader, n_streams: for few tokens; load, load_last: for many."""
-    gemv_share, gemv_in_threads = make_gemv_shares(make_gemv(reader, n_streams))
-    gemm_in_threads = make_gemm_in_threads(make_gemm(load, load_last))
+def make_linears(reader, load, load_last):
+    """ops.linears for one format; the three read the same."""
+    share, share_in_threads = make_shares(make_multiply_rows(make_multiply_strip(reader, load)))
+    multiply_narrow = make_multiply_narrow(load_last)
 
     @njit(**INNER)
     def linears(x, ws):
         T, K = x.shape
+        ys = outputs(T, ws)
+        if K < WIDTH:
+            for i in range(len(ws)):
+                multiply_narrow(x, ws[i], ys[i])
+            return ys
+        if abandoned():
+            return ys
         rows, parts = 0, num_threads()
         for w in ws:
             rows += w.shape[0]
-        ys = outputs(T, ws)
-        if T <= MAX_GEMV_TOKENS and K >= WIDTH:
-            if rows * K * T < SERIAL_BELOW:
-                gemv_share(x, ws, ys, np.int64(0), np.int64(1))
-            else:
-                gemv_in_threads(x, ws, ys, parts)
-            return ys
-        most = min(T, MAX_PANELS * PANEL)
-        panels = np.empty((most + PANEL - 1) // PANEL * PANEL * K, np.float32)
-        for first in range(0, T, most):
-            if abandoned():
-                return ys
-            n_tokens = min(most, T - first)
-            pack_in_threads(x, first, n_tokens, panels, parts)
-            gemm_in_threads(panels, first, n_tokens, ws, ys, parts)
+        panels = packed(x, parts)
+        if rows * K * T < SERIAL_BELOW:
+            share(panels, ws, ys, np.int64(0), np.int64(1))
+        else:
+            share_in_threads(panels, ws, ys, parts)
         return ys
 
     return linears
@@ -228,9 +287,9 @@ def make_embed(load, load_last):
     return embed
 
 
-def register_bits(weight, reader, n_streams, load, load_last):
+def register_bits(weight, reader, load, load_last):
     """Register a format that is one array of bits."""
-    linears, embed = make_linears(reader, n_streams, load, load_last), make_embed(load, load_last)
+    linears, embed = make_linears(reader, load, load_last), make_embed(load, load_last)
 
     @njit(**INNER)
     def linears_of_bits(x, ws):
@@ -243,7 +302,6 @@ def register_bits(weight, reader, n_streams, load, load_last):
     register(weight, linears_of_bits, embed_of_bits)
 
 
-# float32 is fastest with four streams and without prefetching, 16 bits with two and with it.
-register(np.ndarray, make_linears(F32_READER, 4, simd.load, simd.load_last), make_embed(simd.load, simd.load_last))
-register_bits(F16, F16_READER, 2, simd.load_f16, simd.load_last_f16)
-register_bits(BF16, BF16_READER, 2, simd.load_bf16, simd.load_last_bf16)
+register(np.ndarray, make_linears(F32_READER, simd.load, simd.load_last), make_embed(simd.load, simd.load_last))
+register_bits(F16, F16_READER, simd.load_f16, simd.load_last_f16)
+register_bits(BF16, BF16_READER, simd.load_bf16, simd.load_last_bf16)

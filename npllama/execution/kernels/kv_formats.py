@@ -11,7 +11,6 @@ from numba.extending import overload
 
 from npllama.cache import Int8KV
 from npllama.execution.kernels.flags import INNER
-from npllama.execution.kernels.gemv_f32 import StridedRows
 from npllama.execution.kernels.int8_dot import round_group
 from npllama.execution.kernels.int8_input import group_scale
 from npllama.execution.kernels.numba_internals import namedtuple_class
@@ -29,6 +28,7 @@ from npllama.execution.kernels.simd import (
     store,
     store_scalar,
 )
+from npllama.execution.kernels.strided_rows import StridedRows
 from npllama.execution.kernels.target import WIDTH
 from npllama.numbers.blocks import GROUP
 from npllama.numbers.f16 import F16

@@ -118,6 +118,30 @@ def reduce(builder, combine, vector):
     return lane(builder, vector, 0)
 
 
+def reduce_each(builder, combine, vectors):
+    """`reduce` of several vectors of one type, which share registers as they get shorter: as many scalars.
+
+    A round puts the lower halves of two vectors into one and the upper halves into another, piece by piece, and
+    combines these: lane by lane what `reduce` combines.
+    """
+    lanes, count = vectors[0].type.count, len(vectors)
+    owners, piece = [[n] for n in range(count)], lanes  # whose piece each piece of a vector is
+    while piece > 1:
+        half = piece // 2
+        low = [side + start + i for start in range(0, lanes, piece) for side in (0, lanes) for i in range(half)]
+        high = [i + half for i in low]
+        if len(vectors) % 2:
+            vectors, owners = [*vectors, vectors[-1]], [*owners, owners[-1]]
+        pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
+        vectors = [combine(shuffle(builder, a, b, low), shuffle(builder, a, b, high)) for a, b in pairs]
+        owners = [
+            [n for both in zip(a, b, strict=True) for n in both] for a, b in zip(owners[::2], owners[1::2], strict=True)
+        ]
+        piece = half
+    places = {n: (vector, i) for vector, own in zip(vectors, owners, strict=True) for i, n in enumerate(own)}
+    return [lane(builder, *places[n]) for n in range(count)]
+
+
 # ---------------------------------------------------------------- control
 
 

@@ -11,10 +11,10 @@ from numba.extending import intrinsic
 
 from npllama.execution.kernels import llvm
 from npllama.execution.kernels.flags import INNER
-from npllama.execution.kernels.gemv_f32 import skip_columns, skip_rows
 from npllama.execution.kernels.ir_math import multiply_add
 from npllama.execution.kernels.llvm import f32, f64, i64
 from npllama.execution.kernels.simd import doubles, noinline
+from npllama.execution.kernels.strided_rows import skip_columns, skip_rows
 from npllama.execution.kernels.target import REGISTERS, WIDTH, WIDTH64
 
 TILE_ROWS = 8 if REGISTERS >= 32 else 4
