@@ -15,7 +15,6 @@ import numpy as np
 from numba import njit, prange
 
 from npllama.execution.kernels import simd
-from npllama.execution.kernels.abandon import abandoned
 from npllama.execution.kernels.flags import INNER, INNER_PARALLEL
 from npllama.execution.kernels.float_tile import (
     BF16_READER,
@@ -251,8 +250,6 @@ def make_linears(reader, load, load_last):
         if K < WIDTH:
             for i in range(len(ws)):
                 multiply_narrow(x, ws[i], ys[i])
-            return ys
-        if abandoned():
             return ys
         rows, parts = 0, num_threads()
         for w in ws:
