@@ -149,7 +149,7 @@ LATE = (
     *("npllama.text.bpe", "npllama.text.derived", "npllama.text.readers", "npllama.text.vocabulary"),
     *("npllama.checkpoints", "npllama.store.export", "npllama.store.find_tokenizer", "npllama.store.text_rules"),
     *("npllama.execution.disk_cache", "npllama.execution.kernels.compile", "npllama.measure", "npllama.commands"),
-    *("numba", "importlib.metadata", "email", "concurrent.futures"),
+    *("numba", "importlib.metadata", "email", "concurrent.futures", "asyncio"),
 )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from npllama.generation.completion import Completion
 from npllama.generation.results import ChatResult, Piece, Result
@@ -13,6 +13,9 @@ from npllama.generation.runtime import Runtime, raise_first_error
 from npllama.generation.scheduler import Scheduler
 from npllama.system.interrupts import Hold
 from npllama.text.chat.encoding import ChatPrompt
+
+if TYPE_CHECKING:
+    import asyncio
 
 log = logging.getLogger("npllama")
 
@@ -227,6 +230,8 @@ class AsyncStream(AsyncIterator[Piece]):
 
     def _begin(self) -> asyncio.Event:
         """What is set when there is news, in the loop that runs."""
+        import asyncio  # here, because few programs use it, and its own imports take long
+
         if self._news is None:
             loop, news = asyncio.get_running_loop(), asyncio.Event()
             job = self._job
