@@ -155,10 +155,10 @@ def _add_products(builder, x, weights, sums):
 
 def _store_reduced(builder, totals, y_rows, n_rows, apart):
     """Write the sum of each vector's lanes to its place in y."""
-    places = [
+    targets = [
         llvm.gep(builder, row, f32, builder.mul(apart, ir.Constant(i64, r))) for row in y_rows for r in range(n_rows)
     ]
-    for total, place in zip(llvm.reduce_each(builder, builder.fadd, totals), places, strict=True):
+    for total, place in zip(llvm.reduce_each(builder, builder.fadd, totals), targets, strict=True):
         llvm.store(builder, total, place)
 
 

@@ -138,8 +138,8 @@ def reduce_each(builder, combine, vectors):
             [n for both in zip(a, b, strict=True) for n in both] for a, b in zip(owners[::2], owners[1::2], strict=True)
         ]
         piece = half
-    places = {n: (vector, i) for vector, own in zip(vectors, owners, strict=True) for i, n in enumerate(own)}
-    return [lane(builder, *places[n]) for n in range(count)]
+    where = {n: (vector, i) for vector, own in zip(vectors, owners, strict=True) for i, n in enumerate(own)}
+    return [lane(builder, *where[n]) for n in range(count)]
 
 
 # ---------------------------------------------------------------- control
