@@ -25,6 +25,7 @@ from npllama.inference import DEMO
 from npllama.numbers import named
 from npllama.store.export import OpenedSource, write_model
 from npllama.store.opening import open_model
+from npllama.store.plan import asked_formats
 from npllama.store.tokenizers import stored_in
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "logits_sha256.json"
@@ -94,8 +95,8 @@ def hashes_of(model: Path, kv_dtype: str, threads: int) -> dict[str, str]:
 def write_demo(folder: Path, dtype: str) -> Path:
     """The demo model in a number format, below `folder`."""
     with open_model(DEMO) as opened:
-        tokenizer = stored_in(opened.path, opened.manifest)
-        write_model(OpenedSource(opened), folder / dtype, named(dtype), tokenizer, False, None, None, None)
+        source, tokenizer = OpenedSource(opened), stored_in(opened.path, opened.manifest)
+        write_model(source, folder / dtype, asked_formats(named(dtype), source.tied), tokenizer, False, None)
     return folder / dtype
 
 
