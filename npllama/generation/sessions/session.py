@@ -159,10 +159,13 @@ class Session(Closing):
             self._add(ids)
 
     def _encoded(self, text: str, bos: bool | None, eos: bool | None) -> list[int]:
+        """The ids of a text behind what there is: with BOS only at the very beginning, without a space in front."""
         tokenizer = self._llm.tokenizer
         if not self._ids:
             return tokenizer.encode(text, bos, eos)
-        return tokenizer.encode(text, bool(bos), eos)
+        start = tokenizer.control_ids.issuperset(self._ids)
+        inside = not bos and self._ids[-1] not in tokenizer.control_ids
+        return tokenizer.encode(text, bool(bos), eos, start, inside)
 
     def _add(self, ids: Iterable[int]) -> None:
         self._ids.extend(ids)
