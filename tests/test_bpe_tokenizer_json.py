@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import tiny_bpe as tiny
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_bpe import added, byte_level, characters, sequence, size, written
 
@@ -133,6 +133,17 @@ def test_text_survives_and_never_gives_a_control_id(name: str, text: str) -> Non
     assert not ours.control_ids & set(ids)
     if tiny.MARK not in text:
         assert ours.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", ["Llama 3", "SmolLM", "LLaMA 2", "Metaspace first", "added, bytes"])
+@given(text=TEXTS)
+@example(text=" there")
+@example(text="fore")
+def test_a_text_that_goes_on_gets_no_space_in_front(name: str, text: str) -> None:
+    ours = tokenizer_of(name)
+    if tiny.MARK not in text:
+        ids = [*ours.encode("to", bos=False), *ours.encode(text, bos=False, start=False, inside=True)]
+        assert ours.decode(ids) == f"to{text}"
 
 
 CACHE: dict[str, BpeTokenizer] = {}

@@ -79,13 +79,25 @@ def test_encode_gives_the_ids_of_meta(llama2: SentencePieceTokenizer, shared_dat
         assert llama2.encode(case["text"], bos=False) == case["ids"]
 
 
-@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters=tokenizer.SPACE)))
+ORDINARY = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters=tokenizer.SPACE))
+
+
+@given(text=ORDINARY)
 @example(text="")
 @example(text="   three spaces, then\ttab\r\n")
 @example(text="a\0b\0")
 @example(text="\ufffd\U0010ffff\ufeff")
 def test_any_text_comes_back(tok: SentencePieceTokenizer, text: str) -> None:
     assert tok.decode(tok.encode(text)) == text
+
+
+@given(first=ORDINARY, second=ORDINARY)
+@example(first="Hello", second=" there")
+@example(first="Hello", second="fore")
+@example(first="a", second="\n")
+def test_a_text_that_goes_on_gets_no_space_in_front(tok: SentencePieceTokenizer, first: str, second: str) -> None:
+    ids = [*tok.encode(f"{first}."), *tok.encode(second, bos=False, inside=True)]
+    assert tok.decode(ids) == f"{first}.{second}"
 
 
 @pytest.mark.parametrize("text", ["", " ", "a", "<s>", "<s> a", "</s>", "  a"])

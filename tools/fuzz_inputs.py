@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,11 +47,14 @@ from torch_files import (  # noqa: E402
     write_meta,
 )
 
+import npllama  # noqa: E402
 from npllama.checkpoints import open_checkpoint  # noqa: E402
-from npllama.errors import NpllamaError  # noqa: E402
+from npllama.errors import NpllamaError, UsageError  # noqa: E402
+from npllama.generation.sessions.files import check_of  # noqa: E402
 from npllama.rope import RopeScaling  # noqa: E402
 from npllama.store.opening import open_model  # noqa: E402
 from npllama.store.tokenizers import open_tokenizer, stored_vocabulary  # noqa: E402
+from npllama.system import strict_json  # noqa: E402
 from npllama.text.bpe.tokenizer import BpeTokenizer  # noqa: E402
 from npllama.text.derived import files_of, vocabulary_of  # noqa: E402
 from npllama.text.derived_names import FILES  # noqa: E402
@@ -88,6 +92,23 @@ def read_tokenizer(folder: Path) -> None:
     tokenizer.decode(tokenizer.encode("Once upon a time, é漢\n"))
 
 
+def read_session(folder: Path) -> None:
+    """Go on with a saved session, which has all of it read."""
+    model = npllama.load(folder / "m", backend="numpy", threads=1)
+    with model as llm, npllama.load_session(folder / "s", llm) as session:
+        if session.tokens:
+            session.generate(1, temperature=0)
+
+
+def read_sealed_session(folder: Path) -> None:
+    """The same with a manifest whose checksum over itself is right, whatever it says."""
+    path = folder / "s" / "session.json"
+    with suppress(UsageError):
+        manifest = strict_json.parse_object(path.read_bytes(), max_digits=20)
+        path.write_text(json.dumps({**manifest, "check": check_of(manifest)}))
+    read_session(folder)
+
+
 def use(vocabulary: Vocabulary) -> None:
     """Encode and decode with a vocabulary."""
     tokenizer = BpeTokenizer(vocabulary)
@@ -119,6 +140,15 @@ def _model(folder: Path) -> None:
 
 def _tokenizer_json(file: dict[str, Any]) -> Callable[[Path], object]:
     return lambda folder: (folder / "tokenizer.json").write_bytes(written(file))
+
+
+def _session(folder: Path) -> None:
+    """A model, and a session of it that slides: two blocks are kept of three."""
+    write_model_directory(folder / "m", replace(TINY, max_seq_len=32))
+    with npllama.load(folder / "m", backend="numpy", threads=1) as llm:
+        session = llm.session(seed=1, context_policy="slide")
+        session.append([3 + i % 250 for i in range(150)])
+        session.save(folder / "s")
 
 
 @dataclass(frozen=True)
@@ -216,6 +246,10 @@ KINDS = {
     ),
     "npllama.json-2": Kind(lambda f: _model(f / "m"), "m/npllama.json", lambda f: read_model(f / "m"), text=True),
     "npy": Kind(lambda f: write_model_directory(f / "m"), "m/wq.npy", lambda f: read_model(f / "m")),
+    "session.json": Kind(_session, "s/session.json", read_session, text=True),
+    "session.json-2": Kind(_session, "s/session.json", read_sealed_session, text=True),
+    "session-tokens": Kind(_session, "s/tokens.npy", read_session),
+    "session-keys": Kind(_session, "s/k.npy", read_session),
     "tokenizer.json": Kind(
         _tokenizer_json(byte_level()),
         "tokenizer.json",

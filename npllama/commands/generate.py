@@ -7,10 +7,12 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from npllama.commands.sessions import add_session, check_session, continuing
 from npllama.commands.terminal import (
     Choices,
     Notes,
     add_execution,
+    execution,
     load_model,
     number_formats,
     put,
@@ -22,6 +24,7 @@ from npllama.commands.texts import PROMPTS, add_text, argument_bytes, decoded, p
 from npllama.options import OPTIONS, SamplingOptions
 
 if TYPE_CHECKING:
+    from npllama.generation.sessions.session import SessionStream
     from npllama.inference import Llama, Result, Stream
 
 NAME = "generate"
@@ -54,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1, 2**31),
         help="context in tokens (default: the model's own, at most 4096)",
     )
+    add_session(parser)
     add_execution(parser)
     add("--echo", action="store_true", help="print the prompt too")
     add("--json", action="store_true", help="print one JSON object at the end")
@@ -95,6 +99,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Load, read the prompt, generate."""
+    check_session(args)
     prompt = prompt_of(args)  # what is wrong with the arguments is said before anything is loaded
     stops = [decoded(argument_bytes(stop), "--stop", args.escape) for stop in args.stop]
     given: dict[str, Any] = {option.name: getattr(args, option.name) for option in OPTIONS}
@@ -102,11 +107,11 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     options: dict[str, Any] = {"seed": args.seed, "stop": stops, "echo": args.echo, "sampling": args.sampling}
     options |= {"bos": args.bos, "eos": args.eos, "padding_ids": args.padding_ids}
     started = time.perf_counter()
-    how = {"backend": args.backend, "threads": args.threads, "context": args.ctx_size, "kv_dtype": args.kv_dtype}
+    how = {**execution(args), "context": args.ctx_size}
     with load_model(notes, args.model, dtype=args.dtype, **how) as llama:
         load_s = time.perf_counter() - started
-        stream = llama.stream(prompt, args.max_tokens, **given, **options)
-        complete = _follow(stream, notes, shown=not args.json)
+        with continuing(llama, prompt, args, {**given, **options}) as stream:
+            complete = _follow(stream, notes, shown=not args.json)
         if args.json:
             put(json.dumps(_report(llama, stream.result, complete, args.model, load_s), ensure_ascii=False))
         put("\n")
@@ -114,7 +119,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     return 0 if complete else INTERRUPTED
 
 
-def _follow(stream: Stream, notes: Notes, shown: bool) -> bool:
+def _follow(stream: Stream | SessionStream, notes: Notes, shown: bool) -> bool:
     """Print the pieces as they come; False when Ctrl-C ended it."""
     try:
         for piece in stream:
@@ -134,8 +139,10 @@ def _rate(n_tokens: int, seconds: float) -> float:
 
 def _statistics(r: Result) -> str:
     u = r.usage
+    found = f" ({u.cached_tokens} kept)" if u.cached_tokens else ""
     return (
-        f"seed {r.seed} · prompt {u.prompt_tokens} tokens, {_rate(u.prompt_tokens, r.prompt_s):,.0f}/s · "
+        f"seed {r.seed} · prompt {u.prompt_tokens} tokens{found}, "
+        f"{_rate(u.prompt_tokens - u.cached_tokens, r.prompt_s):,.0f}/s · "
         f"generated {u.completion_tokens} tokens, {_rate(u.completion_tokens, r.generate_s):,.0f}/s"
     )
 
@@ -159,7 +166,7 @@ def _report(llama: Llama, r: Result, complete: bool, model: str | None, load_s: 
             "load_s": load_s,
             "prompt_s": r.prompt_s,
             "generate_s": r.generate_s,
-            "prompt_per_second": _rate(u.prompt_tokens, r.prompt_s),
+            "prompt_per_second": _rate(u.prompt_tokens - u.cached_tokens, r.prompt_s),
             "generate_per_second": _rate(u.completion_tokens, r.generate_s),
         },
     }

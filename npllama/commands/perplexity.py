@@ -13,7 +13,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from npllama.commands.terminal import Notes, add_execution, add_model, load_model, model_of, put, whole
+from npllama.commands.terminal import Notes, add_execution, add_model, execution, load_model, model_of, put, whole
 from npllama.errors import NpllamaError
 
 NAME = "perplexity"
@@ -43,9 +43,10 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     from npllama.measure.quality import begins_with_bos, quality
 
     text = _read(args.file)
-    options = {"backend": args.backend, "threads": args.threads, "context": args.ctx_size}
+    options = {**execution(args), "context": args.ctx_size}
     with ExitStack() as stack:
-        llama = stack.enter_context(load_model(notes, model_of(args), kv_dtype=args.kv_dtype, **options))
+        llama = stack.enter_context(load_model(notes, model_of(args), **options))
+        options["kv_dtype"] = "f32"
         reference = stack.enter_context(load_model(notes, args.reference, **options)) if args.reference else None
         notes.show()
         found = quality(llama, text, args.ctx_size, reference)

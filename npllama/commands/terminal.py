@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import shutil
 import sys
 import threading
@@ -229,11 +230,31 @@ def add_dtype(
     parser.add_argument("--dtype", metavar="FORMAT", choices=choices, default=default, help=what)
 
 
+def size(argument: str) -> int:
+    """A type of argument: bytes, as 800000000, 800M, 1.5G (10^9) or 2GiB (2^30)."""
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?:([KMGT])(i?))?B?", argument, re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{argument!r} is not a size, such as 800M, 1.5G or 2GiB")
+    number, letter, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index((letter or " ").upper()))
+
+
 def add_execution(parser: argparse.ArgumentParser) -> None:
-    """How a model is run: the number format of its cache, threads, backend."""
+    """How a model is run: its cache, texts at once, threads, backend."""
     add_kv_dtype(parser)
+    parser.add_argument(
+        "--kv-memory", metavar="SIZE", type=size, help="memory for keys and values, such as 800M or 2G (default: for "
+        "as many full contexts as --parallel says, at most half of what is free)"
+    )  # fmt: skip
+    parser.add_argument("--parallel", metavar="N", type=whole(1, 1024), help="texts at once, at most (default 8)")
     parser.add_argument("-t", "--threads", metavar="N", type=whole(1, 4096), help="threads (default: see npllama info)")
     add_backend(parser)
+
+
+def execution(args: argparse.Namespace) -> dict[str, Any]:
+    """What these arguments mean to npllama.load."""
+    names = ("kv_dtype", "kv_memory", "parallel", "threads", "backend")
+    return {name: getattr(args, name) for name in names}
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:

@@ -232,9 +232,9 @@ class Scheduler:
         rest.sequence, rest.ids = sequence, ids
 
     def claim(self, rest: Resting, ids: list[int]) -> tuple[Sequence, list[int]] | None:
-        """A sequence for a text that is to be filled from elsewhere, and what is missing of it; None without room.
+        """A sequence for a text that is to be filled from elsewhere, and what is missing of it; None where all is used.
 
-        Between steps. Texts that are not fed now make room.
+        Between steps, at the cost of texts that are not fed now.
         """
         while True:
             sequence = Sequence(self.pool, rest.window, rest.n_sink)

@@ -46,12 +46,15 @@ class Tokenizer(Protocol):
     def whole_replacement(self) -> bool:
         """Whether bytes that begin a character and do not end it become one U+FFFD together, not one each."""
 
-    def encode(self, text: str, bos: bool | None = None, eos: bool | None = None, start: bool = True) -> list[int]:
+    def encode(
+        self, text: str, bos: bool | None = None, eos: bool | None = None, start: bool = True, inside: bool = False
+    ) -> list[int]:
         """The ids of a text, with BOS in front and EOS behind as asked; None: as the model says.
 
         start: whether the text stands at the very start, not behind a control id; some vocabularies put a space in
-        front of it only there. Raises UsageError for what is no text, or holds half of a surrogate pair, and for a BOS
-        or EOS that is asked for and does not exist.
+        front of it only there. inside: whether it goes on right behind other text: then none puts a space in front.
+        Raises UsageError for what is no text, or holds half of a surrogate pair, and for a BOS or EOS that is asked for
+        and does not exist.
         """
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import cached_property
 from itertools import compress
 from pathlib import Path
 
@@ -27,6 +28,8 @@ MAX_FILE_BYTES = 32 << 20
 """Largest tokenizer file that is read (LLaMA 2's has 500 KB; vocabularies of 256,000 pieces about 5 MB)."""
 MAX_PIECES = 1 << 20
 
+NO_SPACE_IN_FRONT = b"\x1a\x02\x18\x00"
+"""In a model's file: normalizer_spec.add_dummy_prefix is false (fields 3 and 3 of sentencepiece_model.proto)."""
 SPACE = "\u2581"
 """How a piece spells a space."""
 
@@ -83,6 +86,13 @@ class SentencePieceTokenizer:
         self._names = {spelled[i]: i for i in sorted(self.control_ids, reverse=True)}
         self._read_spaces([i for i in ids if spelled[i].startswith(SPACE) and i not in unknown])
 
+    @cached_property
+    def _inside(self) -> sentencepiece.SentencePieceProcessor:
+        """The same model without the space in front of a text: of a field that stands twice, the last one counts."""
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(self._processor.serialized_model_proto() + NO_SPACE_IN_FRONT)
+        return processor
+
     def _read_spaces(self, spaced: list[int]) -> None:
         """Note which pieces lose their first space at the start of a text: spaced, those with one, or none.
 
@@ -103,14 +113,16 @@ class SentencePieceTokenizer:
                 f"one that does not is needed. Use the tokenizer.model that came with a LLaMA 2 checkpoint."
             )
 
-    def encode(self, text: str, bos: bool | None = None, eos: bool | None = None, start: bool = True) -> list[int]:
+    def encode(
+        self, text: str, bos: bool | None = None, eos: bool | None = None, start: bool = True, inside: bool = False
+    ) -> list[int]:
         """The ids of a text, with BOS in front and EOS behind as asked: see Tokenizer.encode.
 
-        A text gets its space in front wherever it stands, as in the reference: start changes nothing. The time grows
-        with the length alone, also where there are no spaces.
+        A text gets its space in front wherever it stands but inside, as in the reference: start changes nothing. The
+        time grows with the length alone, also where there are no spaces.
         """
         check_text(text)
-        ids: list[int] = self._processor.encode(text)
+        ids: list[int] = (self._inside if inside else self._processor).encode(text)
         if not self.control_ids.isdisjoint(ids):
             raise UsageError(
                 "SentencePiece reads a control token in this text, and text never becomes one; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -75,6 +75,17 @@ def normalize(text: str, normalizer: tuple[tuple[str, ...], ...]) -> str:
         elif text:
             text = what + text
     return text
+
+
+def inside_rules(rules: Rules) -> Rules:
+    """Rules that put nothing in front of a text, for one that goes on right behind another."""
+    normalizer = tuple(step for step in rules.normalizer if step[0] != "prepend")
+    stages = tuple(
+        (*stage[:2], "never", *stage[3:]) if stage[0] == "metaspace" else stage
+        for stage in rules.stages
+        if stage[0] != "prefix"
+    )
+    return replace(rules, normalizer=normalizer, stages=stages)
 
 
 def problem(vocabulary: Vocabulary) -> str | None:

@@ -18,6 +18,7 @@ from npllama.commands.terminal import (
     Choices,
     Notes,
     add_execution,
+    execution,
     load_model,
     model_of,
     number_formats,
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     """Load, then question by question until the input ends."""
     given: dict[str, Any] = {option.name: getattr(args, option.name) for option in OPTIONS}
     SamplingOptions().changed(given)
-    how = {"backend": args.backend, "threads": args.threads, "context": args.ctx_size, "kv_dtype": args.kv_dtype}
+    how = {**execution(args), "context": args.ctx_size}
     with load_model(notes, model_of(args), dtype=args.dtype, chat_format=args.chat_format, **how) as llama:
         notes.show()
         options = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npllama.commands.terminal import Notes, add_execution, load_model, put, whole
+from npllama.commands.terminal import Notes, add_execution, execution, load_model, put, whole
 from npllama.commands.texts import argument_bytes, decoded, of_a_file, read_file, read_stdin
 from npllama.errors import NpllamaError, UsageError
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
         texts += decoded(of_a_file(data), args.file, False).split("\n")
     if not texts:
         raise UsageError("no text was given; one or more are needed, as arguments or with -f FILE.")
-    how = {"backend": args.backend, "threads": args.threads, "context": args.ctx_size, "kv_dtype": args.kv_dtype}
+    how = {**execution(args), "context": args.ctx_size}
     with load_model(notes, args.model, **how) as llama:
         vectors = llama.embed(texts, args.pooling, not args.no_normalize)
     notes.show()

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 
-from npllama.commands.terminal import Notes, add_execution, load_model, put, text, whole
+from npllama.commands.terminal import Notes, add_execution, execution, load_model, put, text, whole
 from npllama.commands.texts import argument_bytes, decoded
 from npllama.errors import UsageError
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     options = [decoded(argument_bytes(one), "a continuation", False) for one in args.continuations]
     if not options:
         raise UsageError("no continuation was given; one or more are needed behind -p PROMPT.")
-    how = {"backend": args.backend, "threads": args.threads, "context": args.ctx_size, "kv_dtype": args.kv_dtype}
+    how = {**execution(args), "context": args.ctx_size}
     with load_model(notes, args.model, **how) as llama:
         found = llama.rank(prompt, options, args.normalize)
         pieces = {i: llama.tokenizer.piece(i).decode("utf-8", "replace") for one in found for i in one.score.tokens}

@@ -85,7 +85,8 @@ class Session(Closing):
     """
 
     def __init__(self, llm: Host, rules: Rules, ids: Iterable[int] = (), saved: Saved | None = None) -> None:
-        self._llm, self._rules = llm, rules
+        self._llm = llm
+        self.rules = rules
         self._ids = list(ids)
         self._saved = saved  # where its keys and values are, until they are needed first
         self._forked = 0
@@ -104,7 +105,7 @@ class Session(Closing):
     @property
     def seed(self) -> int:
         """The seed of its draws."""
-        return self._rules.seed
+        return self.rules.seed
 
     # ------------------------------------------------------------ one user at a time
 
@@ -133,7 +134,7 @@ class Session(Closing):
         """The scheduler in whose pool the session's blocks rest: another one in a forked process."""
         scheduler = self._llm.runtime.scheduler
         if scheduler is not self._scheduler:
-            self._scheduler, self._rest = scheduler, Resting(self._rules.window, self._rules.n_sink)
+            self._scheduler, self._rest = scheduler, Resting(self.rules.window, self.rules.n_sink)
         return scheduler
 
     # ------------------------------------------------------------ the text
@@ -151,7 +152,7 @@ class Session(Closing):
                 check_kind(text)
                 ids = checked_ids(text, self._llm.config.vocab_size, bos, eos) if len(text) else []
             n, context = len(self._ids) + len(ids), self._llm.context
-            if self._rules.context_policy == "stop" and n > context:
+            if self.rules.context_policy == "stop" and n > context:
                 raise ContextError(
                     f"the session has {len(self._ids)} tokens and {len(ids)} more do not fit, the context holds "
                     f"{context}; rewind it, load the model with a larger context, or use context_policy='slide'."
@@ -159,10 +160,13 @@ class Session(Closing):
             self._add(ids)
 
     def _encoded(self, text: str, bos: bool | None, eos: bool | None) -> list[int]:
+        """The ids of a text behind what there is: with BOS only at the very beginning, without a space in front."""
         tokenizer = self._llm.tokenizer
         if not self._ids:
             return tokenizer.encode(text, bos, eos)
-        return tokenizer.encode(text, bool(bos), eos)
+        start = tokenizer.control_ids.issuperset(self._ids)
+        inside = not bos and self._ids[-1] not in tokenizer.control_ids
+        return tokenizer.encode(text, bool(bos), eos, start, inside)
 
     def _add(self, ids: Iterable[int]) -> None:
         self._ids.extend(ids)
@@ -192,7 +196,7 @@ class Session(Closing):
             raise UsageError(f"fork({k!r}): needs how many sessions, 1 to {MAX_FORKS}.")
         with self._using():
             seeds = [self._seed_of(self._forked + i) for i in range(number)]
-            forks = [Session(self._llm, replace(self._rules, seed=seed), self._ids, self._saved) for seed in seeds]
+            forks = [Session(self._llm, replace(self.rules, seed=seed), self._ids, self._saved) for seed in seeds]
             self._forked += number
             scheduler = self._home()
             with scheduler.between_steps():
@@ -247,13 +251,13 @@ class Session(Closing):
         if wrong := [name for name in given if name in OWN]:
             raise UsageError(f"{wrong[0]}= is no option of a session's call: {OWN[wrong[0]]}.")
         seed = self.seed if given.get("seed") in (None, -1) else given["seed"]
-        return {**given, "seed": seed, "context_policy": self._rules.context_policy, "n_keep": self._rules.n_keep}
+        return {**given, "seed": seed, "context_policy": self.rules.context_policy, "n_keep": self.rules.n_keep}
 
     def _read(self) -> np.ndarray:
         """Have all ids read; the logits of the last one."""
         if self._logits is None:
             prompt = self._prompt()
-            job = LogitsJob(list(prompt), self._rules.window, self._rules.n_sink, last=True, rest=prompt.rest)
+            job = LogitsJob(list(prompt), self.rules.window, self.rules.n_sink, last=True, rest=prompt.rest)
             self._llm.runtime.run([[job]])
             self._logits = job.rows[0][0]
         return self._logits
@@ -267,7 +271,7 @@ class Session(Closing):
         """
         with self._using():
             runtime, config, n = self._llm.runtime, self._llm.config, len(self._ids)
-            header = Header(runtime.facts, n_forks=self._forked, **vars(self._rules))
+            header = Header(runtime.facts, n_forks=self._forked, **vars(self.rules))
             kept = header.kept(n)
             specs = array_specs(config, runtime.facts["kv_dtype"], sum(rows for _, rows in kept))
             if not kept:
@@ -313,7 +317,7 @@ class Session(Closing):
         most = min(saved.n_positions, len(ids))
         while n < most and saved.ids[n] == ids[n]:
             n += 1
-        if self._rest.sequence is None and saved.has(seen_blocks(n, self._rules.window, self._rules.n_sink)):
+        if self._rest.sequence is None and saved.has(seen_blocks(n, self.rules.window, self.rules.n_sink)):
             self._fill(saved, ids[:n])
         self._saved = None
 
@@ -364,7 +368,7 @@ def load_session(path: str | os.PathLike[str], llm: Host) -> Session:
             f"or more."
         )
     session = llm.session(header.seed, context_policy=header.context_policy, n_keep=header.n_keep)
-    rules = session._rules
+    rules = session.rules
     if (rules.window, rules.n_sink) != (header.window, header.n_sink):
         raise ModelError(
             f"{saved.folder}: was saved with a window of {header.window} positions and {header.n_sink} that stay, "

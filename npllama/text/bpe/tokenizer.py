@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cached_property
 
 from npllama.errors import ModelError, UsageError
 from npllama.text import decoding
 from npllama.text.bpe.added import LeftmostLongest, LongestFirst
 from npllama.text.bpe.words import Words
 from npllama.text.protocol import check_text, out_of_range, special_id
-from npllama.text.vocabulary import MARK, Rules, Vocabulary, normalize
+from npllama.text.vocabulary import MARK, Rules, Vocabulary, inside_rules, normalize
 
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>\Z")
 
@@ -56,7 +58,9 @@ class BpeTokenizer:
         self._split = _Pipeline(rules)
         self._words = Words(vocabulary)
 
-    def encode(self, text: str, bos: bool | None = None, eos: bool | None = None, start: bool = True) -> list[int]:
+    def encode(
+        self, text: str, bos: bool | None = None, eos: bool | None = None, start: bool = True, inside: bool = False
+    ) -> list[int]:
         """The ids of a text, with what stands around it: see Tokenizer.encode."""
         before = self._bos if (self.add_bos if bos is None else bos) else ()
         after = self._eos if (self.add_eos if eos is None else eos) else ()
@@ -65,17 +69,26 @@ class BpeTokenizer:
                 f"{'bos' if bos and not before else 'eos'}=True: this tokenizer has no such token; leave it out."
             )
         ids: list[int] = []
-        for part in self._split(check_text(text), start):
+        way = self._inside if inside else self
+        for part in way._split(check_text(text), start):
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids.extend(self._words.ids(part))
+                ids.extend(way._words.ids(part))
         if not self.control_ids.isdisjoint(ids):
             raise ModelError(
                 "the vocabulary has a control token that this text becomes, and text never becomes one; it is "
                 "damaged: export the checkpoint again."
             )
         return [*before, *ids, *after]
+
+    @cached_property
+    def _inside(self) -> BpeTokenizer:
+        """The same vocabulary without what rules put in front of a text."""
+        rules = inside_rules(self.vocabulary.rules)
+        if rules == self.vocabulary.rules:
+            return self
+        return BpeTokenizer(replace(self.vocabulary, rules=rules), self.vocab_size, add_bos=False, add_eos=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: see Tokenizer.decode."""
