@@ -6,6 +6,7 @@ Files, in the order in which to read them:
     terminal.py    output, progress, and kinds of arguments
     texts.py       a text from an argument, a file or stdin
     generate.py    continue a text
+    batch.py       continue many texts, a JSON object a line
     export.py      checkpoint to model directory
     info.py        what a model is, and what this machine offers
     models.py      the models that checkpoints were exported to by themselves
