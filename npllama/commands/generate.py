@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from npllama.commands.sessions import add_session, check_session, continuing
+from npllama.commands import batch
+from npllama.commands.sessions import add_session, check_session, continuing, policy_of
 from npllama.commands.terminal import (
     Choices,
     Notes,
@@ -21,6 +23,7 @@ from npllama.commands.terminal import (
     whole,
 )
 from npllama.commands.texts import PROMPTS, add_text, argument_bytes, decoded, prompt_of
+from npllama.errors import UsageError
 from npllama.options import OPTIONS, SamplingOptions
 
 if TYPE_CHECKING:
@@ -61,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_execution(parser)
     add("--echo", action="store_true", help="print the prompt too")
     add("--json", action="store_true", help="print one JSON object at the end")
+    add(
+        "--jsonl", action="store_true", help="read JSON objects, one a line, from -f FILE or stdin, and print one for "
+        'each: {"prompt": TEXT} or {"ids": [...]}, with options of Llama.stream that differ from those given here'
+    )  # fmt: skip
+    add("--unordered", action="store_true", help="with --jsonl: print as texts finish, not in the order of the lines")
 
 
 def _add_prompt(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +108,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Load, read the prompt, generate."""
     check_session(args)
-    prompt = prompt_of(args)  # what is wrong with the arguments is said before anything is loaded
+    source = _lines_of(args)  # what is wrong with the arguments is said before anything is loaded
+    prompt = prompt_of(args) if source is None else ""
     stops = [decoded(argument_bytes(stop), "--stop", args.escape) for stop in args.stop]
     given: dict[str, Any] = {option.name: getattr(args, option.name) for option in OPTIONS}
     SamplingOptions().changed(given)
@@ -110,6 +119,9 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     how = {**execution(args), "context": args.ctx_size}
     with load_model(notes, args.model, dtype=args.dtype, **how) as llama:
         load_s = time.perf_counter() - started
+        if source is not None:
+            defaults = {"max_tokens": args.max_tokens, **policy_of(args), **given, **options}
+            return batch.run(llama, source, defaults, not args.unordered, notes)
         with continuing(llama, prompt, args, {**given, **options}) as stream:
             complete = _follow(stream, notes, shown=not args.json)
         if args.json:
@@ -117,6 +129,23 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
         put("\n")
         say(_statistics(stream.result))
     return 0 if complete else INTERRUPTED
+
+
+def _lines_of(args: argparse.Namespace) -> str | None:
+    """The file of lines for --jsonl, "-" for stdin; None for one prompt."""
+    if not args.jsonl:
+        if args.unordered:
+            raise UsageError("--unordered is for many texts; give --jsonl with it.")
+        return None
+    if args.session is not None:
+        raise UsageError("--jsonl and --session do not go together; leave one out.")
+    if args.json or args.escape:
+        raise UsageError(f"--jsonl and {'--json' if args.json else '--escape'} do not go together; leave one out.")
+    if args.prompt or args.prompt_argument not in (None, "-") or len(args.file) > 1:
+        raise UsageError("--jsonl reads its prompts from one file, -f FILE, or from stdin; leave other prompts out.")
+    if not args.file and args.prompt_argument is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise UsageError("--jsonl needs lines; give them with -f FILE, or through stdin.")
+    return args.file[0] if args.file else "-"
 
 
 def _follow(stream: Stream | SessionStream, notes: Notes, shown: bool) -> bool:
