@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from npllama.config import ModelConfig
 from npllama.errors import ContextError, UsageError, quote, whole_number
 from npllama.execution.engine import Engine
 from npllama.generation.chunks import Sight, chunk_tokens
-from npllama.generation.completion import Completion, Model, PromptProgress
+from npllama.generation.completion import Completion, PromptProgress
 from npllama.generation.handles import AsyncStream, ChatStream, Handle, Stream
 from npllama.generation.jobs import Continued, LogitsJob
 from npllama.generation.requests import Progress as ReadProgress
@@ -31,9 +31,10 @@ from npllama.generation.requests import (
 )
 from npllama.generation.results import ChatResult, Piece, Result, Usage
 from npllama.generation.runtime import Runtime
+from npllama.generation.sampling.sampler import Model
 from npllama.generation.scores import Scores
 from npllama.generation.sessions.session import Rules, Session, load_session
-from npllama.options import SamplingOptions
+from npllama.options import BASIC, MoreOptions, SamplingOptions
 from npllama.store.direct import open_source
 from npllama.store.opening import OpenModel, Progress
 from npllama.store.tokenizers import open_tokenizer
@@ -41,6 +42,9 @@ from npllama.system.closing import Closing
 from npllama.text.chat.encoding import chat_prompt, checked_format
 from npllama.text.chat.formats import FORMATS
 from npllama.text.protocol import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "DEMO",
@@ -123,27 +127,23 @@ class Llama(Scores, Closing):
         n_keep: int = 0,
         max_time_s: float | None = None,
         progress: ReadProgress | None = None,
-        max_new_tokens: int | None = None,
-        repetition_penalty: float | None = None,
+        **more: Unpack[MoreOptions],
     ) -> Result | list[Result] | list[list[Result]]:
         """Continue a prompt, or each of a list of prompts (a list of results, in order).
 
         prompt: text (which gets BOS and EOS as the model says, or as bos= and eos= do), or token ids (taken as they
-        are). max_tokens: None or -1 until the context is full, 0 reads the prompt only. temperature 0 is greedy; the
-        sampling order is repetition penalty (over the last 64 tokens), top-k, top-p, min-p, temperature; those left out
-        (None) come from sampling: "default", "model" (what its makers suggest), or SamplingOptions. seed None: random,
-        see Result.seed. stop: texts that end the generation and are not returned. padding_ids: ids beyond the
-        tokenizer's pieces may come too. n: completions of each prompt, which is read once (a list of results).
-        context_policy: "stop" where the context is full, or "slide": the text goes on, of which the last positions and
-        n_keep first ones (at least 4) stay in sight. max_time_s: seconds after which texts end as they are ("time").
-        progress(tokens read, tokens of all prompts, seconds) is called while prompts are read; when it returns False,
-        all ends ("cancelled"). max_new_tokens and repetition_penalty are other names.
-        Raises UsageError for values out of range, ContextError for a prompt that does not fit.
+        are). max_tokens: None or -1 until the context is full, 0 reads the prompt only. temperature 0 is greedy.
+        Options of sampling (more of them: options.MoreOptions) that are left out (None) come from sampling: "default",
+        "model" (what its makers suggest), or SamplingOptions. seed None: random, see Result.seed. stop: texts that end
+        the generation and are not returned. padding_ids: ids beyond the tokenizer's pieces may come too. n: completions
+        of each prompt, which is read once (a list of results). context_policy: "stop" where the context is full, or
+        "slide": the last positions and n_keep first ones (at least 4) stay in sight. max_time_s: seconds after which
+        texts end as they are ("time"). progress(tokens read, tokens of all prompts, seconds) is called while prompts
+        are read; False ends all ("cancelled"). Raises UsageError, ContextError.
         """
-        given, aliases = (temperature, top_k, top_p, min_p, repeat_penalty), (max_new_tokens, repetition_penalty)
-        source = (sampling, self._opened.sampling)
-        request = new_request(
-            *(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases),
+        basic = (temperature, top_k, top_p, min_p, repeat_penalty)
+        request = self._request(
+            *(max_tokens, basic, more, sampling, seed, stop, echo, bos, eos, padding_ids),
             *(n, context_policy, n_keep, max_time_s, progress),
         )
         one = is_one(prompt)
@@ -153,9 +153,15 @@ class Llama(Scores, Closing):
             PromptProgress(request.progress, groups)
         self.runtime.run(groups)
         results = [[job.result for job in group] for group in groups]
-        if request.n == 1:
-            return results[0][0] if one else [group[0] for group in results]
-        return results[0] if one else results
+        found: list[Any] = [group[0] for group in results] if request.n == 1 else results
+        return found[0] if one else found
+
+    def _request(
+        self, max_tokens: int | None, basic: tuple[Any, ...], more: MoreOptions, sampling: Any, *others: Any
+    ) -> Request:
+        """The checked options of a call: the basic ones of sampling, those beyond them, and what new_request takes."""
+        given: dict[str, Any] = {**dict(zip(BASIC, basic, strict=True)), **more}
+        return new_request(max_tokens, given, (sampling, self._opened.sampling), *others)
 
     def _completions(self, prompt: Prompt, request: Request, first: int, streamed: bool = False) -> list[Completion]:
         """The completions of one prompt that a request asks for, from index `first` on; the others follow the first."""
@@ -201,17 +207,15 @@ class Llama(Scores, Closing):
         n_keep: int = 0,
         max_time_s: float | None = None,
         progress: ReadProgress | None = None,
-        max_new_tokens: int | None = None,
-        repetition_penalty: float | None = None,
+        **more: Unpack[MoreOptions],
     ) -> Stream:
         """Like `generate` for one prompt, piece by piece as they come: an iterator of Piece with a `.result`.
 
         The texts of the pieces, joined, are the text that `generate` returns.
         """
-        given, aliases = (temperature, top_k, top_p, min_p, repeat_penalty), (max_new_tokens, repetition_penalty)
-        source = (sampling, self._opened.sampling)
-        request = new_request(
-            *(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases),
+        basic = (temperature, top_k, top_p, min_p, repeat_penalty)
+        request = self._request(
+            *(max_tokens, basic, more, sampling, seed, stop, echo, bos, eos, padding_ids),
             *(1, context_policy, n_keep, max_time_s, progress),
         )
         if not is_one(prompt):

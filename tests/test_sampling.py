@@ -11,8 +11,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from npllama.errors import ModelError, UsageError
-from npllama.generation import sampling
-from npllama.generation.sampling import Allowed, candidates, sample, uniform
+from npllama.generation.sampling import basic as sampling
+from npllama.generation.sampling.basic import Allowed, candidates, sample, uniform
 from npllama.options import SamplingOptions
 
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}

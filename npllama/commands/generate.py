@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from npllama.commands import batch
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from npllama.inference import Llama, Result, Stream
 
 NAME = "generate"
-TEXTS = {**PROMPTS, "--stop": "--stop"}
+OTHER_TEXTS = {name: name for name in ("--stop", "--bad-word", "--dry-sequence-breaker")}
+TEXTS = {**PROMPTS, **OTHER_TEXTS}
 """Options whose value is text, also where it begins with a dash, and their long names."""
 SUMMARY = "continue a text"
 INTERRUPTED = 130
@@ -95,14 +98,40 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     """The options of sampling, and where those that are not given come from."""
     add = parser.add_argument
     for option in OPTIONS:
-        flag, letter, help = option.metadata["flag"]
-        kind = whole(-1, 2**31) if isinstance(option.default, int) else float
-        add(flag, dest=option.name, metavar=letter, type=kind, help=help)
+        how: dict[str, Any] = dict(option.metadata["argument"])
+        if isinstance(option.default, bool):
+            how["action"] = "store_true"
+        elif isinstance(option.default, tuple) and option.name != "samplers":
+            how |= {"action": "append", "type": bias if option.name == "logit_bias" else text}
+        elif isinstance(option.default, (int, float)):
+            how["type"] = whole(-1, 2**31) if how.pop("whole") else float
+        add(*option.metadata["flags"], dest=option.name, default=None, **how)
     add(
         "--sampling", choices=("default", "model"), default="default", help="where the options above come from if they "
         "are not given: npllama's defaults, or what the model's makers suggest (see npllama info MODEL)"
     )  # fmt: skip
     add("-s", "--seed", metavar="N", type=whole(-1), default=None, help="seed of the draws (default: random)")
+
+
+def sampling_of(args: argparse.Namespace, escape: bool = False) -> dict[str, Any]:
+    """The options of sampling that were given, None for the others. Raises UsageError for what cannot be."""
+    given: dict[str, Any] = {option.name: getattr(args, option.name) for option in OPTIONS}
+    for name in ("bad_words", "dry_sequence_breakers"):
+        if given[name] is not None:
+            given[name] = [decoded(argument_bytes(one), name, escape) for one in given[name]]
+    if given["dry_sequence_breakers"] == ["none"]:  # as llama.cpp has it
+        given["dry_sequence_breakers"] = []
+    SamplingOptions().changed(given)
+    return given
+
+
+def bias(argument: str) -> tuple[int, float]:
+    """A type of argument: an id and what is added to its logit, with a sign between them, as in llama.cpp."""
+    found = re.fullmatch(r"(\d{1,9})([+-](?:inf|[0-9.]+(?:e[+-]?\d+)?))", argument)
+    with suppress(ValueError):
+        if found:
+            return int(found[1]), float(found[2])
+    raise argparse.ArgumentTypeError(f"{argument!r} is no bias; ID+NUMBER or ID-NUMBER is needed, as 15043-1.5")
 
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
@@ -111,8 +140,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     source = _lines_of(args)  # what is wrong with the arguments is said before anything is loaded
     prompt = prompt_of(args) if source is None else ""
     stops = [decoded(argument_bytes(stop), "--stop", args.escape) for stop in args.stop]
-    given: dict[str, Any] = {option.name: getattr(args, option.name) for option in OPTIONS}
-    SamplingOptions().changed(given)
+    given = sampling_of(args, args.escape)
     options: dict[str, Any] = {"seed": args.seed, "stop": stops, "echo": args.echo, "sampling": args.sampling}
     options |= {"bos": args.bos, "eos": args.eos, "padding_ids": args.padding_ids}
     started = time.perf_counter()

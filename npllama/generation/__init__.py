@@ -5,7 +5,7 @@ Files, in the order in which to read them:
     requests.py    the options of one call, checked
     results.py     what comes back: pieces, and the result
     chunks.py      how a long prompt is cut into calls
-    sampling.py    from logits to the next id; the order of the steps
+    sampling/      from logits to the next id
     streaming.py   stop strings in a text that comes in pieces
     pool.py        who has which blocks of the cache: sharing, forks, beginnings that are found again
     jobs.py        ids that go through the model, and who takes the logits
@@ -16,9 +16,4 @@ Files, in the order in which to read them:
     sessions/      texts that go on over several calls, and on disk
     runtime.py     the pool and the scheduler of an open model
     handles.py     generations under way, as their owners hold them: streams, handles
-
-A new way to sample is a field of `options.SamplingOptions` (with it the command line has an option), its step in
-`sampling.candidates`, or in `sampling._truncated` where it leaves ids out, and a parameter of `Llama.generate` and
-`Llama.stream` in inference.py. Model directories keep the options that a checkpoint suggests
-(`store/text_rules.suggested_sampling`): a field that is written there needs a new format version (version.py).
 """

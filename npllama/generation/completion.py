@@ -7,31 +7,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
 
 import numpy as np
 
-from npllama.config import ModelConfig
-from npllama.execution.top_k import Search
 from npllama.generation.jobs import Job
 from npllama.generation.requests import Progress, Request
 from npllama.generation.results import Piece, Result, Usage
-from npllama.generation.sampling import PENALTY_WINDOW, Allowed, sample
+from npllama.generation.sampling.sampler import Model, Sampler
 from npllama.generation.streaming import StopStrings
 from npllama.text.decoding import StreamDecoder
-from npllama.text.protocol import Tokenizer
 
 MAX_UNREAD = 32
 """Pieces that a stream computes before somebody reads them."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What a completion needs to know of the model."""
-
-    config: ModelConfig
-    tokenizer: Tokenizer
-    search: Search
 
 
 class PromptProgress:
@@ -76,15 +63,12 @@ class Completion(Job):
         streamed: bool = False,
     ) -> None:
         super().__init__(list(ids), window, n_sink)
-        self._model, self._request, self._index = model, request, index
+        self._request, self._index = request, index
         self.streamed = streamed
         self._max_tokens, self._n_prompt = max_tokens, len(ids)
         self.received = self._n_prompt - 1
-        config, tokenizer = model.config, model.tokenizer
-        self._ends = {*config.eos_token_ids, config.bos_token_id, tokenizer.bos_id}
-        n_ids = config.vocab_size if request.padding_ids else tokenizer.n_pieces
-        self._allowed = Allowed(n_ids, config.eos_token_ids)
-        self._decoder, self._stops = StreamDecoder(tokenizer), StopStrings(request.stop)
+        self._sampler = Sampler(model, request.sampling, request.padding_ids, len(ids), request.logits_processor)
+        self._decoder, self._stops = StreamDecoder(model.tokenizer), StopStrings(request.stop)
         self.pieces: deque[Piece] = deque()
         self._text: list[str] = []
         self._tokens: list[int] = []
@@ -96,7 +80,7 @@ class Completion(Job):
 
     def end_at(self, ids: Iterable[int]) -> None:
         """End at these ids too."""
-        self._ends.update(ids)
+        self._sampler.ends.update(ids)
 
     def begin(self) -> None:
         """The clock starts; the prompt's own text comes first where it is asked for."""
@@ -130,8 +114,8 @@ class Completion(Job):
         if not self._read_at:
             self._read_at = self._last_at = now
         if len(self._tokens) < self._max_tokens:
-            token = self._sampled(logits[0])
-            if token in self._ends:
+            token = self._sampler.next_id(logits[0], self.ids, self._request.seed, self._index)
+            if token in self._sampler.ends:
                 self._finish("stop")
                 return
             self.ids.append(token)
@@ -145,12 +129,6 @@ class Completion(Job):
                 return
         if len(self._tokens) >= self._max_tokens:
             self._finish("length")
-
-    def _sampled(self, logits: np.ndarray) -> int:
-        allowed, request = self._allowed, self._request
-        recent = allowed.indices(self.ids[-PENALTY_WINDOW:])
-        drawn = request.sampling, request.seed, self._index, len(self.ids)
-        return allowed.id(sample(allowed.logits(logits), recent, *drawn, self._model.search))
 
     def _finish(self, reason: str) -> None:
         """The text that was held back comes, now that no id follows; it too ends at a stop string."""

@@ -10,7 +10,8 @@ from numbers import Real
 from typing import Any
 
 from npllama.errors import UsageError, quote, whole_number
-from npllama.generation.sampling import SEEDS
+from npllama.generation.sampling.basic import SEEDS
+from npllama.generation.sampling.sampler import LogitsProcessor
 from npllama.generation.streaming import stop_texts
 from npllama.options import OPTIONS, SamplingOptions, chosen_sampling
 
@@ -39,6 +40,7 @@ class Request:
     n_keep: int = 0
     max_time_s: float | None = None
     progress: Progress | None = None
+    logits_processor: LogitsProcessor | None = None
 
 
 def is_one(prompt: object) -> bool:
@@ -139,9 +141,15 @@ def _checked_progress(progress: Progress | None) -> Progress | None:
     return progress
 
 
+def _checked_processor(processor: LogitsProcessor | None) -> LogitsProcessor | None:
+    if processor is not None and not callable(processor):
+        raise UsageError(f"logits_processor={quote(processor)}: needs a function of (ids, logits) that gives logits.")
+    return processor
+
+
 def new_request(
     max_tokens: int | None,
-    given: tuple[float | None, ...],
+    given: dict[str, Any],
     source: tuple[str | SamplingOptions, SamplingOptions | None],
     seed: int | None,
     stop: str | Sequence[str] | None,
@@ -149,7 +157,6 @@ def new_request(
     bos: bool | None,
     eos: bool | None,
     padding_ids: bool,
-    aliases: tuple[int | None, float | None],
     n: int = 1,
     context_policy: str = "stop",
     n_keep: int = 0,
@@ -158,16 +165,21 @@ def new_request(
 ) -> Request:
     """Check the options of a call; UsageError names what is out of range.
 
-    given: the sampling options, in the order of SamplingOptions. source: where those left out (None) come from, and
-    what the model suggests. aliases: max_tokens and repeat_penalty by their other names.
+    given: the sampling options by their names, and what else MoreOptions has. source: where those left out (None) come
+    from, and what the model suggests.
     """
-    values = {option.name: value for option, value in zip(OPTIONS, given, strict=True)}
-    values["repeat_penalty"] = either(
-        "repeat_penalty", values["repeat_penalty"], None, "repetition_penalty", aliases[1]
-    )
+    processor = _checked_processor(given.pop("logits_processor", None))
+    aliases = given.pop("max_new_tokens", None), given.pop("repetition_penalty", None)
+    if unknown := sorted(given.keys() - {option.name for option in OPTIONS}):
+        raise TypeError(f"this call got an unexpected keyword argument {unknown[0]!r}")
+    penalty = either("repeat_penalty", given["repeat_penalty"], None, "repetition_penalty", aliases[1])
+    sampling = chosen_sampling(*source, {**given, "repeat_penalty": penalty})
+    n_tokens = _checked_max_tokens(either("max_tokens", max_tokens, 256, "max_new_tokens", aliases[0]))
+    if n_tokens is not None and sampling.min_tokens > n_tokens:
+        raise UsageError(f"min_tokens={sampling.min_tokens} is more than max_tokens={n_tokens}; it needs at most that.")
     return Request(
-        max_tokens=_checked_max_tokens(either("max_tokens", max_tokens, 256, "max_new_tokens", aliases[0])),
-        sampling=chosen_sampling(*source, values),
+        max_tokens=n_tokens,
+        sampling=sampling,
         seed=_checked_seed(seed),
         stop=stop_texts(stop),
         echo=bool(echo),
@@ -179,6 +191,7 @@ def new_request(
         n_keep=_checked_number("n_keep", n_keep, 0, 2**31, "how many first positions stay in sight"),
         max_time_s=_checked_time(max_time_s),
         progress=_checked_progress(progress),
+        logits_processor=processor,
     )
 
 

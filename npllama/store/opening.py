@@ -28,7 +28,7 @@ import numpy as np
 from npllama.config import ModelConfig
 from npllama.errors import ModelError, UsageError, quote
 from npllama.numbers import FORMATS, ArraySpec
-from npllama.options import OPTIONS, SamplingOptions
+from npllama.options import BASIC, SamplingOptions
 from npllama.store import tokenizers
 from npllama.store.npy import (
     AGAIN,
@@ -293,7 +293,7 @@ def suggested_sampling(path: Path, manifest: dict[str, Any]) -> SamplingOptions 
     if "sampling" not in manifest:
         return None
     values = manifest["sampling"]
-    _check_keys(path, "sampling", values, {option.name for option in OPTIONS})
+    _check_keys(path, "sampling", values, set(BASIC))
     try:
         return SamplingOptions(**values)
     except UsageError as error:

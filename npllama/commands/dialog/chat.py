@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from npllama.commands.dialog.line_editor import LineEditor
-from npllama.commands.generate import add_sampling
+from npllama.commands.generate import OTHER_TEXTS, add_sampling, sampling_of
 from npllama.commands.terminal import (
     Choices,
     Notes,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from npllama.inference import Llama
 
 NAME = "chat"
-TEXTS = {"--system": "--system", "--stop": "--stop"}
+TEXTS = {"--system": "--system", **OTHER_TEXTS}
 SUMMARY = "talk with a model"
 
 HELP = """/system [TEXT]   what the system says first; without TEXT: nothing. Begins anew
@@ -52,6 +52,10 @@ HELP = """/system [TEXT]   what the system says first; without TEXT: nothing. Be
 /quit            leave, as Ctrl-D does"""
 
 COLOURS = ("\x1b[36m", "\x1b[33m", "\x1b[0m")  # text, control tokens, neither
+
+
+SETTABLE = [option for option in OPTIONS if isinstance(option.default, (int, float)) or option.name == "samplers"]
+"""Options of sampling that /set changes: numbers, flags as 0 and 1, and the order of the steps."""
 
 
 class LeaveError(Exception):
@@ -83,8 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Load, then question by question until the input ends."""
-    given: dict[str, Any] = {option.name: getattr(args, option.name) for option in OPTIONS}
-    SamplingOptions().changed(given)
+    given = sampling_of(args)
     how = {**execution(args), "context": args.ctx_size}
     with load_model(notes, model_of(args), dtype=args.dtype, chat_format=args.chat_format, **how) as llama:
         notes.show()
@@ -248,7 +251,7 @@ class Chat:
 
     def set(self, rest: str) -> None:
         """/set NAME VALUE: one option of sampling, the seed, or the length of answers."""
-        names = {option.metadata["flag"][0].removeprefix("--"): option.name for option in OPTIONS}
+        names = {option.metadata["flags"][-1].removeprefix("--"): option.name for option in SETTABLE}
         names |= {"seed": "seed", "max-tokens": "max_tokens"}
         if not rest:
             put("".join(f"{shown} {self._shown(name)}\n" for shown, name in names.items()))
@@ -257,7 +260,7 @@ class Chat:
         name = names.get(shown)
         if name is None:
             raise UsageError(f"/set {quote(shown)}: needs one of {', '.join(names)}.")
-        changed = {**self._options, name: _number(shown, value.strip())}
+        changed = {**self._options, name: _value(name, shown, value.strip())}
         self._llama.chat(
             [{"role": "user", "content": "a"}], stream=True, **{**changed, "max_tokens": changed["max_tokens"]}
         ).close()
@@ -319,7 +322,12 @@ def has_colours(stream: Any) -> bool:
     return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def _number(shown: str, value: str) -> float | int:
+def _value(name: str, shown: str, value: str) -> float | int | str:
+    """What is meant by the text behind /set NAME."""
+    if name == "samplers":
+        return value
+    if name == "ignore_eos" and value in ("0", "1"):
+        return value == "1"
     try:
         return int(value) if value.lstrip("-").isdigit() else float(value)
     except ValueError:

@@ -32,7 +32,7 @@ from npllama.config import ModelConfig
 from npllama.errors import ModelError, UsageError, quote
 from npllama.generation.pool import seen_blocks
 from npllama.generation.requests import POLICIES
-from npllama.generation.sampling import SEEDS
+from npllama.generation.sampling.basic import SEEDS
 from npllama.numbers import ArraySpec
 from npllama.store.npy import Whole, map_array, npy_header, read_small
 from npllama.store.staging import staged, sync_file, target_path

@@ -115,21 +115,27 @@ def sample(
     if not 0 <= seed < SEEDS:
         raise UsageError(f"seed={quote(seed)}: needs a whole number from 0 to 2^64 - 1.")
     ids, weights = candidates(logits, recent, options, search)
-    if len(ids) == 1:
-        return int(ids[0])
+    return int(ids[drawn(weights, seed, completion, position)])
+
+
+def drawn(weights: np.ndarray, seed: int, completion: int, position: int) -> int:
+    """An index, drawn in proportion to the weights (C,) with the number of a position."""
+    if len(weights) == 1:
+        return 0
     below = weights.cumsum()
     # The number is at most 1 - 2^-53, so its product with the sum stays below the sum, also when rounded.
-    return int(ids[below.searchsorted(uniform(seed, completion, position) * below[-1], side="right")])
+    return int(below.searchsorted(uniform(seed, completion, position) * below[-1], side="right"))
 
 
-def uniform(seed: int, completion: int, position: int) -> float:
+def uniform(seed: int, completion: int, position: int, draw: int = 0) -> float:
     """A multiple of 2^-53 from [0, 1): the Philox 4x64-10 block of key (seed, completion) at counter position.
 
+    draw: which of several numbers of a position.
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3; NumPy's Philox steps the
     counter before its first block.
     """
     with _DRAWING:
-        _KEY[0], _KEY[1], _COUNTER[0] = seed, completion, position
+        _KEY[0], _KEY[1], _COUNTER[0], _COUNTER[1] = seed, completion, position, draw
         _PHILOX.state = _STATE
         raw = _PHILOX.random_raw()
     return float(raw >> 11) * 2.0**-53

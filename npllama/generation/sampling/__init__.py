@@ -1,0 +1,13 @@
+"""From logits to the next id.
+
+Files, in the order in which to read them:
+
+    basic.py    the basic options, fast; the random numbers
+    chain.py    every step of sampling, in any order
+    sampler.py  one text's sampling: which ids may come, and what is carried from one to the next
+
+A new way to sample is a field of `options.SamplingOptions` (with it the command line has an option) and of
+`options.MoreOptions`, and its step in `chain.STEPS` with its name in `options.SAMPLERS`. Model directories keep the
+basic options that a checkpoint suggests (`store/text_rules.suggested_sampling`): a field that is written there needs a
+new format version (version.py).
+"""

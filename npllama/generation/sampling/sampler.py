@@ -1,0 +1,200 @@
+"""One text's sampling: which ids may come, the steps, and what is carried from one id to the next."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from npllama.config import ModelConfig
+from npllama.errors import UsageError, quote
+from npllama.execution.top_k import Search, check_finite
+from npllama.generation.sampling.basic import PENALTY_WINDOW, Allowed, drawn, sample, uniform
+from npllama.generation.sampling.chain import Candidates, Situation, next_mu, through_steps, unsurprising
+from npllama.options import SamplingOptions
+from npllama.text.protocol import Tokenizer
+
+LogitsProcessor = Callable[[list[int], np.ndarray], np.ndarray]
+"""Called with the ids so far and the logits (V,) of the next, its own to change; gives logits, -inf for never."""
+
+
+class Pieces:
+    """What each id adds to a text, for questions about all of them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __getitem__(self, token: int) -> bytes:
+        return self._tokenizer.piece(token)
+
+    @cached_property
+    def _sorted(self) -> tuple[list[bytes], np.ndarray]:
+        """The pieces in order, and the id of each."""
+        pieces = [self._tokenizer.piece(i) for i in range(self._tokenizer.n_pieces)]
+        order = sorted(range(len(pieces)), key=pieces.__getitem__)
+        return [pieces[i] for i in order], np.array(order, dtype=np.int64)
+
+    def beginning_with(self, data: bytes) -> np.ndarray:
+        """The ids whose piece begins with some bytes."""
+        pieces, ids = self._sorted
+        first = bisect_left(pieces, data)
+        return ids[first : bisect_right(pieces, data, lo=first, key=lambda piece: piece[: len(data)])]
+
+    def holding(self, data: bytes) -> np.ndarray:
+        """The ids whose piece has some bytes in it."""
+        pieces, ids = self._sorted
+        return ids[[i for i, piece in enumerate(pieces) if data in piece]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What sampling and text need to know of the model."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    search: Search
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        return Pieces(self.tokenizer)
+
+
+class BadWords:
+    """Which ids would complete a text that must not be written, however it is cut into ids."""
+
+    def __init__(self, words: Iterable[str], pieces: Pieces) -> None:
+        self._pieces = pieces
+        self._words = [word.encode() for word in words]
+        self._always = _joined([pieces.holding(word) for word in self._words])
+        self._reach = max(map(len, self._words), default=0) - 1
+
+    def next(self, written: Sequence[int]) -> np.ndarray:
+        """The ids that must not come after what was written."""
+        tail = b""
+        for token in reversed(written):
+            if len(tail) >= self._reach:
+                break
+            tail = self._pieces[token] + tail
+        begun = [(word, n) for word in self._words for n in range(1, len(word)) if tail.endswith(word[:n])]
+        return _joined([self._always, *(self._pieces.beginning_with(word[n:]) for word, n in begun)])
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    """What is carried from one id to the next beside the ids: mirostat's mu. It can be kept, and given back."""
+
+    mu: float
+
+
+class Sampler:
+    """Chooses the ids of one text. Besides the ids so far and the state, nothing that came before has a say.
+
+    padding_ids: ids beyond the tokenizer's pieces may come too. n_prompt: how many of the ids are not generated. ends:
+    the ids that end the text; a caller may add some.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        options: SamplingOptions,
+        padding_ids: bool,
+        n_prompt: int,
+        processor: LogitsProcessor | None = None,
+    ) -> None:
+        self._model, self._options, self._n_prompt, self._processor = model, options, n_prompt, processor
+        n_ids = model.config.vocab_size if padding_ids else model.tokenizer.n_pieces
+        self._allowed = Allowed(n_ids, model.config.eos_token_ids)
+        named = (*model.config.eos_token_ids, model.config.bos_token_id, model.tokenizer.bos_id)
+        self.ends = {i for i in named if i is not None}
+        self._basic = options.is_basic and processor is None
+        self._bad_words = BadWords(options.bad_words, model.pieces) if options.bad_words else None
+        self._breakers = [text.encode() for text in options.dry_sequence_breakers]
+        self.state = SamplerState(mu=2 * options.mirostat_tau)
+        over = [i for i, _ in options.logit_bias if i >= model.config.vocab_size]
+        if over:
+            raise UsageError(f"logit_bias has the id {over[0]}; this model has 0 to {model.config.vocab_size - 1}.")
+
+    def next_id(self, logits: np.ndarray, ids: list[int], seed: int, completion: int) -> int:
+        """The next id of a text, whose logits (V,) float32 are given.
+
+        Raises ModelError for logits that are not finite, UsageError where no id is left or logits_processor fails.
+        """
+        key, allowed = (seed, completion, len(ids)), self._allowed
+        if self._basic:
+            recent = allowed.indices(ids[-PENALTY_WINDOW:])
+            return allowed.id(sample(allowed.logits(logits), recent, self._options, *key, self._model.search))
+        check_finite(logits)
+        values = allowed.logits(self._biased(logits, ids))
+        left = np.flatnonzero(values > -np.inf)
+        if not len(left):
+            raise UsageError(
+                "no token is left that may come next: bad_words, logit_bias, min_tokens, ignore_eos or "
+                "logits_processor forbid all of them; forbid fewer."
+            )
+        at = Situation(
+            *(self._options, allowed.indices(ids), lambda: uniform(*key, draw=1)),
+            *(lambda index: self._breaks(self._piece(index)), self._unbroken),
+        )
+        chosen = through_steps(Candidates(left, values[left]), at)
+        return allowed.id(self._draw(chosen, key))
+
+    def _draw(self, chosen: Candidates, key: tuple[int, int, int]) -> int:
+        if self._options.mirostat == 0:
+            return int(chosen.ids[drawn(chosen.weights, *key)])
+        chosen = unsurprising(chosen, self.state.mu)
+        index = drawn(chosen.weights, *key)
+        self.state = replace(self.state, mu=next_mu(self.state.mu, chosen.probabilities[index], self._options))
+        return int(chosen.ids[index])
+
+    def _biased(self, logits: np.ndarray, ids: list[int]) -> np.ndarray:
+        """The logits (V,) float64 with what a caller adds to them; -inf for what must not come."""
+        processor = self._processor
+        values = logits.astype(np.float64) if processor is None else _processed(processor, ids, logits)
+        for i, bias in self._options.logit_bias:
+            values[i] += bias
+        if self._options.ignore_eos or len(ids) - self._n_prompt < self._options.min_tokens:
+            values[list(self.ends)] = -np.inf
+        if self._bad_words is not None:
+            values[self._bad_words.next(ids[self._n_prompt :])] = -np.inf
+        return values
+
+    def _piece(self, index: int) -> bytes:
+        """The bytes of an id, given by its index among the allowed ones."""
+        return self._model.pieces[self._allowed.id(index)]
+
+    def _breaks(self, text: bytes) -> bool:
+        return any(breaker in text for breaker in self._breakers)
+
+    def _unbroken(self, indices: Sequence[int], most: int) -> int:
+        """How many of the last ids, at most so many, have no sequence breaker of dry in their joined text."""
+        longest = max(map(len, self._breakers), default=1)
+        text = b""
+        for n, index in enumerate(reversed(indices)):
+            text = self._piece(index) + text[: longest - 1]
+            if n == most or self._breaks(text):
+                return n
+        return len(indices)
+
+
+def _joined(ids: list[np.ndarray]) -> np.ndarray:
+    return np.unique(np.concatenate(ids)) if ids else np.empty(0, np.int64)
+
+
+def _processed(processor: LogitsProcessor, ids: list[int], logits: np.ndarray) -> np.ndarray:
+    """What a caller's function makes of the logits, as float64. Raises UsageError for what it must not give."""
+    try:
+        found = np.asarray(processor(list(ids), logits.copy()))
+    except Exception as error:
+        raise UsageError(
+            f"logits_processor raised {type(error).__name__}: {quote(str(error))}; it must give the logits."
+        ) from error
+    kind, shape = found.dtype.kind, found.shape
+    if kind not in "fiu" or shape != logits.shape or np.isnan(found).any() or (found == np.inf).any():
+        raise UsageError(
+            f"logits_processor gave {found.dtype} of shape {shape}, or NaN or infinity; real numbers of shape "
+            f"{logits.shape} are needed, -inf for what must not come."
+        )
+    return found.astype(np.float64)

@@ -1,0 +1,663 @@
+"""Every step of sampling against its formula by definition; draws against their probabilities; what may not come."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import TINY, write_model_directory
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import npllama
+from npllama.errors import ModelError, UsageError
+from npllama.execution.top_k import top_k
+from npllama.generation.sampling import chain
+from npllama.generation.sampling.basic import candidates
+from npllama.generation.sampling.chain import Candidates, Situation, repetitions, through_steps
+from npllama.generation.sampling.sampler import Model, Sampler, SamplerState
+from npllama.options import OFF, OPTIONS, SAMPLERS, MoreOptions, SamplingOptions
+
+EDGE = 1e-9  # examples that rounding decides at the edge of a cut are left out
+LOGITS = st.lists(st.integers(-40, 40).map(lambda n: n / 8), min_size=1, max_size=30).map(np.array)
+Left = dict[int, float]
+"""Ids that are left, the best first where a step sorts, and their logits."""
+
+
+def situation(history: list[int] | None = None, chance: float = 0.5, **options: Any) -> Situation:
+    """What steps look at; the ids 3 and 7 hold a sequence breaker."""
+
+    def unbroken(ids: list[int], most: int) -> int:
+        broken = [n for n, v in enumerate(reversed(ids)) if v in (3, 7)]
+        return min([most, *broken])
+
+    at = dataclasses.replace(OFF, **options)
+    return Situation(at, history or [], lambda: chance, lambda v: v in (3, 7), unbroken)
+
+
+def candidates_of(logits: np.ndarray) -> Candidates:
+    return Candidates(np.arange(len(logits)), np.asarray(logits, np.float64))
+
+
+def applied(step: Callable[[Candidates, Situation], Candidates], logits: np.ndarray, at: Situation) -> Left:
+    found = step(candidates_of(logits), at)
+    return dict(zip(found.ids.tolist(), found.logits.tolist(), strict=True))
+
+
+def softmax(left: Left) -> Left:
+    best = max(left.values())
+    weights = {v: math.exp(l - best) for v, l in left.items()}
+    total = math.fsum(weights.values())
+    return {v: w / total for v, w in weights.items()}
+
+
+def best_first(left: Left) -> list[int]:
+    return sorted(left, key=lambda v: (-left[v], v))
+
+
+def all_of(logits: np.ndarray) -> Left:
+    return dict(enumerate(map(float, logits)))
+
+
+def same(found: Left, expected: Left) -> None:
+    assert sorted(found) == sorted(expected)
+    assert [found[v] for v in sorted(found)] == pytest.approx(
+        [expected[v] for v in sorted(found)], rel=1e-12, abs=1e-12
+    )
+
+
+# ---------------------------------------------------------------- steps by definition
+
+
+@given(logits=LOGITS, n=st.sampled_from([0.1, 0.5, 1.0, 2.5, 0.0, -1.0]))
+def test_top_n_sigma(logits: np.ndarray, n: float) -> None:
+    left = all_of(logits)
+    mean = math.fsum(left.values()) / len(left)
+    border = max(left.values()) - n * math.sqrt(math.fsum((l - mean) ** 2 for l in left.values()) / len(left))
+    assume(all(abs(l - border) > EDGE for l in left.values()) or n <= 0)
+    expected = {v: l for v, l in left.items() if l >= border} if n > 0 else left
+    same(applied(chain.top_n_sigma, logits, situation(top_n_sigma=n)), expected)
+
+
+@given(logits=LOGITS, p=st.sampled_from([0.0, 0.2, 0.5, 0.9, 0.999, 1.0]))
+def test_typical_p(logits: np.ndarray, p: float) -> None:
+    left = all_of(logits)
+    q = softmax(left)
+    entropy = -math.fsum(x * math.log(x) for x in q.values())
+    distance = {v: abs(-math.log(q[v]) - entropy) for v in left}
+    by_distance = sorted(set(distance.values()))
+    assume(all(b - a > EDGE for a, b in pairwise(by_distance)))
+    order = sorted(best_first(left), key=distance.__getitem__)
+    n, reached = 0, 0.0
+    while n < len(order) and (p == 1 or reached <= p):
+        reached += q[order[n]]
+        n += 1
+        assume(abs(reached - p) > EDGE)
+    same(applied(chain.typ_p, logits, situation(typical_p=p)), {v: left[v] for v in order[:n]})
+
+
+@given(
+    logits=LOGITS,
+    threshold=st.sampled_from([0.01, 0.1, 0.3, 0.5, 0.6]),
+    probability=st.sampled_from([0.0, 0.3, 1.0]),
+    chance=st.sampled_from([0.0, 0.29, 0.31, 0.99]),
+)
+def test_xtc(logits: np.ndarray, threshold: float, probability: float, chance: float) -> None:
+    left = all_of(logits)
+    q, order = softmax(left), best_first(left)
+    assume(all(abs(x - threshold) > EDGE for x in q.values()))
+    best = [v for v in order if q[v] >= threshold]
+    if chance < probability and threshold <= 0.5 and len(best) > 1:
+        left = {v: l for v, l in left.items() if v not in best[:-1]}
+    at = situation(chance=chance, xtc_probability=probability, xtc_threshold=threshold)
+    same(applied(chain.xtc, logits, at), left)
+
+
+@given(
+    logits=LOGITS,
+    history=st.lists(st.integers(0, 5), max_size=12),
+    repeat=st.sampled_from([1.0, 1.3, 0.5]),
+    frequency=st.sampled_from([0.0, 0.25, -1.0]),
+    presence=st.sampled_from([0.0, 0.75]),
+    last=st.sampled_from([-1, 0, 1, 4, 64]),
+)
+def test_penalties(
+    logits: np.ndarray, history: list[int], repeat: float, frequency: float, presence: float, last: int
+) -> None:
+    expected = all_of(logits)
+    recent = history if last == -1 else history[len(history) - min(last, len(history)) :]
+    for v, count in Counter(recent).items():
+        if v in expected:
+            l = expected[v]
+            expected[v] = (l / repeat if l > 0 else l * repeat) - frequency * count - presence
+    options = {"repeat_penalty": repeat, "frequency_penalty": frequency, "presence_penalty": presence}
+    same(applied(chain.penalties, logits, situation(history, **options, repeat_last_n=last)), expected)
+
+
+def repeated(history: list[int], v: int, limit: int) -> int:
+    """How many of the last ids, at most `limit`, stand once more before a v: by trying."""
+    for n in range(min(limit, len(history) - 1), 0, -1):
+        for end in range(n - 1, len(history) - 1):
+            if history[end + 1] == v and history[end - n + 1 : end + 1] == history[len(history) - n :]:
+                return n
+    return 0
+
+
+@given(
+    history=st.lists(st.integers(0, 4), max_size=24) | st.lists(st.integers(0, 1), max_size=24),
+    allowed=st.integers(1, 4),
+    base=st.sampled_from([1.0, 1.75, 3.0]),
+    last=st.sampled_from([-1, 0, 3, 10]),
+)
+def test_dry(history: list[int], allowed: int, base: float, last: int) -> None:
+    logits = np.linspace(-1, 1, 6)
+    expected = all_of(logits)
+    recent = history if last == -1 else history[len(history) - min(last, len(history)) :]
+    breaker = max((i for i, v in enumerate(recent) if v == 3), default=-1)
+    for v in expected:
+        n = repeated(recent, v, len(recent) - 1 - breaker)
+        if n >= allowed and v != 3:
+            expected[v] -= 0.8 * base ** (n - allowed)
+    options = {"dry_multiplier": 0.8, "dry_base": base, "dry_allowed_length": allowed, "dry_penalty_last_n": last}
+    same(applied(chain.dry, logits, situation(history, **options)), expected)
+
+
+def test_a_long_repetition_overflows_nothing_and_takes_no_time() -> None:
+    history = [1, 2] * 20_000
+    found = applied(chain.dry, np.zeros(4), situation(history, dry_multiplier=1.0, dry_penalty_last_n=-1))
+    assert found[1] < -1e38
+    assert found[1] > -math.inf
+    assert found[0] == found[3] == 0
+    assert repetitions(np.array(history), 100)[1].max() == 100
+
+
+@pytest.mark.parametrize(("name", "off"), [("top_k", 0), ("top_k", 30), ("top_p", 1.0), ("min_p", 0.0), ("typ_p", 1.0)])
+def test_a_step_that_is_off_changes_nothing(name: str, off: float) -> None:
+    found = candidates_of(np.arange(30.0))
+    option = {"typ_p": "typical_p"}.get(name, name)
+    assert chain.STEPS[name](found, situation(**{option: off})) is found
+
+
+# ---------------------------------------------------------------- the whole chain
+
+
+@given(
+    n=st.sampled_from([1, 5, 64, 300]),
+    seed=st.integers(0, 500),
+    rounded=st.booleans(),
+    temperature=st.sampled_from([0.0, 1e-300, 0.7, 1.0, 1e300]),
+    top_k_=st.sampled_from([0, 1, 7, 40]),
+    top_p=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 1.0]),
+    penalty=st.sampled_from([1.0, 1.3]),
+)
+def test_the_chain_is_what_the_basic_options_do_faster(
+    n: int, seed: int, rounded: bool, temperature: float, top_k_: int, top_p: float, min_p: float, penalty: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal(n) * 3
+    logits = (logits.round() if rounded else logits).astype(np.float32)
+    history = rng.integers(0, n, 80).tolist()
+    options = SamplingOptions(temperature, top_k_, top_p, min_p, penalty)
+    ids, weights = candidates(logits, history, options)
+    found = through_steps(candidates_of(logits), situation(history, **dataclasses.asdict(options)))
+    found, expected = (
+        dict(zip(i.tolist(), w / w.sum(), strict=True)) for i, w in ((found.ids, found.weights), (ids, weights))
+    )
+    for v in found.keys() | expected.keys():  # at the edge of top-p one more may be left
+        assert found.get(v, 0.0) == pytest.approx(expected.get(v, 0.0), abs=2e-6) or top_p not in (0.0, 1.0)
+    if top_p in (0.0, 1.0):
+        assert found.keys() == expected.keys()
+
+
+def test_the_order_of_the_steps_is_that_of_the_option() -> None:
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    cut = {"temperature": 100.0, "top_p": 0.69}
+    assert sorted(applied(through_steps, logits, situation(**cut))) == [0, 1]
+    warm_first = applied(through_steps, logits, situation(**cut, samplers=("temperature", "top_p")))
+    assert sorted(warm_first) == [0, 1, 2]
+    none = applied(through_steps, logits, situation(**cut, samplers=()))
+    same(none, all_of(logits))
+
+
+def test_what_is_not_among_the_samplers_does_nothing() -> None:
+    for name in SAMPLERS:
+        on = {"temperature": 0.0, "top_k": 1, "top_p": 0.1, "min_p": 0.9, "typical_p": 0.1, "top_n_sigma": 0.1}
+        on |= {"xtc_probability": 1.0, "xtc_threshold": 0.05, "dry_multiplier": 9.0, "presence_penalty": 9.0}
+        logits, history = np.log([0.1, 0.3, 0.3, 0.2, 0.1]), [0, 1, 0, 1, 0]
+        alone = applied(through_steps, logits, situation(history, **on, samplers=(name,)))
+        expected = applied(chain.STEPS[name], logits, situation(history, **on))
+        same(alone, expected)
+        assert alone != all_of(logits)
+
+
+# ---------------------------------------------------------------- draws
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> npllama.Llama:
+    path = tmp_path_factory.mktemp("chain") / "model"
+    write_model_directory(path)
+    with npllama.load(path, backend="numpy") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def model(llm: npllama.Llama) -> Model:
+    return Model(llm.config, llm.tokenizer, top_k)
+
+
+def toy(values: list[float]) -> np.ndarray:
+    """Logits of which only those of the ids from 60 on count, small ASCII letters among them."""
+    logits = np.full(TINY.vocab_size, -1e4, np.float32)
+    logits[100 : 100 + len(values)] = values
+    return logits
+
+
+TOY = toy([2.0, 1.5, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0])
+HISTORY = [100, 101, 104, 100, 101]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"typical_p": 0.7},
+        {"top_n_sigma": 0.03, "temperature": 2.0},
+        {"xtc_probability": 0.4, "xtc_threshold": 0.15},
+        {"dry_multiplier": 1.5},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repeat_last_n": 4},
+        {"logit_bias": {100: -1.0, 107: 2.0, 102: -math.inf}},
+        {"top_k": 3, "samplers": ("temperature", "top_k")},
+        {"mirostat": 2, "mirostat_tau": 1.0, "mirostat_eta": 0.0},
+    ],
+)
+def test_draws_follow_the_formula(model: Model, options: dict[str, Any]) -> None:
+    sampling = dataclasses.replace(OFF, **{"temperature": 0.9, **options})
+    expected = expectation(sampling)
+    n = 2500
+    sampler = Sampler(model, sampling, False, len(HISTORY))
+    drawn = Counter(sampler.next_id(TOY, HISTORY, 11, completion) for completion in range(n))
+    assert set(drawn) <= set(expected)
+    chi_square = sum((drawn[v] - n * p) ** 2 / (n * p) for v, p in expected.items())
+    freedom = max(1, len(expected) - 1)
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def expectation(options: SamplingOptions) -> Left:
+    """The probabilities of TOY after HISTORY, by definition; xtc's two cases weighed."""
+    left = {v: float(l) for v, l in enumerate(TOY) if l > -1e3}
+    bias = dict(options.logit_bias)
+    left = {v: l + bias.get(v, 0.0) for v, l in left.items() if bias.get(v) != -math.inf}
+    q = softmax(left)
+    match options:
+        case SamplingOptions(typical_p=p) if p < 1:
+            entropy = -math.fsum(x * math.log(x) for x in q.values())
+            order = sorted(best_first(left), key=lambda v: abs(-math.log(q[v]) - entropy))
+            sums = np.cumsum([q[v] for v in order])
+            left = {v: left[v] for v in order[: int((sums <= p).sum()) + 1]}
+        case SamplingOptions(top_n_sigma=n) if n > 0:
+            border = max(left.values()) - n * float(np.std(TOY.astype(np.float64)))
+            left = {v: l for v, l in left.items() if l >= border}
+        case SamplingOptions(xtc_probability=p) if p > 0:
+            best = [v for v in best_first(left) if q[v] >= options.xtc_threshold]
+            rest = softmax({v: l / options.temperature for v, l in left.items() if v not in best[:-1]})
+            whole = softmax({v: l / options.temperature for v, l in left.items()})
+            return {v: p * rest.get(v, 0.0) + (1 - p) * whole[v] for v in left}
+        case SamplingOptions(dry_multiplier=m) if m > 0:
+            left[104] -= m * 1.75 ** (2 - 2)
+        case SamplingOptions(presence_penalty=a, frequency_penalty=b) if a > 0:
+            for v, count in {101: 2, 104: 1, 100: 1}.items():
+                left[v] -= a + b * count
+        case SamplingOptions(samplers=("temperature", "top_k")):
+            left = {v: left[v] for v in best_first(left)[: options.top_k]}
+        case SamplingOptions(mirostat=2, mirostat_tau=tau):
+            heated = softmax({v: l / options.temperature for v, l in left.items()})
+            left = {v: left[v] for v in left if -math.log2(heated[v]) <= 2 * tau}
+    return softmax({v: l / options.temperature for v, l in left.items()})
+
+
+def test_draws_repeat_with_their_seed_and_differ_without(llm: npllama.Llama) -> None:
+    options = {"xtc_probability": 0.5, "typical_p": 0.9, "dry_multiplier": 0.5, "max_tokens": 30, "temperature": 1.2}
+    first = llm.generate("the cat", seed=3, **options)
+    assert llm.generate("the cat", seed=3, **options).tokens == first.tokens
+    assert llm.generate("the cat", seed=4, **options).tokens != first.tokens
+    assert "".join(piece.text for piece in llm.stream("the cat", seed=3, **options)) == first.text
+    together = llm.generate(["a dog", "the cat"], seed=3, **options)
+    alone = llm.generate(["the cat", "the cat"], seed=3, **options)
+    assert together[1].tokens == alone[1].tokens
+
+
+# ---------------------------------------------------------------- mirostat
+
+
+def test_mirostat_moves_mu_as_its_algorithm_says_and_its_state_can_be_kept(model: Model) -> None:
+    options = dataclasses.replace(OFF, temperature=1.0, mirostat=2, mirostat_tau=1.5, mirostat_eta=0.3)
+    sampler = Sampler(model, options, False, 1)
+    mu, ids = 2 * 1.5, [1]
+    kept: tuple[SamplerState, list[int]] | None = None
+    for position in range(60):
+        assert sampler.state == SamplerState(pytest.approx(mu, abs=1e-9))
+        if position == 20:
+            kept = copy.deepcopy(sampler.state), list(ids)
+        q = softmax({v: float(l) for v, l in enumerate(TOY) if l > -1e3})
+        ids.append(sampler.next_id(TOY, ids, 5, 0))
+        left = [v for v in best_first(q) if -math.log2(q[v]) <= mu] or best_first(q)[:1]
+        assert ids[-1] in left
+        surprise = -math.log2(q[ids[-1]] / math.fsum(q[v] for v in left))
+        mu -= 0.3 * (surprise - 1.5)
+    assert kept is not None
+    again = Sampler(model, options, False, 1)
+    again.state, restored = kept
+    while len(restored) < len(ids):
+        restored.append(again.next_id(TOY, restored, 5, 0))
+    assert restored == ids
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.5, 2.5])
+def test_mirostat_holds_the_surprise(model: Model, tau: float) -> None:
+    options = dataclasses.replace(OFF, temperature=1.0, mirostat=2, mirostat_tau=tau, mirostat_eta=0.1)
+    sampler, ids = Sampler(model, options, False, 1), [1]
+    wide = toy(list(np.linspace(0, -4, 60)))
+    surprises = []
+    for _ in range(700):
+        before = sampler.state.mu
+        ids.append(sampler.next_id(wide, ids[-2:], 8, len(ids)))
+        surprises.append((before - sampler.state.mu) / 0.1 + tau)
+    assert np.mean(surprises[150:]) == pytest.approx(tau, abs=0.15)
+
+
+def test_mirostat_leaves_the_other_cuts_out(model: Model) -> None:
+    options = SamplingOptions(temperature=1.0, top_k=1, mirostat=2, mirostat_tau=5.0)
+    drawn = {Sampler(model, options, False, 1).next_id(TOY, [1], 1, i) for i in range(200)}
+    assert len(drawn) > 4
+
+
+# ---------------------------------------------------------------- what may not come
+
+
+def test_a_text_does_not_end_before_min_tokens_nor_at_all_with_ignore_eos(model: Model) -> None:
+    logits = toy([0.0, -1.0])
+    logits[[1, 2]] = 50.0
+    for options, n_generated, expected in (
+        ({}, 0, 1),
+        ({"min_tokens": 3}, 2, 100),
+        ({"min_tokens": 3}, 3, 1),
+        ({"ignore_eos": True}, 99, 100),
+    ):
+        sampler = Sampler(model, dataclasses.replace(OFF, temperature=0.0, **options), False, 4)
+        assert sampler.next_id(logits, [1, 5, 6, 7] + [100] * n_generated, 0, 0) == expected, options
+
+
+def test_min_tokens_and_ignore_eos_in_a_text(llm: npllama.Llama) -> None:
+    ends = dict.fromkeys(llm.config.eos_token_ids, 9.0)
+    options = {"max_tokens": 12, "seed": 1, "logit_bias": ends}
+    assert llm.generate("the cat", **options).usage.completion_tokens < 5
+    assert llm.generate("the cat", **options, min_tokens=7).usage.completion_tokens >= 7
+    ignored = llm.generate("the cat", **options, ignore_eos=True)
+    assert (ignored.usage.completion_tokens, ignored.finish_reason) == (12, "length")
+    with pytest.raises(UsageError, match="min_tokens=13 is more than max_tokens=12; it needs at most that"):
+        llm.generate("the cat", **options, min_tokens=13)
+
+
+@pytest.mark.parametrize("words", [["e"], [" t", "ab", "\x01\x02"], "th", ["日本"]])
+def test_bad_words_are_never_written_however_they_are_cut(llm: npllama.Llama, words: list[str] | str) -> None:
+    forbidden = [words] if isinstance(words, str) else words
+    bias = {3 + byte: 12.0 for byte in "".join([*forbidden, "x"]).encode()}
+    options = {"max_tokens": 25, "temperature": 2.0, "logit_bias": bias}
+    free = "".join(llm.generate("a", seed=seed, **options).text for seed in range(3))
+    bound = [llm.generate("a", seed=seed, **options, bad_words=words).text for seed in range(3)]
+    assert not any(word in text for word in forbidden for text in bound)
+    assert forbidden == ["日本"] or any(word in free for word in forbidden)
+
+
+def test_bad_words_across_ids_are_those_of_bytes(model: Model) -> None:
+    options = dataclasses.replace(OFF, temperature=0.0, bad_words=("日本",))
+    first = list("日本".encode())
+    logits = np.full(TINY.vocab_size, -5.0, np.float32)
+    logits[3 + first[-1]], logits[3 + ord("a")] = 9.0, 8.0
+    sampler = Sampler(model, options, False, 1)
+    assert sampler.next_id(logits, [1, *(3 + byte for byte in first[:-1])], 0, 0) == 3 + ord("a")
+    assert sampler.next_id(logits, [1, *(3 + byte for byte in first[1:-1])], 0, 0) == 3 + first[-1]
+    prompt = Sampler(model, options, False, 6)  # what the prompt says is not written
+    assert prompt.next_id(logits, [1, *(3 + byte for byte in first[:-1])], 0, 0) == 3 + first[-1]
+
+
+def test_a_bias_of_minus_infinity_forbids_and_where_nothing_is_left_it_is_said(model: Model) -> None:
+    hot = {"temperature": 1e300, "logit_bias": dict.fromkeys(range(3, 299), -math.inf)}
+    drawn = {Sampler(model, dataclasses.replace(OFF, **hot), False, 1).next_id(TOY, [1], 1, i) for i in range(80)}
+    assert drawn == {0, 1, 2, 299}
+    none = dataclasses.replace(OFF, logit_bias=dict.fromkeys(range(300), -math.inf))
+    with pytest.raises(UsageError, match="no token is left that may come next: bad_words, logit_bias, min_tokens"):
+        Sampler(model, none, False, 1).next_id(TOY, [1], 1, 0)
+    with pytest.raises(UsageError, match="logit_bias has the id 300; this model has 0 to 299"):
+        Sampler(model, dataclasses.replace(OFF, logit_bias={300: 1.0}), False, 1)
+
+
+def test_a_repetition_ends_at_a_breaker_of_any_length(model: Model) -> None:
+    text = "abc, abc"
+    ids = model.tokenizer.encode(text, bos=False)
+    logits = np.zeros(TINY.vocab_size, np.float32)
+    logits[3 + ord(",")] = 0.5
+
+    def chosen(*breakers: str) -> int:
+        options = dataclasses.replace(OFF, temperature=0.0, dry_multiplier=1.0, dry_sequence_breakers=breakers)
+        return Sampler(model, options, False, 1).next_id(logits, ids, 0, 0)
+
+    assert chosen() == 0
+    assert chosen("c") == chosen("bc") == chosen(",") == 3 + ord(",")
+    assert chosen("zz") == chosen("a, ") == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_refused_with_every_option(model: Model, value: float) -> None:
+    logits = TOY.copy()
+    logits[7] = value
+    for options in ({"typical_p": 0.5}, {"mirostat": 2}, {"logit_bias": {7: 1.0}}):
+        with pytest.raises(ModelError, match="logits are not all finite"):
+            Sampler(model, dataclasses.replace(OFF, **options), False, 1).next_id(logits, [1], 0, 0)
+
+
+# ---------------------------------------------------------------- logits_processor
+
+
+def test_a_function_of_a_callers_own_has_the_last_word_before_the_steps(llm: npllama.Llama) -> None:
+    seen: list[list[int]] = []
+
+    def alternate(ids: list[int], logits: np.ndarray) -> np.ndarray:
+        seen.append(ids)
+        assert logits.shape == (TINY.vocab_size,)
+        logits[:] = -np.inf
+        logits[3 + ord("ab"[len(ids) % 2])] = 0.0
+        return logits
+
+    result = llm.generate("the cat", max_tokens=6, seed=1, logits_processor=alternate)
+    assert result.text in ("ababab", "bababa")
+    prompt = llm.tokenizer.encode("the cat")
+    assert [ids[: len(prompt)] for ids in seen] == [prompt] * 6
+    assert seen[-1] == prompt + result.tokens[:-1]
+
+
+@pytest.mark.parametrize(
+    ("processor", "said"),
+    [
+        (lambda ids, logits: None, "logits_processor gave object of shape"),
+        (
+            lambda ids, logits: logits[:-1],
+            r"gave float32 of shape \(299,\), or NaN or infinity; real numbers of shape \(300,\)",
+        ),
+        (lambda ids, logits: logits * np.nan, "or NaN or infinity"),
+        (lambda ids, logits: logits + np.inf, "or NaN or infinity"),
+        (lambda ids, logits: 1 / 0, "logits_processor raised ZeroDivisionError: 'division by zero'; it must give"),
+        (lambda ids, logits: logits - np.inf, "no token is left that may come next"),
+    ],
+)
+def test_what_a_callers_function_must_not_give_is_refused(llm: npllama.Llama, processor: object, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        llm.generate("the cat", max_tokens=3, logits_processor=processor)
+    assert llm.generate("the cat", max_tokens=3, seed=1).usage.completion_tokens <= 3
+
+
+def test_what_is_no_function_is_refused(llm: npllama.Llama) -> None:
+    with pytest.raises(UsageError, match="logits_processor='7': needs a function of"):
+        llm.generate("the cat", logits_processor=7)
+
+
+# ---------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "needed"),
+    [
+        ("repeat_last_n", [-2, 1.5, True, "64", None], "a whole number of at least -1"),
+        ("presence_penalty", [math.nan, -math.inf, "1", True, None], "a finite number"),
+        ("frequency_penalty", [math.inf, None, "x"], "a finite number"),
+        ("typical_p", [-0.1, 1.1, True, None], "a number from 0 to 1"),
+        ("top_n_sigma", [math.nan, None, "1"], "a finite number"),
+        ("xtc_probability", [-0.1, 2, None], "a number from 0 to 1"),
+        ("xtc_threshold", [-0.1, 2, None], "a number from 0 to 1"),
+        ("dry_multiplier", [-1, None, math.inf], "a finite number of at least 0"),
+        ("dry_base", [0.5, None], "a finite number of at least 1"),
+        ("dry_allowed_length", [0, 1.0, None], "a whole number above 0"),
+        ("dry_penalty_last_n", [-2, None], "a whole number of at least -1"),
+        ("dry_sequence_breakers", [7, [""], [1], b"x", None], "texts of at least one character"),
+        ("mirostat", [1, 3, True, "2", None], r"0 \(off\) or 2"),
+        ("mirostat_tau", [-1, None], "a finite number of at least 0"),
+        ("mirostat_eta", [-1, 2, None], "a number from 0 to 1"),
+        ("min_tokens", [-1, 1.5, None], "a whole number of at least 0"),
+        ("ignore_eos", [0, 1, "yes", None], "True or False"),
+        (
+            "logit_bias",
+            [7, {"1": 1}, {-1: 1.0}, {1: math.inf}, {1: math.nan}, {1: "x"}, [1, 2], None],
+            "a bias for each",
+        ),
+        ("bad_words", [[""], [1], 7, None], "texts of at least one character"),
+        ("samplers", ["top_k;top_k", "heat", ["top_k", 1], {"top_k"}, 7, None], "some of penalties, dry, top_n_sigma"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_by_name(name: str, values: list[object], needed: str) -> None:
+    for value in values:
+        with pytest.raises(UsageError, match=f"^{name}='.*': needs {needed}"):
+            SamplingOptions(**{name: value})
+
+
+OTHER_KEYWORDS = {"logits_processor", "max_new_tokens", "repetition_penalty"}
+
+
+def test_every_option_beyond_the_basic_ones_is_a_keyword(llm: npllama.Llama) -> None:
+    names = {option.name for option in OPTIONS} - {"temperature", "top_k", "top_p", "min_p", "repeat_penalty"}
+    assert set(MoreOptions.__annotations__) == names | OTHER_KEYWORDS
+    with pytest.raises(TypeError, match="got an unexpected keyword argument 'presence'"):
+        llm.generate("the cat", presence=1)
+    with pytest.raises(TypeError, match="got an unexpected keyword argument 'presence'"):
+        llm.stream("the cat", presence=1)
+
+
+CHANGES = {
+    "repeat_last_n": {"repeat_last_n": 1, "presence_penalty": 3.0},
+    "presence_penalty": {"presence_penalty": 3.0},
+    "frequency_penalty": {"frequency_penalty": 3.0},
+    "typical_p": {"typical_p": 0.2},
+    "top_n_sigma": {"top_n_sigma": 0.5},
+    "xtc_probability": {"xtc_probability": 1.0},
+    "xtc_threshold": {"xtc_probability": 1.0, "xtc_threshold": 0.2},
+    "dry_multiplier": {"dry_multiplier": 5.0, "dry_allowed_length": 1},
+    "dry_base": {"dry_multiplier": 0.4, "dry_base": 30.0, "dry_allowed_length": 1},
+    "dry_allowed_length": {"dry_multiplier": 0.4, "dry_base": 30.0, "dry_allowed_length": 2},
+    "dry_penalty_last_n": {"dry_multiplier": 5.0, "dry_allowed_length": 1, "dry_penalty_last_n": 5},
+    "dry_sequence_breakers": {"dry_multiplier": 5.0, "dry_allowed_length": 1, "dry_sequence_breakers": "5"},
+    "mirostat": {"mirostat": 2, "mirostat_tau": 2.0},
+    "mirostat_tau": {"mirostat": 2, "mirostat_tau": 1.0},
+    "mirostat_eta": {"mirostat": 2, "mirostat_tau": 1.0, "mirostat_eta": 0.9},
+    "min_tokens": {"min_tokens": 7, "logit_bias": {2: 9.0}},
+    "ignore_eos": {"ignore_eos": True, "logit_bias": {2: 9.0}},
+    "logit_bias": {"logit_bias": {2: 9.0}},
+    "bad_words": {"bad_words": ["1", "23"]},
+    "samplers": {"samplers": "top_k"},
+}
+"""For each option one value that means something; those that need another one have it too."""
+
+
+def few(ids: list[int], logits: np.ndarray) -> np.ndarray:
+    """A text of nine bytes and its end, so that much is repeated."""
+    logits[3 + 58 :] = -np.inf
+    logits[3 : 3 + 49] = logits[:2] = -np.inf
+    logits[2] -= 3
+    return logits
+
+
+def test_every_option_changes_a_text(llm: npllama.Llama) -> None:
+    assert set(CHANGES) == set(MoreOptions.__annotations__) - OTHER_KEYWORDS
+    common = {"max_tokens": 50, "seed": 5, "temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    common["logits_processor"] = few
+    texts = {name: tuple(llm.generate("the cat", **common, **options).tokens) for name, options in CHANGES.items()}
+    texts["none"] = tuple(llm.generate("the cat", **common).tokens)
+    assert not [name for name in texts if list(texts.values()).count(texts[name]) > 1]
+
+
+FLAGS = {
+    "--typical": "0.2",
+    "--top-nsigma": "0.5",
+    "--presence-penalty": "3",
+    "--frequency-penalty": "3",
+    "--dry-multiplier": "5",
+    "--mirostat": "2",
+    "--xtc-probability": "1",
+    "-l": "2+9",
+    "--logit-bias": "60-inf",
+    "--bad-word": "t",
+    "--samplers": "top_k;temperature",
+    "--min-tokens": "3",
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_options_of_the_command_line_are_those_of_a_call(call, tmp_path: Path, flag: str) -> None:
+    write_model_directory(tmp_path / "m")
+    dest = {"-l": "logit_bias", "--typical": "typical_p", "--top-nsigma": "top_n_sigma", "--bad-word": "bad_words"}
+    name = dest.get(flag, flag[2:].replace("-", "_"))
+    meant = {"-l": {2: 9.0}, "--logit-bias": {60: -math.inf}, "--bad-word": "t", "--samplers": ("top_k", "temperature")}
+    kind = int if flag in ("--mirostat", "--min-tokens") else float
+    value = meant[flag] if flag in meant else kind(FLAGS[flag])
+    done = call("generate", "-m", tmp_path / "m", "the cat", "-n", "20", "-s", "4", flag, FLAGS[flag])
+    with npllama.load(tmp_path / "m") as llm:
+        assert done.text == llm.generate("the cat", max_tokens=20, seed=4, **{name: value}).text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("-l", "x+1"), "'x+1' is no bias; ID+NUMBER or ID-NUMBER is needed"),
+        (("-l", "5+1e"), "is no bias"),
+        (("--mirostat", "1"), "mirostat='1': needs 0 (off) or 2"),
+        (("--samplers", "top_k;heat"), "samplers='top_k;heat': needs some of penalties"),
+        (("--typical", "2"), "typical_p='2.0': needs a number from 0 to 1"),
+        (("--dry-sequence-breaker", ""), "dry_sequence_breakers"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_loaded(
+    call, arguments: tuple[str, ...], said: str
+) -> None:
+    done = call("generate", "-m", "no such model", "x", *arguments)
+    assert (done.code, done.text) == (2, "")
+    assert said in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_breakers_may_be_texts_with_escapes_or_none(call, tmp_path: Path) -> None:
+    write_model_directory(tmp_path / "m")
+    common = ("generate", "-m", tmp_path / "m", "the cat", "-n", "30", "-s", "4", "--dry-multiplier", "5")
+    common += ("--dry-allowed-length", "1", "--temp", "1.5", "--top-k", "0")
+    options = {"dry_multiplier": 5.0, "dry_allowed_length": 1, "temperature": 1.5, "top_k": 0}
+    with npllama.load(tmp_path / "m") as llm:
+        for given, meant in (("none", ()), ("\\x05", ("\x05",)), ("--", ("--",))):
+            done = call(*common, "-e", "--dry-sequence-breaker", given)
+            same_text = llm.generate("the cat", max_tokens=30, seed=4, **options, dry_sequence_breakers=meant).text
+            assert done.text == same_text + "\n"
