@@ -156,7 +156,7 @@ def test_ctrl_c_in_the_middle_of_anything_loses_no_block_and_harms_no_other_text
             return real(*arguments)
 
         monkeypatch.setattr(f"{owner}.{when}", torn)
-        for _left in (1, 4):
+        for left in (1, 4):  # noqa: B007 (torn counts it down)
             with pytest.raises(KeyboardInterrupt):
                 llm.generate([f"a {i}" for i in range(6)], max_tokens=8, temperature=0)
         monkeypatch.setattr(f"{owner}.{when}", real)
