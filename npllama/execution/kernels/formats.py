@@ -81,9 +81,11 @@ def _no_rows(w):
 
 
 def n_rows(w):
-    """Rows of a matrix: a float array, or a grouped format."""
+    """Rows of a matrix: a float array, an array of bits, or a grouped format."""
 
 
 @overload(n_rows)
 def _n_rows(w):
-    return (lambda w: w.shape[0]) if isinstance(w, types.Array) else (lambda w: w.rows)
+    if isinstance(w, types.Array):
+        return lambda w: w.shape[0]
+    return (lambda w: w.rows) if "rows" in w.fields else (lambda w: w[0].shape[0])
