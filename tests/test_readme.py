@@ -19,7 +19,9 @@ import pytest
 from command_line import environment, run
 from helpers import write_safetensors_checkpoint
 
+from npllama.checkpoints.gguf.blocks import BLOCK_TYPES
 from npllama.numbers import FORMATS
+from npllama.store.plan import OWN
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
@@ -164,6 +166,14 @@ def test_the_table_of_formats_has_every_format_with_its_size_from_the_registry()
     for name, bits, gigabytes in rows:
         assert float(bits) == pytest.approx(FORMATS[name].bits_per_weight(), abs=0.05), "the output of q4 has more"
         assert float(gigabytes) == pytest.approx(float(bits) * 6.738 / 8, abs=0.06), "LLaMA 2 7B has 6.738e9 weights"
+
+
+def test_the_table_of_gguf_types_is_what_exports_go_by() -> None:
+    rows = re.findall(r"^\| ([A-Z]+\d\w*(?:, \w+)*) \| (\w+|the same) \| ", README, re.MULTILINE)
+    found = {name: own for names, own in rows for name in names.split(", ")}
+    kept = dict.fromkeys(["F32", "F16", "BF16", *(kind.name for kind in BLOCK_TYPES.values())], "the same")
+    assert found == kept | {name: own for name, own in OWN.items() if name != "f64"}
+    assert all(name.lower() in FORMATS for name, own in found.items() if own == "the same")
 
 
 def test_the_table_of_formats_measures_what_it_says() -> None:
