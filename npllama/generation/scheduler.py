@@ -212,17 +212,17 @@ class Scheduler:
     @contextlib.contextmanager
     def between_steps(self) -> Iterator[None]:
         """Nobody steps meanwhile: for who changes sequences from outside. Waits for a step that is under way."""
-        with self._driving:
-            self._sweep()
-            try:
-                yield
-            finally:
+        self.check_caller()
+        try:
+            with self._driving:
                 self._sweep()
-        self._settle()
+                yield
+        finally:
+            self._settle()
 
     def keep(self, rest: Resting, sequence: Sequence, ids: list[int]) -> None:
         """Let a text rest that was fed these ids. Between steps."""
-        if rest.done:
+        if rest.done or rest.cancelled:
             sequence.close()
             return
         if rest.sequence is None:
