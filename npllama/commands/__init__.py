@@ -7,6 +7,7 @@ Files, in the order in which to read them:
     texts.py       a text from an argument, a file or stdin
     generate.py    continue a text
     sessions.py    a text that is kept from one call to the next
+    batch.py       continue many texts, a JSON object a line
     export.py      checkpoint to model directory
     info.py        what a model is, and what this machine offers
     models.py      the models that checkpoints were exported to by themselves

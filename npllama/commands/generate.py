@@ -7,7 +7,8 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from npllama.commands.sessions import add_session, check_session, continuing
+from npllama.commands import batch
+from npllama.commands.sessions import add_session, check_session, continuing, rules_of
 from npllama.commands.terminal import (
     Choices,
     Notes,
@@ -61,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_execution(parser)
     add("--echo", action="store_true", help="print the prompt too")
     add("--json", action="store_true", help="print one JSON object at the end")
+    add(
+        "--jsonl", action="store_true", help="read JSON objects, one a line, from -f FILE or stdin, and print one for "
+        'each: {"prompt": TEXT} or {"ids": [...]}, with options of Llama.stream that differ from those given here'
+    )  # fmt: skip
+    add("--unordered", action="store_true", help="with --jsonl: print as texts finish, not in the order of the lines")
 
 
 def _add_prompt(parser: argparse.ArgumentParser) -> None:
@@ -99,8 +105,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Load, read the prompt, generate."""
-    check_session(args)
-    prompt = prompt_of(args)  # what is wrong with the arguments is said before anything is loaded
+    check_session(args)  # what is wrong with the arguments is said before anything is loaded
+    source = batch.source_of(args)
+    prompt = prompt_of(args) if source is None else ""
     stops = [decoded(argument_bytes(stop), "--stop", args.escape) for stop in args.stop]
     given: dict[str, Any] = {option.name: getattr(args, option.name) for option in OPTIONS}
     SamplingOptions().changed(given)
@@ -110,6 +117,9 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     how = {**execution(args), "context": args.ctx_size}
     with load_model(notes, args.model, dtype=args.dtype, **how) as llama:
         load_s = time.perf_counter() - started
+        if source is not None:
+            defaults = {"max_tokens": args.max_tokens, **given, **options, **rules_of(args)}
+            return batch.run(llama, source, defaults, not args.unordered, notes)
         with continuing(llama, prompt, args, {**given, **options}) as stream:
             complete = _follow(stream, notes, shown=not args.json)
         if args.json:

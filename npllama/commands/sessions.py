@@ -44,6 +44,11 @@ def check_session(args: argparse.Namespace) -> None:
         raise UsageError("--keep is for a text that slides; give --context-policy slide with it.")
 
 
+def rules_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What happens where the context is full, as generate takes it."""
+    return {"context_policy": args.context_policy or "stop", "n_keep": args.keep or 0}
+
+
 @contextmanager
 def continuing(
     llama: Llama, prompt: str, args: argparse.Namespace, options: dict[str, Any]
@@ -52,7 +57,7 @@ def continuing(
 
     Also when the reader of the output has gone; not when it fails.
     """
-    rules: dict[str, Any] = {"context_policy": args.context_policy or "stop", "n_keep": args.keep or 0}
+    rules = rules_of(args)
     if args.session is None:
         yield llama.stream(prompt, args.max_tokens, **rules, **options)
         return

@@ -129,17 +129,33 @@ class ProgressLine:
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """done of total bytes; what is being worked on."""
-        elapsed = time.monotonic() - self._started
-        if not self._shown or elapsed - self._drawn < REDRAW_S:
+        elapsed = self.due()
+        if elapsed is None:
             return
-        self._drawn = elapsed
         rate = done / max(elapsed, 1e-6)
         left = (total - done) / max(rate, 1.0)
         line = (
             f"{self._doing} {100 * done // max(total, 1)} % of {total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s, "
             f"{left // 60:.0f}:{left % 60:02.0f} left, {what}"
         )
+        self.draw(line)
+
+    def due(self) -> float | None:
+        """Seconds since the start, where the line is to be drawn now; else None."""
+        elapsed = time.monotonic() - self._started
+        if not self._shown or elapsed - self._drawn < REDRAW_S:
+            return None
+        self._drawn = elapsed
+        return elapsed
+
+    def draw(self, line: str) -> None:
+        """Draw a line in the place of the one before."""
         self._draw(line[: shutil.get_terminal_size().columns - 1])
+
+    def hide(self) -> None:
+        """Make room for other output."""
+        if self._drawn >= 0:
+            self._draw("")
 
     def __enter__(self) -> ProgressLine:
         return self
@@ -147,8 +163,7 @@ class ProgressLine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._drawn >= 0:
-            self._draw("")
+        self.hide()
 
     def _draw(self, line: str) -> None:
         sys.stderr.write(f"\r\x1b[K{line}")
