@@ -241,16 +241,19 @@ def hammer_threads(texts: Texts, seconds: float, n_threads: int = N_THREADS) -> 
     for worker in workers:
         worker.thread.start()
     at_first, most = 0.0, 0.0
+    course: list[float] = []
     while time.monotonic() < end:
         time.sleep(min(1.0, seconds / 10))
         if end - time.monotonic() > seconds - min(60.0, seconds / 2):
             at_first = max(at_first, resident_mb())
-        most = max(most, resident_mb())
+        course.append(resident_mb())
+        most = max(most, course[-1])
     for worker in workers:
         worker.thread.join(HANG_S)
     wrong = [text for worker in workers for text in worker.wrong]
     counts = {name: sum(worker.counts[name] for worker in workers) for name in ("whole", "early")}
     print(f"{n_threads} threads, {seconds:.0f} s: {counts}; wrong: {len(wrong)} {wrong[:3]}")
+    print("memory, MB: " + " ".join(f"{mb:.1f}" for mb in course[:: max(1, len(course) // 20)]))
     print(f"memory after the first minute {at_first:.1f} MB, at most {most:.1f} MB: {most / at_first:.4f}")
     if any(worker.thread.is_alive() for worker in workers):
         faulthandler.dump_traceback(all_threads=True)
