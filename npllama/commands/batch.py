@@ -80,7 +80,7 @@ class Batch:
 
         self._options = set(inspect.signature(type(llama).stream).parameters) - {"self", "prompt", "progress"}
         self._events: SimpleQueue[Event] = SimpleQueue()
-        self._places = threading.Semaphore(MAX_LINES)
+        self._free = threading.Semaphore(MAX_LINES)
         self._lines: deque[Line] = deque()  # that have no answer yet
         self._started = time.monotonic()
         self.n_answers = self.n_errors = self.n_tokens = self.end = 0
@@ -109,12 +109,12 @@ class Batch:
         return True
 
     def _read(self) -> None:
-        """Read lines as places get free: in a thread, so that answers come while a pipe says nothing."""
+        """Read lines as others are answered: in a thread, so that answers come while a pipe says nothing."""
         try:
             end = 0
             for number, line in enumerate(_lines(self._file), 1):
                 end += len(line) + 1
-                self._places.acquire()
+                self._free.acquire()
                 self._events.put((number, end, line))
         except (OSError, NpllamaError) as error:
             self._events.put(error)
@@ -123,7 +123,7 @@ class Batch:
     def _begin(self, number: int, end: int, data: bytes) -> None:
         """Begin to answer a line; empty ones have no answer."""
         if not data.strip():
-            self._places.release()
+            self._free.release()
             return
         line = Line(number, end)
         self._lines.append(line)
@@ -169,7 +169,7 @@ class Batch:
         self.n_errors += line.error is not None
         self.n_tokens += line.handle.so_far.usage.completion_tokens if line.handle is not None else 0
         self.end = max(self.end, line.end)
-        self._places.release()
+        self._free.release()
         progress.show(self.n_answers, self.n_tokens, self.end)
 
     @property
