@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from npllama.config import ModelConfig
 from npllama.errors import ContextError, UsageError, quote, whole_number
 from npllama.execution.engine import Engine
 from npllama.generation.chunks import Sight, chunk_tokens
-from npllama.generation.completion import Completion, Model, PromptProgress
+from npllama.generation.completion import Completion, Model, follow_prompts
 from npllama.generation.handles import AsyncStream, ChatStream, Handle, Stream
 from npllama.generation.jobs import Continued, LogitsJob
 from npllama.generation.requests import Progress as ReadProgress
@@ -63,6 +63,7 @@ MAX_DEFAULT_CONTEXT = 4096
 MAX_ENDLESS = 1 << 39  # tokens of a text that slides
 
 log = logging.getLogger("npllama")
+T = TypeVar("T")
 
 
 class Llama(Scores, Closing):
@@ -149,13 +150,11 @@ class Llama(Scores, Closing):
         one = is_one(prompt)
         prompts: list[Prompt] = [prompt] if one else list(prompt)  # type: ignore[list-item, arg-type]
         groups = [self._completions(p, request, i * request.n) for i, p in enumerate(prompts)]
-        if request.progress is not None:
-            PromptProgress(request.progress, groups)
+        follow_prompts(request.progress, groups)
         self.runtime.run(groups)
-        results = [[job.result for job in group] for group in groups]
-        if request.n == 1:
-            return results[0][0] if one else [group[0] for group in results]
-        return results[0] if one else results
+        results: list[Any] = [_one_or_all([job.result for job in group], request.n == 1) for group in groups]
+        found: Result | list[Result] | list[list[Result]] = _one_or_all(results, one)
+        return found
 
     def _completions(self, prompt: Prompt, request: Request, first: int, streamed: bool = False) -> list[Completion]:
         """The completions of one prompt that a request asks for, from index `first` on; the others follow the first."""
@@ -217,8 +216,7 @@ class Llama(Scores, Closing):
         if not is_one(prompt):
             raise UsageError("stream takes one prompt (text or a list of ids); generate takes a list of prompts.")
         jobs = self._completions(prompt, request, 0, streamed=True)
-        if request.progress is not None:
-            PromptProgress(request.progress, [jobs])
+        follow_prompts(request.progress, [jobs])
         return Stream(self.runtime, jobs[0])
 
     def submit(self, prompt: Prompt, max_tokens: int | None = 256, **options: Any) -> Handle:
@@ -380,6 +378,10 @@ def load(
     except BaseException:
         opened.close()
         raise
+
+
+def _one_or_all(found: list[T], one: bool) -> T | list[T]:
+    return found[0] if one else found
 
 
 def _tokenizer_of(opened: OpenModel) -> Tokenizer:
