@@ -15,7 +15,7 @@ from npllama.config import ModelConfig
 from npllama.errors import ContextError, UsageError, quote, whole_number
 from npllama.execution.engine import Engine
 from npllama.generation.chunks import Sight, chunk_tokens
-from npllama.generation.completion import Completion, PromptProgress
+from npllama.generation.completion import Completion, follow_prompts
 from npllama.generation.handles import AsyncStream, ChatStream, Handle, Stream
 from npllama.generation.jobs import Continued, LogitsJob
 from npllama.generation.requests import Progress as ReadProgress
@@ -149,8 +149,7 @@ class Llama(Scores, Closing):
         one = is_one(prompt)
         prompts: list[Prompt] = [prompt] if one else list(prompt)  # type: ignore[list-item, arg-type]
         groups = [self._completions(p, request, i * request.n) for i, p in enumerate(prompts)]
-        if request.progress is not None:
-            PromptProgress(request.progress, groups)
+        follow_prompts(request.progress, groups)
         self.runtime.run(groups)
         results = [[job.result for job in group] for group in groups]
         found: list[Any] = [group[0] for group in results] if request.n == 1 else results
@@ -221,8 +220,7 @@ class Llama(Scores, Closing):
         if not is_one(prompt):
             raise UsageError("stream takes one prompt (text or a list of ids); generate takes a list of prompts.")
         jobs = self._completions(prompt, request, 0, streamed=True)
-        if request.progress is not None:
-            PromptProgress(request.progress, [jobs])
+        follow_prompts(request.progress, [jobs])
         return Stream(self.runtime, jobs[0])
 
     def submit(self, prompt: Prompt, max_tokens: int | None = 256, **options: Any) -> Handle:

@@ -103,6 +103,7 @@ def test_options_of_the_command_hold_where_a_line_has_none(call, llm: Llama) -> 
         (["--unordered"], "give --jsonl with it"),
         (["--jsonl", "--json"], "--json do not go together"),
         (["--jsonl", "-e"], "--escape do not go together"),
+        (["--jsonl", "--session", "x"], "--session do not go together"),
         (["--jsonl", "Tom"], "from one file"),
         (["--jsonl", "-p", "Tom"], "from one file"),
         (["--jsonl", "-f", "a", "-f", "b"], "from one file"),

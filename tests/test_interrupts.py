@@ -146,17 +146,17 @@ def test_ctrl_c_in_the_middle_of_anything_loses_no_block_and_harms_no_other_text
             "forward": "npllama.model",
         }.get(when, "npllama.generation.pool.Sequence")
         real = _attribute(owner, when)
-        left = 0
+        calls_left = [0]
 
         def torn(*arguments: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
+            calls_left[0] -= 1
+            if calls_left[0] == 0:
                 interrupt()
             return real(*arguments)
 
         monkeypatch.setattr(f"{owner}.{when}", torn)
-        for left in (1, 4):  # noqa: B007 (torn counts it down)
+        for n in (1, 4):
+            calls_left[0] = n
             with pytest.raises(KeyboardInterrupt):
                 llm.generate([f"a {i}" for i in range(6)], max_tokens=8, temperature=0)
         monkeypatch.setattr(f"{owner}.{when}", real)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import hammer_scheduler  # type: ignore[import-not-found]
 
 BACKEND = "numpy" if os.environ.get("NPLLAMA_BACKEND") == "numpy" else "numba"
-N_SCHEDULES = 25
+N_SCHEDULES, CONTEXT = 25, 768
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,18 @@ def test_threads_that_submit_cancel_and_time_out_get_right_texts(texts: hammer_s
     assert hammer_scheduler.hammer_threads(texts, 5.0) in (0, 3)
 
 
-@pytest.fixture(scope="module", params=["f32", "q8"] if BACKEND == "numpy" else ["q8", "q4"])
+@pytest.fixture(scope="module", params=["tiny"] if BACKEND == "numpy" else ["q8", "q4", "f32"])
 def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llama]:
-    """The demo model in number formats whose texts are to be equal: to the bit where they are compiled."""
-    folder = DEMO
-    if request.param != "f32":
-        folder = tmp_path_factory.mktemp("scheduler") / request.param
+    """A tiny model in NumPy; compiled, the demo model in number formats whose texts are to be equal to the bit."""
+    folder = tmp_path_factory.mktemp("scheduler") / request.param
+    if request.param == "tiny":
+        found = hammer_scheduler.open_tiny(folder, BACKEND, CONTEXT)
+    elif request.param == "f32":
+        found = npllama.load(DEMO, BACKEND, context=CONTEXT)
+    else:
         quantize_model(DEMO, folder, request.param)
-    with npllama.load(folder, BACKEND, context=768) as found:
+        found = npllama.load(folder, BACKEND, context=CONTEXT)
+    with found:
         yield found
 
 

@@ -262,12 +262,12 @@ def hammer_threads(texts: Texts, seconds: float, n_threads: int = N_THREADS) -> 
     return 1 if wrong else 3 if most > MAX_GROWTH * at_first else 0
 
 
-def open_tiny(folder: Path, backend: str) -> Llama:
+def open_tiny(folder: Path, backend: str, context: int = CONTEXT) -> Llama:
     """A tiny random model in q8, whose texts are equal to the bit where it is compiled, with the demo's tokenizer."""
     tokenizer = DEMO / "tokenizer.model"
     n_ids = SentencePieceTokenizer(tokenizer).n_pieces
     sizes = {"dim": 24, "n_layers": 1, "n_heads": 6, "n_kv_heads": 2, "head_dim": 4, "hidden_dim": 44}
-    config = ModelConfig(**sizes, vocab_size=n_ids, norm_eps=1e-5, rope_theta=1e4, max_seq_len=CONTEXT)
+    config = ModelConfig(**sizes, vocab_size=n_ids, norm_eps=1e-5, rope_theta=1e4, max_seq_len=context)
     write_random_model(folder, config, "q8", tokenizer)
     return npllama.load(folder, backend)
 

@@ -6,8 +6,8 @@ comes back as it is. A line that cannot be answered gets an object with "error" 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import inspect
 import json
 import os
 import stat
@@ -76,9 +76,11 @@ class Batch:
 
     def __init__(self, llama: Llama, file: IO[bytes], defaults: dict[str, Any], ordered: bool) -> None:
         self._llama, self._file, self._defaults, self._ordered = llama, file, defaults, ordered
+        import inspect  # here, because it imports much, and every command imports this module
+
         self._options = set(inspect.signature(type(llama).stream).parameters) - {"self", "prompt", "progress"}
         self._events: SimpleQueue[Event] = SimpleQueue()
-        self._places = threading.Semaphore(MAX_LINES)
+        self._free = threading.Semaphore(MAX_LINES)
         self._lines: deque[Line] = deque()  # that have no answer yet
         self._started = time.monotonic()
         self.n_answers = self.n_errors = self.n_tokens = self.end = 0
@@ -107,12 +109,12 @@ class Batch:
         return True
 
     def _read(self) -> None:
-        """Read lines as places get free: in a thread, so that answers come while a pipe says nothing."""
+        """Read lines as others are answered: in a thread, so that answers come while a pipe says nothing."""
         try:
             end = 0
             for number, line in enumerate(_lines(self._file), 1):
                 end += len(line) + 1
-                self._places.acquire()
+                self._free.acquire()
                 self._events.put((number, end, line))
         except (OSError, NpllamaError) as error:
             self._events.put(error)
@@ -121,7 +123,7 @@ class Batch:
     def _begin(self, number: int, end: int, data: bytes) -> None:
         """Begin to answer a line; empty ones have no answer."""
         if not data.strip():
-            self._places.release()
+            self._free.release()
             return
         line = Line(number, end)
         self._lines.append(line)
@@ -167,7 +169,7 @@ class Batch:
         self.n_errors += line.error is not None
         self.n_tokens += line.handle.so_far.usage.completion_tokens if line.handle is not None else 0
         self.end = max(self.end, line.end)
-        self._places.release()
+        self._free.release()
         progress.show(self.n_answers, self.n_tokens, self.end)
 
     @property
@@ -223,6 +225,22 @@ def opened(name: str) -> Iterator[tuple[IO[bytes], int]]:
     with open(name, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         yield file, status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
+def source_of(args: argparse.Namespace) -> str | None:
+    """The file of lines for --jsonl, "-" for stdin; None for one prompt."""
+    if not args.jsonl:
+        if args.unordered:
+            raise UsageError("--unordered is for many texts; give --jsonl with it.")
+        return None
+    for option in ("json", "escape", "session"):
+        if getattr(args, option):
+            raise UsageError(f"--jsonl and --{option} do not go together; leave one out.")
+    if args.prompt or args.prompt_argument not in (None, "-") or len(args.file) > 1:
+        raise UsageError("--jsonl reads its prompts from one file, -f FILE, or from stdin; leave other prompts out.")
+    if not args.file and args.prompt_argument is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise UsageError("--jsonl needs lines; give them with -f FILE, or through stdin.")
+    return args.file[0] if args.file else "-"
 
 
 def run(llama: Llama, name: str, defaults: dict[str, Any], ordered: bool, notes: Notes) -> int:

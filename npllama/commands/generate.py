@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from npllama.commands import batch
-from npllama.commands.sessions import add_session, check_session, continuing, policy_of
+from npllama.commands.sessions import add_session, check_session, continuing, rules_of
 from npllama.commands.terminal import (
     Choices,
     Notes,
@@ -25,7 +24,6 @@ from npllama.commands.terminal import (
     whole,
 )
 from npllama.commands.texts import PROMPTS, add_text, argument_bytes, decoded, prompt_of
-from npllama.errors import UsageError
 from npllama.options import OPTIONS, SamplingOptions
 
 if TYPE_CHECKING:
@@ -136,8 +134,8 @@ def bias(argument: str) -> tuple[int, float]:
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Load, read the prompt, generate."""
-    check_session(args)
-    source = _lines_of(args)  # what is wrong with the arguments is said before anything is loaded
+    check_session(args)  # what is wrong with the arguments is said before anything is loaded
+    source = batch.source_of(args)
     prompt = prompt_of(args) if source is None else ""
     stops = [decoded(argument_bytes(stop), "--stop", args.escape) for stop in args.stop]
     given = sampling_of(args, args.escape)
@@ -148,7 +146,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     with load_model(notes, args.model, dtype=args.dtype, **how) as llama:
         load_s = time.perf_counter() - started
         if source is not None:
-            defaults = {"max_tokens": args.max_tokens, **policy_of(args), **given, **options}
+            defaults = {"max_tokens": args.max_tokens, **given, **options, **rules_of(args)}
             return batch.run(llama, source, defaults, not args.unordered, notes)
         with continuing(llama, prompt, args, {**given, **options}) as stream:
             complete = _follow(stream, notes, shown=not args.json)
@@ -157,23 +155,6 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
         put("\n")
         say(_statistics(stream.result))
     return 0 if complete else INTERRUPTED
-
-
-def _lines_of(args: argparse.Namespace) -> str | None:
-    """The file of lines for --jsonl, "-" for stdin; None for one prompt."""
-    if not args.jsonl:
-        if args.unordered:
-            raise UsageError("--unordered is for many texts; give --jsonl with it.")
-        return None
-    if args.session is not None:
-        raise UsageError("--jsonl and --session do not go together; leave one out.")
-    if args.json or args.escape:
-        raise UsageError(f"--jsonl and {'--json' if args.json else '--escape'} do not go together; leave one out.")
-    if args.prompt or args.prompt_argument not in (None, "-") or len(args.file) > 1:
-        raise UsageError("--jsonl reads its prompts from one file, -f FILE, or from stdin; leave other prompts out.")
-    if not args.file and args.prompt_argument is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise UsageError("--jsonl needs lines; give them with -f FILE, or through stdin.")
-    return args.file[0] if args.file else "-"
 
 
 def _follow(stream: Stream | SessionStream, notes: Notes, shown: bool) -> bool:

@@ -44,8 +44,8 @@ def check_session(args: argparse.Namespace) -> None:
         raise UsageError("--keep is for a text that slides; give --context-policy slide with it.")
 
 
-def policy_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What happens where the context is full, as options of generate."""
+def rules_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What happens where the context is full, as generate takes it."""
     return {"context_policy": args.context_policy or "stop", "n_keep": args.keep or 0}
 
 
@@ -57,7 +57,7 @@ def continuing(
 
     Also when the reader of the output has gone; not when it fails.
     """
-    rules = policy_of(args)
+    rules = rules_of(args)
     if args.session is None:
         yield llama.stream(prompt, args.max_tokens, **rules, **options)
         return

@@ -44,6 +44,12 @@ class PromptProgress:
                     job.cancelled = True
 
 
+def follow_prompts(tell: Progress | None, groups: Iterable[Iterable[Completion]]) -> None:
+    """Tell a caller that asked how much of its prompts was read. groups: the completions of each prompt."""
+    if tell is not None:
+        PromptProgress(tell, groups)
+
+
 class Completion(Job):
     """A generation under way. `pieces` holds what has come and was not read yet.
 
