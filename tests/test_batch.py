@@ -18,6 +18,7 @@ from command_line import environment
 import npllama
 from npllama.commands import batch
 from npllama.inference import DEMO, Llama
+from npllama.options import MoreOptions
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,8 @@ def test_a_bad_line_is_an_error_with_its_number_and_the_others_go_on(call) -> No
 
 
 def test_no_value_of_an_option_ends_the_others(call) -> None:
-    options = set(inspect.signature(Llama.stream).parameters) - {"self", "prompt", "progress", "max_tokens"}
+    options = {*inspect.signature(Llama.stream).parameters, *MoreOptions.__annotations__}
+    options -= {"self", "prompt", "more", "progress", "logits_processor", "max_tokens"}
     values = [None, True, -7, 1.5, 1e300, "text", [], ["a", 3], {"a": 1}]
     data = lines(*({"prompt": "Tom", "max_tokens": 1, option: value} for option in sorted(options) for value in values))
     done = call("generate", "--jsonl", "--backend", "numpy", stdin=data)

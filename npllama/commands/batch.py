@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from npllama.commands.terminal import Notes, ProgressLine, put, say
 from npllama.errors import NpllamaError, UsageError
+from npllama.options import MoreOptions
 
 if TYPE_CHECKING:
     from npllama.inference import Handle, Llama
@@ -78,7 +79,8 @@ class Batch:
         self._llama, self._file, self._defaults, self._ordered = llama, file, defaults, ordered
         import inspect  # here, because it imports much, and every command imports this module
 
-        self._options = set(inspect.signature(type(llama).stream).parameters) - {"self", "prompt", "progress"}
+        parameters = {*inspect.signature(type(llama).stream).parameters, *MoreOptions.__annotations__}
+        self._options = parameters - {"self", "prompt", "more", "progress", "logits_processor"}
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._free = threading.Semaphore(MAX_LINES)
         self._lines: deque[Line] = deque()  # that have no answer yet
