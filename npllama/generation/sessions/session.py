@@ -216,7 +216,7 @@ class Session(Closing):
         """Continue the text, and add to it what was generated, the ids of a stop string too.
 
         options: those of Llama.generate, but for n, bos, eos, context_policy and n_keep; seed None is the session's.
-        When it fails the text stays as it was.
+        Mirostat begins anew in each call. When it fails the text stays as it was.
         """
         with self._using():
             result: Result = self._llm.generate(self._prompt(), max_tokens, **self._options(options))
