@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -63,7 +63,6 @@ MAX_DEFAULT_CONTEXT = 4096
 MAX_ENDLESS = 1 << 39  # tokens of a text that slides
 
 log = logging.getLogger("npllama")
-T = TypeVar("T")
 
 
 class Llama(Scores, Closing):
@@ -136,9 +135,8 @@ class Llama(Scores, Closing):
         see Result.seed. stop: texts that end the generation and are not returned. padding_ids: ids beyond the
         tokenizer's pieces may come too. n: completions of each prompt, which is read once (a list of results).
         context_policy: "stop" where the context is full, or "slide": the text goes on, of which the last positions and
-        n_keep first ones (at least 4) stay in sight. max_time_s: seconds after which texts end as they are ("time").
-        progress(tokens read, tokens of all prompts, seconds) is called while prompts are read; when it returns False,
-        all ends ("cancelled"). max_new_tokens and repetition_penalty are other names.
+        n_keep first ones (at least 4) stay in sight. max_time_s: seconds after which texts end as they are. progress:
+        called with (tokens read, of all prompts, seconds) while prompts are read; all ends when it returns False.
         Raises UsageError for values out of range, ContextError for a prompt that does not fit.
         """
         given, aliases = (temperature, top_k, top_p, min_p, repeat_penalty), (max_new_tokens, repetition_penalty)
@@ -147,14 +145,12 @@ class Llama(Scores, Closing):
             *(max_tokens, given, source, seed, stop, echo, bos, eos, padding_ids, aliases),
             *(n, context_policy, n_keep, max_time_s, progress),
         )
-        one = is_one(prompt)
-        prompts: list[Prompt] = [prompt] if one else list(prompt)  # type: ignore[list-item, arg-type]
+        prompts: list[Prompt] = [prompt] if (one := is_one(prompt)) else list(prompt)  # type: ignore[list-item, arg-type]
         groups = [self._completions(p, request, i * request.n) for i, p in enumerate(prompts)]
         follow_prompts(request.progress, groups)
         self.runtime.run(groups)
         results: list[Any] = [_one_or_all([job.result for job in group], request.n == 1) for group in groups]
-        found: Result | list[Result] | list[list[Result]] = _one_or_all(results, one)
-        return found
+        return _one_or_all(results, one)
 
     def _completions(self, prompt: Prompt, request: Request, first: int, streamed: bool = False) -> list[Completion]:
         """The completions of one prompt that a request asks for, from index `first` on; the others follow the first."""
@@ -380,7 +376,7 @@ def load(
         raise
 
 
-def _one_or_all(found: list[T], one: bool) -> T | list[T]:
+def _one_or_all(found: list[Any], one: bool) -> Any:
     return found[0] if one else found
 
 
