@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from npllama.commands.terminal import Notes, add_execution, execution, load_model, put, whole
 from npllama.commands.texts import argument_bytes, decoded, of_a_file, read_file, read_stdin
@@ -53,7 +52,9 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     return 0
 
 
-def _write(path: Path, vectors: np.ndarray) -> None:
+def _write(path: Path, vectors: Any) -> None:
+    import numpy as np  # here, because most commands need none
+
     try:
         with open(path, "wb") as file:
             np.save(file, vectors)
