@@ -8,15 +8,17 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
 from npllama.config import ModelConfig
-from npllama.execution.top_k import Search
+from npllama.execution.top_k import not_finite
 from npllama.generation.jobs import Job
 from npllama.generation.requests import Progress, Request
 from npllama.generation.results import Piece, Result, Usage
-from npllama.generation.sampling import PENALTY_WINDOW, Allowed, sample
+from npllama.generation.sampling import PENALTY_WINDOW, Allowed, Draw, Numbers
+from npllama.generation.speculation import Lookup
 from npllama.generation.streaming import StopStrings
 from npllama.text.decoding import StreamDecoder
 from npllama.text.protocol import Tokenizer
@@ -27,11 +29,11 @@ MAX_UNREAD = 32
 
 @dataclass(frozen=True)
 class Model:
-    """What a completion needs to know of the model."""
+    """What a completion needs to know of the model, and whether it is to guess."""
 
     config: ModelConfig
     tokenizer: Tokenizer
-    search: Search
+    speculation: bool
 
 
 class PromptProgress:
@@ -76,14 +78,14 @@ class Completion(Job):
         streamed: bool = False,
     ) -> None:
         super().__init__(list(ids), window, n_sink)
-        self._model, self._request, self._index = model, request, index
-        self.streamed = streamed
+        self._request, self.streamed = request, streamed
         self._max_tokens, self._n_prompt = max_tokens, len(ids)
         self.received = self._n_prompt - 1
         config, tokenizer = model.config, model.tokenizer
         self._ends = {*config.eos_token_ids, config.bos_token_id, tokenizer.bos_id}
         n_ids = config.vocab_size if request.padding_ids else tokenizer.n_pieces
-        self._allowed = Allowed(n_ids, config.eos_token_ids)
+        self._allowed, self._numbers = Allowed(n_ids, config.eos_token_ids), Numbers(request.seed, index)
+        self._lookup = Lookup() if model.speculation else None
         self._decoder, self._stops = StreamDecoder(tokenizer), StopStrings(request.stop)
         self.pieces: deque[Piece] = deque()
         self._text: list[str] = []
@@ -124,33 +126,56 @@ class Completion(Job):
         else:
             self._finish_reason, self.done = reason, True
 
+    def draws(self) -> list[Draw]:
+        """The draw of the next id, and of those behind each guess, as if the guesses before were right."""
+        left = self._max_tokens - len(self._tokens)
+        return [self._draw(i) for i in range(min(left, 1 + len(self.draft)))]
+
+    def _draw(self, n_guesses: int) -> Draw:
+        request, recent = self._request, []
+        if request.sampling.repeat_penalty != 1:
+            recent = [*self.ids[-PENALTY_WINDOW:], *self.draft[:n_guesses]][-PENALTY_WINDOW:]
+        return Draw(self._allowed, recent, request.sampling, self._numbers.at(len(self.ids) + n_guesses))
+
     def receive(self, positions: Ids[int], logits: np.ndarray) -> None:
-        """Sample the next id, and finish where the text ends."""
-        now = time.perf_counter()
+        """Nothing is to be drawn: the prompt was to be read only."""
+        self._read_at = self._last_at = time.perf_counter()
+        self._finish("length")
+
+    def take(self, ids: Iterable[int | None]) -> None:
+        """Add the next id, and those behind it for as long as the guess before each was right; finish at the end."""
         if not self._read_at:
-            self._read_at = self._last_at = now
-        if len(self._tokens) < self._max_tokens:
-            token = self._sampled(logits[0])
-            if token in self._ends:
-                self._finish("stop")
+            self._read_at = self._last_at = time.perf_counter()
+        for token, guess in zip_longest(ids, self.draft):
+            self._add(token)
+            if self.done or token != guess:
                 return
-            self.ids.append(token)
-            self._tokens.append(token)
-            self.received = len(self.ids) - 1
-            text, stopped = self._stops.push(self._decoder.push(token))
-            self._last_at = time.perf_counter()
-            self._emit(Piece(text, token))
-            if stopped:
-                self._finish_reason, self.done = "stop", True
-                return
-        if len(self._tokens) >= self._max_tokens:
+
+    def _add(self, token: int | None) -> None:
+        if token is None:
+            raise not_finite()
+        if token in self._ends:
+            self._finish("stop")
+            return
+        self.ids.append(token)
+        self._tokens.append(token)
+        self.received = len(self.ids) - 1
+        text, stopped = self._stops.push(self._decoder.push(token))
+        self._last_at = time.perf_counter()
+        self._emit(Piece(text, token))
+        if stopped:
+            self._finish_reason, self.done = "stop", True
+        elif len(self._tokens) >= self._max_tokens:
             self._finish("length")
 
-    def _sampled(self, logits: np.ndarray) -> int:
-        allowed, request = self._allowed, self._request
-        recent = allowed.indices(self.ids[-PENALTY_WINDOW:])
-        drawn = request.sampling, request.seed, self._index, len(self.ids)
-        return allowed.id(sample(allowed.logits(logits), recent, *drawn, self._model.search))
+    def chances(self) -> list[float]:
+        if self._lookup is None or self.followers:
+            return []
+        self._lookup.see(self.ids)
+        return self._lookup.chances(self._max_tokens - len(self._tokens) - 1)
+
+    def guesses(self, n: int) -> list[int]:
+        return self._lookup.guesses(self.ids, n) if self._lookup is not None else []
 
     def _finish(self, reason: str) -> None:
         """The text that was held back comes, now that no id follows; it too ends at a stop string."""
