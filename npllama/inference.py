@@ -23,6 +23,7 @@ from npllama.generation.requests import (
     Prompt,
     Request,
     check_kind,
+    checked_flag,
     checked_ids,
     either,
     is_one,
@@ -84,6 +85,7 @@ class Llama(Scores, Closing):
         kv_memory: int | None = None,
         parallel: int | None = None,
         chat_format: str | None = None,
+        speculation: bool = True,
     ) -> None:
         self.config: ModelConfig = opened.config
         self.tokenizer = tokenizer
@@ -93,7 +95,8 @@ class Llama(Scores, Closing):
         self._opened = opened
         self.chunk = chunk_tokens(opened.config)  # tokens of a prompt that are read in one call
         self.runtime = Runtime(engine, opened, context, self.chunk, kv_memory, parallel)
-        self._model = Model(self.config, tokenizer, engine.top_k)
+        guess = bool(checked_flag("speculation", speculation))
+        self._model = Model(self.config, tokenizer, engine.top_k, guess)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -341,6 +344,7 @@ def load(
     *,
     kv_memory: int | None = None,
     parallel: int | None = None,
+    speculation: bool = True,
     n_ctx: int | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
@@ -354,7 +358,8 @@ def load(
     full contexts, at most half of the free memory, at least one context; taken as it is used); parallel: texts that are
     written at once, at most (None: 8). A checkpoint is exported once, to NPLLAMA_MODELS_DIR or ~/.cache/npllama/models,
     in the number format dtype (None: its own); progress is called with (bytes done, bytes in all, tensor) meanwhile.
-    chat_format: a name of chat.formats.FORMATS, None: the checkpoint's. Raises ModelError, CheckpointError, UsageError.
+    chat_format: a name of chat.formats.FORMATS, None: the checkpoint's. speculation: guess ids where a text repeats
+    itself, which changes when they come and not which. Raises ModelError, CheckpointError, UsageError.
 
     What this changes in the process:
     - NumPy execution: how many threads NumPy's OpenBLAS uses, until the last model is closed. Not where
@@ -368,17 +373,14 @@ def load(
     - a fork waits for calls that are under way. After a compiled call a forked child gets an error; before it, or in
       NumPy, it computes as its parent does.
     """
-    context = either("context", context, None, "n_ctx", n_ctx)
-    n_positions = None if context is None else whole_number(context, 1)
-    if context is not None and n_positions is None:
-        raise UsageError(f"context={quote(context)}: needs a number of positions, 1 or more.")
+    n_positions = _checked_positions(either("context", context, None, "n_ctx", n_ctx))
     opened = open_source(DEMO if model is None else model, dtype, progress)
     try:
         tokenizer = _tokenizer_of(opened)
         context = _context(opened.config.max_seq_len, n_positions)
         chat_format = opened.chat_format if chat_format is None else checked_format(chat_format, tokenizer)
         engine = Engine(opened, backend, threads, log.warning, kv_dtype, context)
-        return Llama(opened, engine, tokenizer, context, kv_memory, parallel, chat_format)
+        return Llama(opened, engine, tokenizer, context, kv_memory, parallel, chat_format, speculation)
     except BaseException:
         opened.close()
         raise
@@ -399,6 +401,13 @@ def _tokenizer_of(opened: OpenModel) -> Tokenizer:
             f"using the tokenizer's"
         )
     return tokenizer
+
+
+def _checked_positions(context: int | None) -> int | None:
+    n_positions = None if context is None else whole_number(context, 1)
+    if context is not None and n_positions is None:
+        raise UsageError(f"context={quote(context)}: needs a number of positions, 1 or more.")
+    return n_positions
 
 
 def _context(own: int, asked: int | None) -> int:

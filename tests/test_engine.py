@@ -392,6 +392,17 @@ def test_the_largest_logits_are_found_in_both_executions(engine: Engine, n_logit
         assert np.array_equal(engine.top_k(logits, k), expected), k
 
 
+@pytest.mark.parametrize("n_rows", [1, 3, 9])
+def test_the_largest_logits_of_several_rows_are_those_of_each(engine: Engine, n_rows: int) -> None:
+    logits = np.random.default_rng(n_rows).standard_normal((n_rows, 5000)).astype(np.float32).round(1)
+    for rows in (logits, logits[:, :4321]):
+        for k in (1, 40, 500):
+            assert np.array_equal(engine.top_k(rows, k), np.argsort(-rows, axis=1, kind="stable")[:, :k])
+    logits[-1, 4999] = np.nan
+    with pytest.raises(ModelError, match="the logits are not all finite"):
+        engine.top_k(logits, 40)
+
+
 @pytest.mark.parametrize("n_logits", [64, 1000, 32001])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_both_searches_see_every_logit_that_is_not_finite(engine: Engine, n_logits: int, value: float) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from npllama.errors import ModelError, UsageError
 from npllama.generation.sampling import basic as sampling
-from npllama.generation.sampling.basic import Allowed, candidates, sample, uniform
+from npllama.generation.sampling.basic import Allowed, Draw, Numbers, candidates, draw_rows, sample, uniform
 from npllama.options import SamplingOptions
 
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -244,6 +244,51 @@ def test_the_lowest_number_draws_the_first_candidate_that_can_come(monkeypatch: 
 def test_a_seed_out_of_range_is_refused(seed: int) -> None:
     with pytest.raises(UsageError, match=rf"seed='{seed}': needs a whole number from 0 to 2\^64 - 1"):
         sample(np.zeros(3, dtype=np.float32), [], SamplingOptions(), seed, 0, 0)
+
+
+# --- rows
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SamplingOptions(),
+        SamplingOptions(temperature=0),
+        SamplingOptions(repeat_penalty=1.3),
+        SamplingOptions(top_p=1.0, min_p=0.0),
+        SamplingOptions(top_p=0.0),
+        SamplingOptions(temperature=1e-300),
+        SamplingOptions(temperature=50.0, min_p=0.0),
+        SamplingOptions(**OFF),
+    ],
+)
+@pytest.mark.parametrize("n_ids", [600, 500])
+def test_ids_drawn_for_rows_together_are_those_of_each_row(options: SamplingOptions, n_ids: int) -> None:
+    logits = np.array([some_logits(600, seed, 2.0, seed % 2 == 0) for seed in range(60)])
+    allowed, recent = Allowed(n_ids, [599]), [*range(0, 500, 7)]
+    numbers = [Numbers(seed, 3) for seed in range(60)]
+    draws = [Draw(allowed, recent, options, numbers[i].at(70 + i)) for i in range(60)]
+    ids = [allowed.id(sample(allowed.logits(row), recent, options, i, 3, 70 + i)) for i, row in enumerate(logits)]
+    assert draw_rows(logits, draws) == ids
+    mixed = [draw if i % 3 else draw._replace(options=SamplingOptions(top_k=5)) for i, draw in enumerate(draws)]
+    assert [token for i, token in enumerate(draw_rows(logits, mixed)) if i % 3] == [
+        t for i, t in enumerate(ids) if i % 3
+    ]
+
+
+@pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(temperature=0, repeat_penalty=2.0)])
+def test_logits_that_are_not_finite_spoil_their_own_row_only(options: SamplingOptions) -> None:
+    logits = np.array([some_logits(600, seed, 2.0, False) for seed in range(4)])
+    draws = [Draw(Allowed(600), [1, 2], options, 0.5) for _ in range(4)]
+    whole = draw_rows(logits, draws)
+    logits[2, 1] = np.inf
+    assert draw_rows(logits, draws) == [*whole[:2], None, whole[3]]
+
+
+def test_numbers_computed_ahead_are_those_of_their_positions() -> None:
+    numbers = Numbers(5, 2**64 - 1)
+    for position in (3, 4, 200, 66, 67, 0, 1 << 40):
+        assert numbers.at(position) == uniform(5, 2**64 - 1, position)
 
 
 # --- what is refused

@@ -76,14 +76,20 @@ class Compiled:
         finally:
             threads.put_back(before, n_threads)
 
-    def top_k(self, logits: np.ndarray, k: int) -> np.ndarray:
+    def top_k(self, n_threads: int, logits: np.ndarray, k: int) -> np.ndarray:
         """top_k.top_k, compiled; for many candidates the search in NumPy."""
-        if k > min(MAX_KEPT, len(logits) // self._block):
+        if k > min(MAX_KEPT, logits.shape[-1] // self._block):
             return search.top_k(logits, k)
-        ids = np.empty(k, np.int64)
-        if not self._make_top_k()(logits, ids):
+        rows = np.ascontiguousarray(logits.reshape(-1, logits.shape[-1]))
+        ids = np.empty((len(rows), k), np.int64)
+        before = threads.use(n_threads)
+        try:
+            finite = self._make_top_k()(rows, ids)
+        finally:
+            threads.put_back(before, n_threads)
+        if not finite:
             raise search.not_finite()
-        return ids
+        return ids.reshape(*logits.shape[:-1], k)
 
     def read(self, n_threads: int, data: np.ndarray) -> object:
         """Read (n,) float32 once through, as fast as memory allows."""

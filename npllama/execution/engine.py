@@ -24,7 +24,7 @@ from npllama.execution.cache_checks import check_fits, check_rows
 from npllama.execution.compiled import Compiled
 from npllama.execution.compiled_code import compiled_exists
 from npllama.execution.threads import COMPILED, Turn, UnavailableError, using
-from npllama.execution.top_k import Search, top_k
+from npllama.execution.top_k import top_k
 from npllama.numbers import format_of
 from npllama.store.opening import OpenModel
 from npllama.system import machine
@@ -75,7 +75,6 @@ class Engine:
         self.compiled: Compiled | None = None
         self._compiled_hidden: Compiled | None = None
         self._identity: np.ndarray | None = None
-        self.top_k: Search = top_k
         self.import_s = self.compile_s = 0.0
         if self.backend == "numba":
             self._prepare_numba(threads, optional=backend == "auto" and not os.environ.get("NPLLAMA_BACKEND"))
@@ -131,7 +130,7 @@ class Engine:
             self.backend = "numpy"
             self._report(f"using NumPy: {error}")
             return
-        self.threads, self.top_k = self.compiled.n_threads, self.compiled.top_k
+        self.threads = self.compiled.n_threads
         self.import_s, self.compile_s = self.compiled.import_s, self.compiled.compile_s
         if self._opened.size_bytes < machine.free_memory() // 2:  # else reading ahead evicts what was read
             self._opened.prefetch()
@@ -250,17 +249,25 @@ class Engine:
     def _compiled_for(self, arguments: tuple[Any, ...], n_threads: int | None) -> tuple[Any, ...]:
         return self._opened.size_bytes, self.kv_dtype, arguments, n_threads, self._report
 
+    def top_k(self, logits: np.ndarray, k: int) -> np.ndarray:
+        """The ids of the k largest logits of a row, or of each of several: see top_k.top_k."""
+        if self.compiled is None:
+            return top_k(logits, k)
+        with self._lock:
+            return self.compiled.top_k(self.threads, logits, k)
+
     @contextlib.contextmanager
     def _writing(
         self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray
     ) -> Iterator[None]:
         """Check a batch; count its positions as written if what is done inside ends."""
         firsts = self._check(cache, tokens, pos, seq, out)
-        lasts = np.append(firsts[1:], len(pos)) - 1
-        check_rows(cache, seq[firsts], pos[firsts], pos[lasts])
-        cache.length[seq[firsts]] = pos[firsts]
+        lasts = firsts if len(pos) == len(firsts) else np.append(firsts[1:], len(pos)) - 1
+        seqs, first, last = seq[firsts], pos[firsts], pos[lasts]
+        check_rows(cache, seqs, first, last)
+        cache.length[seqs] = first
         yield
-        cache.length[seq[firsts]] = pos[lasts] + 1
+        cache.length[seqs] = last + 1
 
     def _arguments(
         self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray

@@ -1,4 +1,7 @@
-"""The largest logits: what sampling looks for, in NumPy. kernels/top_k.py computes the same, compiled."""
+"""The largest logits: what sampling looks for, in NumPy. kernels/top_k.py computes the same, compiled.
+
+Axes: R rows of logits, V ids of the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,16 @@ def check_finite(logits: np.ndarray) -> None:
 
 
 def top_k(logits: np.ndarray, k: int) -> np.ndarray:
-    """The ids (min(k, V),) of the k largest logits, the largest first, among equals the lower id.
+    """The ids (min(k, V),) of the k largest logits (V,), the largest first, among equals the lower id.
 
-    Raises ModelError for logits that are not finite: a search sees them all anyway.
+    Of rows of logits (R, V) the ids (R, min(k, V)). Raises ModelError for logits that are not finite: a search sees
+    them all anyway.
 
     Is np.argsort(-logits, kind="stable")[:k], without sorting all: at least k logits reach the k-th largest of the
     maxima of disjoint blocks, so whatever is below it is not among the k largest.
     """
+    if logits.ndim == 2:
+        return np.array([top_k(row, k) for row in logits], np.int64)
     check_finite(logits)
     n_ids = len(logits)
     if k >= n_ids:

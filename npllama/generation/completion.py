@@ -7,13 +7,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ids
+from itertools import zip_longest
 
 import numpy as np
 
+from npllama.execution.top_k import not_finite
 from npllama.generation.jobs import Job
 from npllama.generation.requests import Progress, Request
 from npllama.generation.results import Piece, Result, Usage
+from npllama.generation.sampling.basic import PENALTY_WINDOW, Draw, Numbers
 from npllama.generation.sampling.sampler import Model, Sampler
+from npllama.generation.speculation import Lookup
 from npllama.generation.streaming import StopStrings
 from npllama.text.decoding import StreamDecoder
 
@@ -69,11 +73,12 @@ class Completion(Job):
         streamed: bool = False,
     ) -> None:
         super().__init__(list(ids), window, n_sink)
-        self._request, self._index = request, index
-        self.streamed = streamed
+        self._request, self._index, self.streamed = request, index, streamed
         self._max_tokens, self._n_prompt = max_tokens, len(ids)
         self.received = self._n_prompt - 1
         self._sampler = Sampler(model, request.sampling, request.padding_ids, len(ids), request.logits_processor)
+        self._numbers = Numbers(request.seed, index)
+        self._lookup = Lookup() if model.speculation else None
         self._decoder, self._stops = StreamDecoder(model.tokenizer), StopStrings(request.stop)
         self.pieces: deque[Piece] = deque()
         self._text: list[str] = []
@@ -114,27 +119,66 @@ class Completion(Job):
         else:
             self._finish_reason, self.done = reason, True
 
+    def draws(self) -> list[Draw]:
+        """The draw of the next id, and of those behind each guess, as if the guesses before were right."""
+        if not self._sampler.is_basic:
+            return []
+        n, left = len(self.ids), self._max_tokens - len(self._tokens)
+        ids = [*self.ids[-PENALTY_WINDOW:], *self.draft]
+        start = len(ids) - len(self.draft)
+        some = range(min(left, 1 + len(self.draft)))
+        return [self._sampler.draw(ids[: start + i], self._numbers.at(n + i)) for i in some]
+
     def receive(self, positions: Ids[int], logits: np.ndarray) -> None:
-        """Sample the next id, and finish where the text ends."""
-        now = time.perf_counter()
+        """Sample the next id, and those behind it for as long as the guess before each was right.
+
+        Without an id to sample the prompt was to be read only.
+        """
         if not self._read_at:
-            self._read_at = self._last_at = now
-        if len(self._tokens) < self._max_tokens:
-            token = self._sampler.next_id(logits[0], self.ids, self._request.seed, self._index)
-            if token in self._sampler.ends:
-                self._finish("stop")
-                return
-            self.ids.append(token)
-            self._tokens.append(token)
-            self.received = len(self.ids) - 1
-            text, stopped = self._stops.push(self._decoder.push(token))
-            self._last_at = time.perf_counter()
-            self._emit(Piece(text, token))
-            if stopped:
-                self._finish_reason, self.done = "stop", True
-                return
+            self._read_at = self._last_at = time.perf_counter()
         if len(self._tokens) >= self._max_tokens:
             self._finish("length")
+            return
+        for row, guess in zip_longest(logits, self.draft):
+            token = self._sampler.next_id(row, self.ids, self._request.seed, self._index)
+            self._add(token)
+            if self.done or token != guess:
+                return
+
+    def take(self, ids: Iterable[int | None]) -> None:
+        """Add the next id, and those behind it for as long as the guess before each was right; finish at the end."""
+        if not self._read_at:
+            self._read_at = self._last_at = time.perf_counter()
+        for token, guess in zip_longest(ids, self.draft):
+            self._add(token)
+            if self.done or token != guess:
+                return
+
+    def _add(self, token: int | None) -> None:
+        if token is None:
+            raise not_finite()
+        if token in self._sampler.ends:
+            self._finish("stop")
+            return
+        self.ids.append(token)
+        self._tokens.append(token)
+        self.received = len(self.ids) - 1
+        text, stopped = self._stops.push(self._decoder.push(token))
+        self._last_at = time.perf_counter()
+        self._emit(Piece(text, token))
+        if stopped:
+            self._finish_reason, self.done = "stop", True
+        elif len(self._tokens) >= self._max_tokens:
+            self._finish("length")
+
+    def chances(self) -> list[float]:
+        if self._lookup is None or self.followers:
+            return []
+        self._lookup.see(self.ids)
+        return self._lookup.chances(self._max_tokens - len(self._tokens) - 1)
+
+    def guesses(self, n: int) -> list[int]:
+        return self._lookup.guesses(self.ids, n) if self._lookup is not None else []
 
     def _finish(self, reason: str) -> None:
         """The text that was held back comes, now that no id follows; it too ends at a stop string."""

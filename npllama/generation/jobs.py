@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ids
 
 import numpy as np
 
 from npllama.cache import NO_WINDOW
 from npllama.generation.pool import Sequence
+from npllama.generation.sampling.basic import Draw
 
 
 class Job:
@@ -60,6 +61,25 @@ class Job:
         self.event.set()
         if self.on_news is not None:
             self.on_news()
+
+    def draws(self) -> Ids[Draw]:
+        """What decides the ids at all positions that are wanted now, where they are drawn: `take` gets these ids then.
+
+        Where there are none, `receive` gets the logits.
+        """
+        return ()
+
+    def take(self, ids: Iterable[int | None]) -> None:
+        """Take the ids that were drawn. None: the logits were not finite. Each counts if the draft was right before."""
+        raise NotImplementedError
+
+    def chances(self) -> list[float]:
+        """How likely it is that the next guess for an id is right, that the two next are, and so on."""
+        return []
+
+    def guesses(self, n: int) -> list[int]:
+        """So many guesses, at most as many as have chances."""
+        raise NotImplementedError
 
     @property
     def paused(self) -> bool:

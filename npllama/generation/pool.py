@@ -178,6 +178,7 @@ class Sequence:
         self.row = pool.new_row(window, n_sink)
         self._names: list[Name] = []
         self._oldest = 0  # the first block behind the sinks' that was not given back
+        self._ready = 0  # positions from the length up to here have blocks to write to
         self.closed = False
 
     @property
@@ -263,16 +264,21 @@ class Sequence:
     def reserve(self, n: int) -> None:
         """Have blocks of its own for the next n positions. Raises PoolFullError; what was taken until then stays."""
         start, pool = self.length, self._pool
+        if start + n <= self._ready:
+            return
         first, end = start // BLOCK_SLOTS, n_blocks(start + n)
         pool.make_room(end)
         del self._names[first:]
         for c in range(first, end):
             block = int(self._table[c])
             self._table[c] = pool.take() if block == NO_BLOCK else pool.writable(block)
+        self._ready = end * BLOCK_SLOTS
 
     def needed(self, n: int) -> int:
         """Blocks that `reserve` would take for the next n positions."""
         start = self.length
+        if start + n <= self._ready:
+            return 0
         first, end = start // BLOCK_SLOTS, n_blocks(start + n)
         have = self._table[first : min(end, len(self._table))].tolist()
         return end - first - sum(b != NO_BLOCK and not self._pool.is_shared(b) for b in have)
@@ -283,6 +289,8 @@ class Sequence:
         What the last position sees stays too: it may be fed again, for its logits.
         """
         length, old = self.length, len(self._names)
+        if length // BLOCK_SLOTS == old and length <= self.window:
+            return
         self._pool.extend_names(self._names, ids, length, self.window, self.n_sink)
         for c in range(old, len(self._names)):
             self._pool.name(int(self._table[c]), self._names[c])
@@ -301,17 +309,18 @@ class Sequence:
                 f"rewind to {n}: positions that it sees have left the window of {self.window} and were given back; "
                 f"begin anew."
             )
-        keep = n_blocks(n)
-        for c in range(keep, len(self._table)):
-            if self._table[c] != NO_BLOCK:
-                self._pool.give_back(int(self._table[c]))
-                self._table[c] = NO_BLOCK
+        keep, table = n_blocks(n), self._table
+        for c in (keep + np.flatnonzero(table[keep:] != NO_BLOCK)).tolist():
+            self._pool.give_back(int(table[c]))
+            table[c] = NO_BLOCK
+        self._ready = min(self._ready, keep * BLOCK_SLOTS) if n // BLOCK_SLOTS >= len(self._names) else 0
         del self._names[n // BLOCK_SLOTS :]
         self._pool.cache.length[self.row] = n
         self._oldest = min(self._oldest, self._first_in_window(n))
 
     def fork(self) -> Sequence:
         """Another sequence with the same text, and the same blocks until one of them writes."""
+        self._ready = 0  # what both have is written by neither
         twin = Sequence(self._pool, self.window, self.n_sink)
         twin._names, twin._oldest = list(self._names), self._oldest
         twin._table[:] = self._table

@@ -106,7 +106,8 @@ def _checked_seed(seed: int | None) -> int:
     return secrets.randbits(32) if number == -1 else number
 
 
-def _checked_flag(name: str, value: bool | None, optional: bool = False) -> bool | None:
+def checked_flag(name: str, value: bool | None, optional: bool = False) -> bool | None:
+    """True or False, or where it is optional None; UsageError for anything else."""
     if not (isinstance(value, bool) or (value is None and optional)):
         raise UsageError(f"{name}={quote(value)}: needs True or False.")
     return value
@@ -183,9 +184,9 @@ def new_request(
         seed=_checked_seed(seed),
         stop=stop_texts(stop),
         echo=bool(echo),
-        bos=_checked_flag("bos", bos, optional=True),
-        eos=_checked_flag("eos", eos, optional=True),
-        padding_ids=bool(_checked_flag("padding_ids", padding_ids)),
+        bos=checked_flag("bos", bos, optional=True),
+        eos=checked_flag("eos", eos, optional=True),
+        padding_ids=bool(checked_flag("padding_ids", padding_ids)),
         n=_checked_number("n", n, 1, MAX_COMPLETIONS, "how many completions"),
         context_policy=_checked_policy(context_policy),
         n_keep=_checked_number("n_keep", n_keep, 0, 2**31, "how many first positions stay in sight"),

@@ -119,7 +119,13 @@ class Runtime:
                 job.event = event
 
         def any_done() -> bool:
-            return any(_all_done(group) for group in under_way)
+            for group in under_way:  # looked at in each step: plain loops
+                for job in group:
+                    if not job.done:
+                        break
+                else:
+                    return True
+            return False
 
         try:
             while todo or under_way:

@@ -33,18 +33,15 @@ from npllama.cache import BLOCK_SLOTS, n_blocks
 from npllama.errors import ContextError, NpllamaError, UsageError
 from npllama.execution.abandon import AbandonedError, Call
 from npllama.execution.engine import Engine
+from npllama.generation.chunks import Pace
 from npllama.generation.jobs import Job, Resting
 from npllama.generation.pool import Pool, PoolFullError, Sequence
+from npllama.generation.sampling.basic import Draw, draw_rows
+from npllama.generation.speculation import how_many
 from npllama.system.interrupts import Uninterrupted
 
 MAX_WRITTEN = 16
 """A text with no more pending ids than this is being written, and not read."""
-
-MAX_STALL = 2.2
-"""How much longer than without a prompt a step may take, with a part of one."""
-
-MIN_PART = 8
-"""Ids of a prompt that a step reads at least."""
 
 MAX_WAITING = 4096
 """Jobs that wait to begin."""
@@ -57,28 +54,8 @@ CLOSED = "this model is closed; load it again."
 Part = tuple[Job, Sequence, int]
 """A job of a step, its sequence, and how many ids of it are fed."""
 
-
-class Pace:
-    """How long steps take on this machine, so that a part of a prompt does not stall those who write."""
-
-    def __init__(self) -> None:
-        self._step_s = self._id_s = 0.0
-
-    def record(self, n_written: int, n_read: int, seconds: float) -> None:
-        """A step has taken so long."""
-        if n_read == 0:
-            self._step_s = seconds if not self._step_s else 0.7 * self._step_s + 0.3 * seconds
-            return
-        each = max(1e-9, seconds - (self._step_s if n_written else 0.0)) / n_read
-        self._id_s = each if not self._id_s else 0.7 * self._id_s + 0.3 * each
-
-    def part(self, most: int) -> int:
-        """How many ids of prompts a step may read beside those that are written; none before a step was measured."""
-        if not self._step_s:
-            return 0
-        if not self._id_s:
-            return MIN_PART
-        return max(MIN_PART, min(most, int((MAX_STALL - 1) * self._step_s / self._id_s)))
+Drawn = dict[Job, list[int | None]]
+"""The ids that were drawn for jobs; None where logits were not finite."""
 
 
 class Scheduler:
@@ -426,17 +403,31 @@ class Scheduler:
     def _choose(self) -> list[Part]:
         """The jobs of this step and how many ids of each, with blocks reserved for them."""
         able = self._of_one_kind([job for job in self._active if not job.paused])
-        writing = [job for job in able if job.pending <= MAX_WRITTEN]
-        left = self._pace.part(self._chunk) if writing else self._chunk
+        pending = [job.pending for job in able]
+        written = [n for n in pending if n <= MAX_WRITTEN]
+        left = self._chunk
+        if written:
+            left = self._pace.part(sum(written), self._chunk)
+            self._guess(able, pending)
         parts: list[Part] = []
-        for job in able:
-            n = job.pending + len(job.draft)
-            if job.pending > MAX_WRITTEN:
-                n = min(job.pending, left)
+        for job, n in zip(able, pending, strict=True):
+            if n > MAX_WRITTEN:
+                n = min(n, left)
                 left -= n
+            n += len(job.draft)
             if n and self._reserve(job, n) and job.sequence is not None:
                 parts.append((job, job.sequence, n))
         return [(job, s, n) for job, s, n in parts if s is job.sequence]  # later ones may have displaced earlier ones
+
+    def _guess(self, jobs: list[Job], pending: list[int]) -> None:
+        """Let jobs guess as many of their next ids as it pays to check: not beside a prompt, nor for others' blocks."""
+        alone = max(pending) <= MAX_WRITTEN
+        chances = [job.chances() if alone and n == 1 else [] for job, n in zip(jobs, pending, strict=True)]
+        n_each = how_many(chances, sum(pending), self._pace) if any(chances) else [0] * len(jobs)
+        for job, n in zip(jobs, n_each, strict=True):
+            job.draft = []
+            if n and job.sequence is not None and job.sequence.needed(1 + n) <= self.pool.available:
+                job.draft = job.guesses(n)
 
     def _of_one_kind(self, jobs: list[Job]) -> list[Job]:
         """Those that want logits, or those that want hidden states: in turn where there are both."""
@@ -495,14 +486,17 @@ class Scheduler:
             self._computing = None
 
     def _deliver(self, parts: list[Part], logits: np.ndarray) -> None:
-        """Hand out the logits; guesses that were fed and are wrong are taken back."""
+        """Hand out the logits, or the ids drawn from them; guesses that were fed and are wrong are taken back."""
+        ends = [sequence.length for _, sequence, _ in parts]
+        wanted = [job.wanted(end - n, end) for (job, _, n), end in zip(parts, ends, strict=True)]
+        drawn = self._drawn(parts, wanted, logits)
         row = 0
-        for job, sequence, n in parts:
-            positions = job.wanted(sequence.length - n, sequence.length)
-            self._hand(job, sequence, positions, logits[row : row + len(positions)])
+        for (job, sequence, _), positions, end in zip(parts, wanted, ends, strict=True):
+            self._hand(job, sequence, positions, logits[row : row + len(positions)], drawn)
             row += len(positions)
-            if sequence.length > len(job.ids):
-                sequence.rewind(len(job.ids))
+            if job.draft:
+                sequence.rewind(end - len(job.draft) + _n_right(job, end))
+                job.draft = []
             sequence.written(job.ids)
             if job.cancelled:
                 self._swept = False
@@ -510,24 +504,48 @@ class Scheduler:
                 job.tell()
         self._drop_ended()
 
-    def _hand(self, job: Job, sequence: Sequence, positions: Ids[int], logits: np.ndarray) -> None:
-        """Give a job, and those that follow it from here on, the logits of these positions.
+    def _drawn(self, parts: list[Part], wanted: list[Ids[int]], logits: np.ndarray) -> Drawn:
+        """The ids of all jobs that draw them, drawn together."""
+        rows: list[int] = []
+        draws: list[Draw] = []
+        takers: list[tuple[Job, int]] = []
+        row = 0
+        for (job, _, _), positions in zip(parts, wanted, strict=True):
+            for one in (job, *job.followers) if positions else ():
+                if some := one.draws():
+                    takers.append((one, len(draws)))
+                    draws += some
+                    rows += range(row, row + len(some))
+            row += len(positions)
+        if not draws:
+            return {}
+        every = len(rows) == row and not any(job.followers for job, _, _ in parts)
+        ids = draw_rows(logits if every else logits[rows], draws, self._engine.top_k)
+        return {one: ids[first : first + 1 + len(one.draft)] for one, first in takers}
+
+    def _hand(self, job: Job, sequence: Sequence, positions: Ids[int], logits: np.ndarray, drawn: Drawn) -> None:
+        """Give a job, and those that follow it from here on, the logits of these positions, or the ids drawn there.
 
         Followers go on from the prompt in blocks that all share until they write.
         """
         self._receive(job, lambda: job.progressed(sequence.length))
-        if not len(positions):
+        if not positions:
             return
         followers, job.followers = job.followers, []
-        for follower in followers:
-            if follower.done:
-                follower.tell()
-                continue
-            follower.sequence, follower.cached = sequence.fork(), sequence.length
-            self._active.append(follower)
-            self._receive(follower, functools.partial(follower.receive, positions, logits))
-            follower.tell()
-        self._receive(job, lambda: job.receive(positions, logits))
+        for one in (*followers, job):
+            if one is not job:
+                if one.done:
+                    one.tell()
+                    continue
+                one.sequence, one.cached = sequence.fork(), sequence.length
+                self._active.append(one)
+            ids = drawn.get(one)
+            give = (
+                functools.partial(one.receive, positions, logits) if ids is None else functools.partial(one.take, ids)
+            )
+            self._receive(one, give)
+            if one is not job:
+                one.tell()
 
     @staticmethod
     def _receive(job: Job, receive: Callable[[], None]) -> None:
@@ -560,3 +578,14 @@ class Scheduler:
 
 def _is_over(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
+
+
+def _n_right(job: Job, length: int) -> int:
+    """How many of a job's guesses, fed as the last of so many positions, its ids are now."""
+    start = length - len(job.draft)
+    n = 0
+    for guess, token in zip(job.draft, job.ids[start:], strict=False):
+        if guess != token:
+            break
+        n += 1
+    return n

@@ -1,11 +1,11 @@
-"""execution/top_k.top_k compiled: the top-k search through all logits, once for each token that is drawn."""
+"""execution/top_k.top_k compiled: the top-k search through all logits, once for each row that an id is drawn from."""
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import njit, prange
 
-from npllama.execution.kernels.flags import INNER, SERIAL
+from npllama.execution.kernels.flags import INNER, INNER_PARALLEL, SERIAL
 from npllama.execution.kernels.simd import (
     add,
     horizontal_max,
@@ -21,6 +21,9 @@ from npllama.execution.kernels.target import WIDTH
 
 BLOCK_LOGITS = 4 * WIDTH
 """Logits of a block: most blocks have none that is among the top k, and are skipped by their maximum."""
+
+SERIAL_BELOW = 8
+"""Fewer rows are searched by one thread: starting others costs more than it saves."""
 
 
 @njit(**INNER)
@@ -55,12 +58,11 @@ def insert(number, i, values, ids):
     store_scalar(ids, at, i)
 
 
-@njit(**SERIAL)
-def top_k(logits, ids):
-    """Write the indices of the k largest logits (V,) float32 to ids (k,) int64: see execution/top_k.top_k.
+@njit(**INNER)
+def search_row(logits, ids):
+    """Write the indices of the k largest logits (V,) to ids (k,); whether all logits are finite.
 
-    Returns whether all logits are finite; if not, ids mean nothing. V must have k whole blocks: the k-th largest of
-    their maxima is a lower bound for the top k, and only the blocks that reach it are searched.
+    The k-th largest of the blocks' maxima is a lower bound for the top k: only the blocks that reach it are searched.
     """
     V, k = logits.shape[0], ids.shape[0]
     n_blocks = V // BLOCK_LOGITS
@@ -86,3 +88,27 @@ def top_k(logits, ids):
     for i in range(n_blocks * BLOCK_LOGITS, V):
         insert(load_scalar(logits, i), i, values, ids)
     return True
+
+
+@njit(**INNER_PARALLEL)
+def search_in_threads(logits, ids, finite):
+    """search_row for every row, each by one thread."""
+    for r in prange(logits.shape[0]):
+        finite[r] = search_row(logits[r], ids[r])
+
+
+@njit(**SERIAL)
+def top_k(logits, ids):
+    """Write the indices of the k largest logits of each row (R, V) float32 to ids (R, k) int64: see execution/top_k.
+
+    Returns whether all logits are finite; if not, ids mean nothing. V must have k whole blocks.
+    """
+    R = logits.shape[0]
+    if R < SERIAL_BELOW:
+        finite = True
+        for r in range(R):
+            finite = search_row(logits[r], ids[r]) and finite
+        return finite
+    each = np.empty(R, np.bool_)
+    search_in_threads(logits, ids, each)
+    return each.all()

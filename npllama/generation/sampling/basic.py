@@ -1,18 +1,18 @@
 """From logits to the next id: penalty, top-k, top-p, min-p, temperature, draw, in the order of llama.cpp.
 
-Axes: V ids of the vocabulary, C candidates that are left. A draw depends on its logits, the latest ids, the options and
-(seed, completion, position) alone, not on what else runs.
+Axes: R rows of logits, V ids of the vocabulary, C candidates that are left. A draw depends on its logits, the latest
+ids, the options and (seed, completion, position) alone, not on what else runs.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from npllama.errors import UsageError, quote
+from npllama.errors import ModelError, UsageError, quote
 from npllama.execution.top_k import Search, check_finite, top_k
 from npllama.options import SamplingOptions
 
@@ -21,6 +21,8 @@ PENALTY_WINDOW = 64
 SEEDS = 1 << 64
 FIRST_TRY = 64
 """How many of the largest logits are sorted first when top-k does not say how many can be needed."""
+NUMBERS_AHEAD = 64
+"""How many of a completion's draws are computed at once."""
 _PHILOX = np.random.Philox(0)
 """Given key and counter for each draw, because making a new one takes longer."""
 _DRAWING = threading.Lock()  # guards them; Philox's own is taken by its methods, and was not reentrant before NumPy 2
@@ -78,24 +80,24 @@ class Allowed:
     """
 
     def __init__(self, n_ids: int, beyond: Iterable[int] = ()) -> None:
-        self._n_ids = n_ids
+        self.n_ids = n_ids
         self._beyond = np.array(sorted({i for i in beyond if i >= n_ids}), np.int64)
 
     def logits(self, logits: np.ndarray) -> np.ndarray:
         """The logits (V,) of the allowed ids (A,): a view where they are the first A."""
-        first = logits[: self._n_ids]
+        first = logits[: self.n_ids]
         return np.concatenate((first, logits[self._beyond])) if len(self._beyond) else first
 
     def indices(self, ids: Sequence[int]) -> Sequence[int]:
         """The indices of ids among the allowed ones; those that are not allowed are left out."""
-        if max(ids, default=0) < self._n_ids:
+        if max(ids, default=0) < self.n_ids:
             return ids
-        beyond = {int(token): self._n_ids + i for i, token in enumerate(self._beyond)}
-        return [beyond.get(i, i) for i in ids if i < self._n_ids or i in beyond]
+        beyond = {int(token): self.n_ids + i for i, token in enumerate(self._beyond)}
+        return [beyond.get(i, i) for i in ids if i < self.n_ids or i in beyond]
 
     def id(self, index: int) -> int:
         """The id at an index among the allowed ones."""
-        return index if index < self._n_ids else int(self._beyond[index - self._n_ids])
+        return index if index < self.n_ids else int(self._beyond[index - self.n_ids])
 
 
 def sample(
@@ -114,17 +116,113 @@ def sample(
     """
     if not 0 <= seed < SEEDS:
         raise UsageError(f"seed={quote(seed)}: needs a whole number from 0 to 2^64 - 1.")
+    return _drawn(logits, recent, options, uniform(seed, completion, position), search)
+
+
+def _drawn(
+    logits: np.ndarray, recent: Sequence[int], options: SamplingOptions, number: float, search: Search = top_k
+) -> int:
+    """The id from its `candidates` that a number from [0, 1) stands for."""
     ids, weights = candidates(logits, recent, options, search)
-    return int(ids[drawn(weights, seed, completion, position)])
+    return int(ids[drawn(weights, number)])
 
 
-def drawn(weights: np.ndarray, seed: int, completion: int, position: int) -> int:
-    """An index, drawn in proportion to the weights (C,) with the number of a position."""
+def drawn(weights: np.ndarray, number: float) -> int:
+    """The index for which a number from [0, 1) stands, in proportion to the weights (C,)."""
     if len(weights) == 1:
         return 0
     below = weights.cumsum()
     # The number is at most 1 - 2^-53, so its product with the sum stays below the sum, also when rounded.
-    return int(below.searchsorted(uniform(seed, completion, position) * below[-1], side="right"))
+    return int(below.searchsorted(number * below[-1], side="right"))
+
+
+class Draw(NamedTuple):
+    """What decides an id beside its logits: which ids may come, the latest ones, and a number from [0, 1)."""
+
+    allowed: Allowed
+    recent: Sequence[int]
+    options: SamplingOptions
+    number: float
+
+
+def draw_rows(logits: np.ndarray, draws: Sequence[Draw], search: Search = top_k) -> list[int | None]:
+    """The ids that `sample` draws from each row of logits (R, V) float32; None where logits are not finite."""
+    if len(draws) == 1:
+        return [_one(logits[0], draws[0], search)]
+    found: list[int | None] = [None] * len(draws)
+    for (options, n_ids), rows in _alike(draws):
+        some = logits if len(rows) == len(logits) else logits[rows]
+        if n_ids < logits.shape[1] or len(rows) == 1 or not 0 < options.top_k < n_ids or options.temperature == 0:
+            for i, row in zip(rows, some, strict=True):
+                found[i] = _one(row, draws[i], search)
+        else:
+            for i, token in zip(rows, _together(some, [draws[i] for i in rows], options, search), strict=True):
+                found[i] = token
+    return found
+
+
+def _alike(draws: Sequence[Draw]) -> Iterable[tuple[tuple[SamplingOptions, int], Sequence[int]]]:
+    """The options and numbers of ids of draws, each with the indices of those that have them."""
+    first = draws[0]
+    if all(draw.options is first.options and draw.allowed.n_ids == first.allowed.n_ids for draw in draws):
+        return [((first.options, first.allowed.n_ids), range(len(draws)))]
+    groups: dict[tuple[SamplingOptions, int], list[int]] = {}
+    for i, draw in enumerate(draws):
+        groups.setdefault((draw.options, draw.allowed.n_ids), []).append(i)
+    return groups.items()
+
+
+def _one(logits: np.ndarray, draw: Draw, search: Search) -> int | None:
+    allowed, recent = draw.allowed, draw.recent
+    try:
+        indices = allowed.indices(recent) if len(recent) else recent
+        chosen = _drawn(allowed.logits(logits), indices, draw.options, draw.number, search)
+    except ModelError:
+        return None
+    return allowed.id(chosen)
+
+
+def _together(logits: np.ndarray, draws: Sequence[Draw], options: SamplingOptions, search: Search) -> list[int | None]:
+    """Rows with the same options, one operation for all of them: what `candidates` says, with top-k on."""
+    try:
+        if options.repeat_penalty != 1:
+            check_finite(logits)  # the penalty would hide an infinity
+            recents = [draw.recent for draw in draws]
+            logits = np.array([_penalised(*one, options.repeat_penalty) for one in zip(logits, recents, strict=True)])
+        ids = search(logits, options.top_k)
+    except ModelError:
+        return [_one(row, draw, search) for row, draw in zip(logits, draws, strict=True)]
+    rows = np.arange(len(ids))[:, None]
+    largest = logits[rows, ids]  # (R, k)
+    relative = np.subtract(largest, largest[:, :1], dtype=np.float64)
+    weights = np.exp(relative)
+    left = np.ones(weights.shape, bool)
+    if options.top_p < 1:
+        below = weights.cumsum(axis=1)
+        left[:, 1:] = below[:, :-1] < options.top_p * below[:, -1:]
+    if options.min_p > 0:
+        left &= weights >= options.min_p
+    heated = np.exp(relative / max(options.temperature, _MIN_TEMPERATURE))
+    below = np.where(left, heated, 0.0).cumsum(axis=1)
+    numbers = np.array([draw.number for draw in draws])[:, None]
+    at = (below <= numbers * below[:, -1:]).sum(axis=1)
+    found: list[int | None] = ids[rows[:, 0], at].tolist()
+    return found
+
+
+class Numbers:
+    """The numbers of one completion's draws, by position: those of `uniform`, computed many at a time."""
+
+    def __init__(self, seed: int, completion: int) -> None:
+        self._key = seed, completion
+        self._first, self._numbers = 0, np.empty(0)
+
+    def at(self, position: int) -> float:
+        i = position - self._first
+        if not 0 <= i < len(self._numbers):
+            self._first, i = position, 0
+            self._numbers = _uniforms(*self._key, position, NUMBERS_AHEAD)
+        return float(self._numbers[i])
 
 
 def uniform(seed: int, completion: int, position: int, draw: int = 0) -> float:
@@ -134,11 +232,16 @@ def uniform(seed: int, completion: int, position: int, draw: int = 0) -> float:
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3; NumPy's Philox steps the
     counter before its first block.
     """
+    return float(_uniforms(seed, completion, position, 1, draw)[0])
+
+
+def _uniforms(seed: int, completion: int, position: int, n: int, draw: int = 0) -> np.ndarray:
+    """`uniform` at n positions (n,) float64: each is the first of the four numbers of its block."""
     with _DRAWING:
         _KEY[0], _KEY[1], _COUNTER[0], _COUNTER[1] = seed, completion, position, draw
         _PHILOX.state = _STATE
-        raw = _PHILOX.random_raw()
-    return float(raw >> 11) * 2.0**-53
+        raw = _PHILOX.random_raw(4 * n)[::4]
+    return (raw >> np.uint64(11)) * 2.0**-53
 
 
 def _penalised(logits: np.ndarray, recent: Sequence[int], penalty: float) -> np.ndarray:

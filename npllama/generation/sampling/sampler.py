@@ -12,7 +12,7 @@ import numpy as np
 from npllama.config import ModelConfig
 from npllama.errors import UsageError, quote
 from npllama.execution.top_k import Search, check_finite
-from npllama.generation.sampling.basic import PENALTY_WINDOW, Allowed, drawn, sample, uniform
+from npllama.generation.sampling.basic import PENALTY_WINDOW, Allowed, Draw, drawn, sample, uniform
 from npllama.generation.sampling.chain import Candidates, Situation, next_mu, through_steps, unsurprising
 from npllama.options import SamplingOptions
 from npllama.text.protocol import Tokenizer
@@ -51,11 +51,12 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Model:
-    """What sampling and text need to know of the model."""
+    """What sampling and text need to know of the model, and whether its ids are to be guessed."""
 
     config: ModelConfig
     tokenizer: Tokenizer
     search: Search
+    speculation: bool = True
 
     @cached_property
     def pieces(self) -> Pieces:
@@ -93,7 +94,8 @@ class Sampler:
     """Chooses the ids of one text. Besides the ids so far and the state, nothing that came before has a say.
 
     padding_ids: ids beyond the tokenizer's pieces may come too. n_prompt: how many of the ids are not generated. ends:
-    the ids that end the text; a caller may add some.
+    the ids that end the text; a caller may add some. is_basic: nothing but the basic options has a say, so that `draw`
+    tells all.
     """
 
     def __init__(
@@ -109,7 +111,7 @@ class Sampler:
         self._allowed = Allowed(n_ids, model.config.eos_token_ids)
         named = (*model.config.eos_token_ids, model.config.bos_token_id, model.tokenizer.bos_id)
         self.ends = {i for i in named if i is not None}
-        self._basic = options.is_basic and processor is None
+        self.is_basic = options.is_basic and processor is None
         self._bad_words = BadWords(options.bad_words, model.pieces) if options.bad_words else None
         self._breakers = [text.encode() for text in options.dry_sequence_breakers]
         self.state = SamplerState(mu=2 * options.mirostat_tau)
@@ -117,13 +119,18 @@ class Sampler:
         if over:
             raise UsageError(f"logit_bias has the id {over[0]}; this model has 0 to {model.config.vocab_size - 1}.")
 
+    def draw(self, ids: Sequence[int], number: float) -> Draw:
+        """What decides the id behind these, beside its logits: for a sampler that is basic."""
+        recent = ids[-PENALTY_WINDOW:] if self._options.repeat_penalty != 1 else ()
+        return Draw(self._allowed, recent, self._options, number)
+
     def next_id(self, logits: np.ndarray, ids: list[int], seed: int, completion: int) -> int:
         """The next id of a text, whose logits (V,) float32 are given.
 
         Raises ModelError for logits that are not finite, UsageError where no id is left or logits_processor fails.
         """
         key, allowed = (seed, completion, len(ids)), self._allowed
-        if self._basic:
+        if self.is_basic:
             recent = allowed.indices(ids[-PENALTY_WINDOW:])
             return allowed.id(sample(allowed.logits(logits), recent, self._options, *key, self._model.search))
         check_finite(logits)
@@ -143,9 +150,9 @@ class Sampler:
 
     def _draw(self, chosen: Candidates, key: tuple[int, int, int]) -> int:
         if self._options.mirostat == 0:
-            return int(chosen.ids[drawn(chosen.weights, *key)])
+            return int(chosen.ids[drawn(chosen.weights, uniform(*key))])
         chosen = unsurprising(chosen, self.state.mu)
-        index = drawn(chosen.weights, *key)
+        index = drawn(chosen.weights, uniform(*key))
         self.state = replace(self.state, mu=next_mu(self.state.mu, chosen.probabilities[index], self._options))
         return int(chosen.ids[index])
 
