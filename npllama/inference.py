@@ -33,7 +33,7 @@ from npllama.generation.requests import (
 from npllama.generation.results import ChatResult, Piece, Result, Usage
 from npllama.generation.runtime import Runtime
 from npllama.generation.sampling.sampler import Model
-from npllama.generation.scores import Scores
+from npllama.generation.scoring.calls import Scores
 from npllama.generation.sessions.session import Rules, Session, load_session
 from npllama.options import BASIC, MoreOptions, SamplingOptions
 from npllama.store.direct import open_source

@@ -13,7 +13,7 @@ import pytest
 from helpers import TINY, write_any_model
 
 import npllama
-from npllama.generation import scheduler
+from npllama.generation import batching
 from npllama.generation.chunks import Pace
 from npllama.generation.speculation import MAX_GUESSES, Lookup, how_many
 from npllama.inference import Llama
@@ -135,16 +135,16 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return [len(some) for some in chances]
 
     found = [0, 0]
-    n_right = scheduler._n_right
+    n_right = batching._n_right
 
-    def counted(job: scheduler.Job, length: int) -> int:
+    def counted(job: batching.Job, length: int) -> int:
         n = n_right(job, length)
         found[0] += n
         found[1] += len(job.draft) - n
         return n
 
-    monkeypatch.setattr(scheduler, "how_many", all_of_them)
-    monkeypatch.setattr(scheduler, "_n_right", counted)
+    monkeypatch.setattr(batching, "how_many", all_of_them)
+    monkeypatch.setattr(batching, "_n_right", counted)
     return found
 
 

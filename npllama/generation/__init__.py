@@ -11,9 +11,9 @@ Files, in the order in which to read them:
     speculation.py  guesses for the next ids of a text, from the text itself
     jobs.py         ids that go through the model, and who takes the logits
     completion.py   one continuation of one prompt
-    scoring.py      how likely texts are; options compared; embeddings
-    scores.py       the calls of an open model that ask for it
-    scheduler.py    many jobs at once: each step is one call of the model
+    scoring/        how likely texts are; options compared; embeddings
+    batching.py     which jobs a step feeds, in which blocks, and who gets the logits
+    scheduler.py    who runs the steps: callers in turn, or a thread
     sessions/       texts that go on over several calls, and on disk
     runtime.py      the pool and the scheduler of an open model
     handles.py      generations under way, as their owners hold them: streams, handles

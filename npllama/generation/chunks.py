@@ -33,7 +33,7 @@ MIN_PART = 8
 """Ids of a prompt that a step reads at least."""
 
 REMEMBERED = 5
-"""Steps of a kind whose median counts: one that was disturbed does not."""
+"""Batching of a kind whose median counts: one that was disturbed does not."""
 
 
 def chunk_tokens(config: ModelConfig) -> int:

@@ -11,7 +11,7 @@ from npllama.errors import UsageError, quote, whole_number
 from npllama.generation.chunks import Sight
 from npllama.generation.requests import POLICIES, Prompt, is_one
 from npllama.generation.runtime import Runtime
-from npllama.generation.scoring import (
+from npllama.generation.scoring.jobs import (
     NORMALIZATIONS,
     POOLINGS,
     EmbedJob,
