@@ -78,6 +78,7 @@ class Scheduler:
         self._listeners: set[threading.Event] = set()
         self._thread: threading.Thread | None = None
         self._work = threading.Event()
+        self._visitors = 0  # threads that wait to come between two steps
         self._swept = True  # False: something was cancelled since the last look
         self._hidden = False  # what the last step gave, where jobs want either
         self._computing: tuple[Call, list[Job]] | None = None
@@ -190,11 +191,16 @@ class Scheduler:
     def between_steps(self) -> Iterator[None]:
         """Nobody steps meanwhile: for who changes sequences from outside. Waits for a step that is under way."""
         self.check_caller()
+        with self._guard:
+            self._visitors += 1
         try:
             with self._driving:
                 self._sweep()
                 yield
         finally:
+            with self._guard:
+                self._visitors -= 1
+            self._work.set()
             self._settle()
 
     def keep(self, rest: Resting, sequence: Sequence, ids: list[int]) -> None:
@@ -204,9 +210,7 @@ class Scheduler:
             return
         if rest.sequence is None:
             self._active.append(rest)
-        else:
-            rest.sequence.close()
-        rest.sequence, rest.ids = sequence, ids
+        rest.keep(sequence, ids)
 
     def claim(self, rest: Resting, ids: list[int]) -> tuple[Sequence, list[int]] | None:
         """A sequence for a text that is to be filled from elsewhere, and what is missing of it; None where all is used.
@@ -222,24 +226,6 @@ class Scheduler:
             if not any(job.paused for job in self._active):
                 return None
             self._set_aside(self._victim())
-
-    def _inherit(self, job: Job) -> bool:
-        """Let a job go on in the blocks of the text that it continues, as far as that is the same; False: it has none.
-
-        Not where the window has left what is needed behind: then the text is read again.
-        """
-        rest = job.rest
-        if rest is None or rest.sequence is None:
-            return False
-        n = min(rest.common(job.ids), job.received)
-        sequence, rest.sequence = rest.sequence, None
-        self._active.remove(rest)
-        if not sequence.holds(n):
-            sequence.close()
-            return False
-        sequence.rewind(n)
-        job.sequence, job.cached = sequence, n if job.cached is None else job.cached
-        return True
 
     # ------------------------------------------------------------ driving
 
@@ -274,19 +260,19 @@ class Scheduler:
             )
 
     def _step_until(self, over: Callable[[], bool]) -> bool:
-        """Step until something is over; False where another thread steps already."""
+        """Step until something is over; False where another thread steps already, or waits to come between."""
         with Uninterrupted():
             if not self._driving.acquire(blocking=False):
                 return False
             self._driver = threading.get_ident()
             try:
-                while not over():
+                while not (ended := over()) and not self._visitors:
                     self.step()
             finally:
                 self._driver = None
                 self._driving.release()
                 self._settle()
-        return True
+        return ended
 
     def wake(self) -> None:
         """There is work again for the scheduler's thread: a job that nobody drives was paused, and is not any more."""
@@ -311,7 +297,7 @@ class Scheduler:
             with self._driving:
                 self._driver = threading.get_ident()
                 try:
-                    while self._has_unattended():
+                    while self._has_unattended() and not self._visitors:
                         self.step()
                 except BaseException as error:  # nobody is to wait for ever
                     self._fail_all(error)
@@ -377,7 +363,10 @@ class Scheduler:
             if len(busy) >= self._parallel:
                 return
             job = next(job for job in self._waiting if not job.paused)
-            if self._inherit(job):
+            if job.rest is not None and job.rest.sequence is not None:
+                self._active.remove(job.rest)
+                job.rest.hand_over(job)
+            if job.sequence is not None:
                 self._waiting.remove(job)
                 self._active.append(job)
                 continue
