@@ -343,6 +343,19 @@ def test_sessions_in_many_threads_say_what_each_says_alone(llm: Llama) -> None:
     assert len(texts) == 6
 
 
+def test_a_session_is_forked_and_saved_between_the_steps_of_others(llm: Llama, tmp_path: Path) -> None:
+    with llm.session() as session:
+        session.append(ids_of(12, 70))
+        session.generate(0)
+        endless = llm.submit(ids_of(13, 10), max_tokens=10**6, temperature=0, context_policy="slide")
+        session.fork(2)
+        session.save(tmp_path / "saved")
+        assert not endless.done(), "nobody waits until others have ended"
+        assert npllama.load_session(tmp_path / "saved", llm).generate(2).usage.cached_tokens == 69
+        endless.cancel()
+        assert endless.result().finish_reason == "cancelled"
+
+
 def test_what_cannot_be_is_refused(llm: Llama) -> None:
     with llm.session() as session:
         for use in (lambda: session.generate(1), lambda: session.logits, session.stream):

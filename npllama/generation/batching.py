@@ -70,9 +70,7 @@ class Batching:
             return
         if rest.sequence is None:
             self._active.append(rest)
-        else:
-            rest.sequence.close()
-        rest.sequence, rest.ids = sequence, ids
+        rest.keep(sequence, ids)
 
     def claim(self, rest: Resting, ids: list[int]) -> tuple[Sequence, list[int]] | None:
         """A sequence for a text that is to be filled from elsewhere, and what is missing of it; None where all is used.
@@ -89,24 +87,6 @@ class Batching:
                 return None
             self._set_aside(self._victim())
 
-    def _inherit(self, job: Job) -> bool:
-        """Let a job go on in the blocks of the text that it continues, as far as that is the same; False: it has none.
-
-        Not where the window has left what is needed behind: then the text is read again.
-        """
-        rest = job.rest
-        if rest is None or rest.sequence is None:
-            return False
-        n = min(rest.common(job.ids), job.received)
-        sequence, rest.sequence = rest.sequence, None
-        self._active.remove(rest)
-        if not sequence.holds(n):
-            sequence.close()
-            return False
-        sequence.rewind(n)
-        job.sequence, job.cached = sequence, n if job.cached is None else job.cached
-        return True
-
     # ------------------------------------------------------------ whose turn it is, and in which blocks
 
     def _admit(self) -> None:
@@ -116,7 +96,10 @@ class Batching:
             if len(busy) >= self._parallel:
                 return
             job = next(job for job in self._waiting if not job.paused)
-            if self._inherit(job):
+            if job.rest is not None and job.rest.sequence is not None:
+                self._active.remove(job.rest)
+                job.rest.hand_over(job)
+            if job.sequence is not None:
                 self._waiting.remove(job)
                 self._active.append(job)
                 continue

@@ -105,6 +105,26 @@ class Resting(Job):
     def paused(self) -> bool:
         return True
 
+    def keep(self, sequence: Sequence, ids: list[int]) -> None:
+        """Let the text rest that a sequence was fed. Between steps."""
+        if self.sequence is not None:
+            self.sequence.close()
+        self.sequence, self.ids = sequence, ids
+
+    def hand_over(self, job: Job) -> None:
+        """Let a job go on in its blocks, as far as they hold the same text.
+
+        Not where a window has left behind what is needed: then the text is read again.
+        """
+        n, sequence = min(self.common(job.ids), job.received), self.sequence
+        self.sequence = None
+        if sequence is None or not sequence.holds(n):
+            if sequence is not None:
+                sequence.close()
+            return
+        sequence.rewind(n)
+        job.sequence, job.cached = sequence, n if job.cached is None else job.cached
+
     def common(self, ids: list[int]) -> int:
         """How many of the first ids its sequence was fed too."""
         n = 0 if self.sequence is None else min(self.sequence.length, len(ids))

@@ -52,6 +52,7 @@ class Scheduler(Batching):
         self._listeners: set[threading.Event] = set()
         self._thread: threading.Thread | None = None
         self._work = threading.Event()
+        self._visitors = 0  # threads that wait to come between two steps
 
     # ------------------------------------------------------------ jobs in and out
 
@@ -125,11 +126,16 @@ class Scheduler(Batching):
     def between_steps(self) -> Iterator[None]:
         """Nobody steps meanwhile: for who changes sequences from outside. Waits for a step that is under way."""
         self.check_caller()
+        with self._guard:
+            self._visitors += 1
         try:
             with self._driving:
                 self._sweep()
                 yield
         finally:
+            with self._guard:
+                self._visitors -= 1
+            self._work.set()
             self._settle()
 
     # ------------------------------------------------------------ driving
@@ -165,19 +171,19 @@ class Scheduler(Batching):
             )
 
     def _step_until(self, over: Callable[[], bool]) -> bool:
-        """Step until something is over; False where another thread steps already."""
+        """Step until something is over; False where another thread steps already, or waits to come between."""
         with Uninterrupted():
             if not self._driving.acquire(blocking=False):
                 return False
             self._driver = threading.get_ident()
             try:
-                while not over():
+                while not (ended := over()) and not self._visitors:
                     self.step()
             finally:
                 self._driver = None
                 self._driving.release()
                 self._settle()
-        return True
+        return ended
 
     def wake(self) -> None:
         """There is work again for the scheduler's thread: a job that nobody drives was paused, and is not any more."""
@@ -202,7 +208,7 @@ class Scheduler(Batching):
             with self._driving:
                 self._driver = threading.get_ident()
                 try:
-                    while self._has_unattended():
+                    while self._has_unattended() and not self._visitors:
                         self.step()
                 except BaseException as error:  # nobody is to wait for ever
                     self._fail_all(error)
