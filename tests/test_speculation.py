@@ -163,6 +163,7 @@ def same(one: npllama.inference.Result, other: npllama.inference.Result) -> bool
         LOOPING,
         {"temperature": 0.1, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
         {"temperature": 0.05, "repeat_penalty": 1.02},
+        {"temperature": 0.1, "mirostat": 2, "mirostat_tau": 1.0},
         {"temperature": 0.0, "n": 3},
         {**LOOPING, "n": 3},
     ],

@@ -10,6 +10,7 @@ here, and says what it measures.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import time
@@ -134,7 +135,7 @@ def one_completion(
         *(n, (None,) * 5, ("default", None), 1, None, False, None, None, False, (None, None))
     )
     job = kind(llm._model, prompt, request, n, llm.runtime.window, 0, index)
-    job._ends = set()
+    job._sampler.ends.clear()
     job.begin()
     return job
 
@@ -240,7 +241,7 @@ def guesses(llm: Llama, args: argparse.Namespace) -> None:
 def scripted_s(llm: Llama, prompt: list[int], script: list[int], speculation: bool) -> float:
     """Seconds for writing a script after a prompt that was read before."""
     model = llm._model
-    llm._model = type(model)(model.config, model.tokenizer, speculation)
+    llm._model = dataclasses.replace(model, speculation=speculation)
     job = one_completion(llm, prompt, len(script), kind=Scripted)
     llm._model = model
     assert isinstance(job, Scripted)
