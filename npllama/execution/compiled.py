@@ -76,20 +76,28 @@ class Compiled:
         finally:
             threads.put_back(before, n_threads)
 
-    def top_k(self, n_threads: int, logits: np.ndarray, k: int) -> np.ndarray:
-        """top_k.top_k, compiled; for many candidates the search in NumPy."""
+    def top_k(self, logits: np.ndarray, k: int) -> np.ndarray:
+        """top_k.top_k of one row, compiled; for many candidates the search in NumPy."""
+        if k > min(MAX_KEPT, len(logits) // self._block):
+            return search.top_k(logits, k)
+        ids = np.empty((1, k), np.int64)
+        if not self._make_top_k()(np.ascontiguousarray(logits)[None], ids):  # few rows: in this thread alone
+            raise search.not_finite()
+        return ids[0]
+
+    def top_k_rows(self, n_threads: int, logits: np.ndarray, k: int) -> np.ndarray:
+        """The same of several rows, on all threads where there are many."""
         if k > min(MAX_KEPT, logits.shape[-1] // self._block):
             return search.top_k(logits, k)
-        rows = np.ascontiguousarray(logits.reshape(-1, logits.shape[-1]))
-        ids = np.empty((len(rows), k), np.int64)
+        ids = np.empty((len(logits), k), np.int64)
         before = threads.use(n_threads)
         try:
-            finite = self._make_top_k()(rows, ids)
+            finite = self._make_top_k()(np.ascontiguousarray(logits), ids)
         finally:
             threads.put_back(before, n_threads)
         if not finite:
             raise search.not_finite()
-        return ids.reshape(*logits.shape[:-1], k)
+        return ids
 
     def read(self, n_threads: int, data: np.ndarray) -> object:
         """Read (n,) float32 once through, as fast as memory allows."""

@@ -9,7 +9,7 @@ import math
 import os
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from npllama import model, ops, rope
 from npllama.cache import KVCache
 from npllama.errors import ModelError, UsageError, quote, whole_number
 from npllama.execution import process
-from npllama.execution.abandon import Call
+from npllama.execution.abandon import MIN_HEARD_ROWS, Call
 from npllama.execution.cache_checks import check_fits, check_rows
 from npllama.execution.compiled import Compiled
 from npllama.execution.compiled_code import compiled_exists
@@ -75,6 +75,7 @@ class Engine:
         self.compiled: Compiled | None = None
         self._compiled_hidden: Compiled | None = None
         self._identity: np.ndarray | None = None
+        self._fitting: KVCache | None = None  # the cache that was found to fit last
         self.import_s = self.compile_s = 0.0
         if self.backend == "numba":
             self._prepare_numba(threads, optional=backend == "auto" and not os.environ.get("NPLLAMA_BACKEND"))
@@ -169,8 +170,11 @@ class Engine:
         """Feed tokens of sequence 0 to a forward made by `stepwise`; logits of the last (1, V)."""
         batch = [np.ascontiguousarray(a, np.int64) for a in (tokens, pos, np.zeros(len(pos)), [len(pos) - 1])]
         threads = contextlib.nullcontext() if self.compiled is None else using(self.threads)
-        with self._lock, threads, self._writing(cache, *batch):
-            return forward(*self._arguments(cache, *batch))
+        with self._lock, threads:
+            seqs, stops = self._begin_writing(cache, *batch)
+            logits = forward(*self._arguments(cache, *batch))
+            cache.length[seqs] = stops
+            return logits
 
     def new_cache(self, n_seqs: int, n_slots: int, window: int = 0, n_sink: int = 0) -> KVCache:
         """An empty KV cache for this model, with blocks for n_slots positions of every sequence.
@@ -219,18 +223,24 @@ class Engine:
         it where it is compiled, which is an AbandonedError.
         """
         batch = [np.ascontiguousarray(a, np.int64) for a in (tokens, pos, seq, out)]
-        with self._lock, self._writing(cache, *batch):
+        with self._lock:
+            seqs, stops = self._begin_writing(cache, *batch)
             arguments = self._arguments(cache, *batch)
             with Interruptible():
                 if hidden:
-                    return self._hidden_states(arguments, call)
-                if self.compiled is None:
-                    return _forward_in_numpy(*arguments)
-                return self._compiled_call(self.compiled, arguments, call)
+                    logits = self._hidden_states(arguments, call)
+                elif self.compiled is None:
+                    logits = _forward_in_numpy(*arguments)
+                else:
+                    logits = self._compiled_call(self.compiled, arguments, call)
+            cache.length[seqs] = stops
+            return logits
 
     def _compiled_call(self, compiled: Compiled, arguments: tuple[Any, ...], call: Call | None) -> np.ndarray:
-        compute = functools.partial(compiled.forward, self.threads, arguments)
-        return (call or Call()).run(compute, n_rows=len(arguments[0].tokens))
+        n_rows = len(arguments[0].tokens)
+        if call is None and n_rows < MIN_HEARD_ROWS:  # over before anybody could abandon it
+            return compiled.forward(self.threads, arguments)
+        return (call or Call()).run(functools.partial(compiled.forward, self.threads, arguments), n_rows)
 
     def _hidden_states(self, arguments: tuple[Any, ...], call: Call | None) -> np.ndarray:
         """model.forward with an identity in the place of the output weights: a product with it changes no bit."""
@@ -253,21 +263,23 @@ class Engine:
         """The ids of the k largest logits of a row, or of each of several: see top_k.top_k."""
         if self.compiled is None:
             return top_k(logits, k)
+        if logits.ndim == 1:
+            return self.compiled.top_k(logits, k)
         with self._lock:
-            return self.compiled.top_k(self.threads, logits, k)
+            return self.compiled.top_k_rows(self.threads, logits, k)
 
-    @contextlib.contextmanager
-    def _writing(
+    def _begin_writing(
         self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray
-    ) -> Iterator[None]:
-        """Check a batch; count its positions as written if what is done inside ends."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Check a batch. The sequences, and how many positions of each count as written once the call has ended."""
         firsts = self._check(cache, tokens, pos, seq, out)
-        lasts = firsts if len(pos) == len(firsts) else np.append(firsts[1:], len(pos)) - 1
-        seqs, first, last = seq[firsts], pos[firsts], pos[lasts]
+        if len(pos) == len(firsts):  # one row each
+            seqs, first, last = seq, pos, pos
+        else:
+            seqs, first, last = seq[firsts], pos[firsts], pos[np.append(firsts[1:], len(pos)) - 1]
         check_rows(cache, seqs, first, last)
         cache.length[seqs] = first
-        yield
-        cache.length[seqs] = last + 1
+        return seqs, last + 1
 
     def _arguments(
         self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray
@@ -284,6 +296,9 @@ class Engine:
         return model.Rotation(cos, sin, *self._angles(np.minimum(pos, cache.n_sink[seq] + cache.window[seq] - 1)))
 
     def _angles(self, pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if len(pos) == 1 and pos[0] < len(self._table[0]):  # without a copy, in the usual case
+            p = int(pos[0])
+            return self._table[0][p : p + 1], self._table[1][p : p + 1]
         if len(pos) and pos.max() < len(self._table[0]):
             return self._table[0][pos], self._table[1][pos]
         return ops.rotation(pos, *self.frequencies)
@@ -293,7 +308,9 @@ class Engine:
     ) -> np.ndarray:
         """The rows with which sequences begin; UsageError for a batch or a cache that is none."""
         c = self.config
-        check_fits(cache, c.n_layers, c.n_kv_heads, c.head_dim, self.kv_dtype)
+        if cache is not self._fitting:
+            check_fits(cache, c.n_layers, c.n_kv_heads, c.head_dim, self.kv_dtype)
+            self._fitting = cache
         T = len(tokens)
         if T == 0 or pos.shape != (T,) or seq.shape != (T,) or tokens.ndim != 1 or out.ndim != 1:
             raise UsageError(

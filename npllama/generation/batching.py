@@ -16,7 +16,7 @@ import numpy as np
 
 from npllama.cache import BLOCK_SLOTS, n_blocks
 from npllama.errors import ContextError, NpllamaError
-from npllama.execution.abandon import Call
+from npllama.execution.abandon import MIN_HEARD_ROWS, Call
 from npllama.execution.engine import Engine
 from npllama.generation.chunks import Pace
 from npllama.generation.jobs import Job, Resting
@@ -128,8 +128,9 @@ class Batching:
         pending = [job.pending for job in able]
         written = [n for n in pending if n <= MAX_WRITTEN]
         left = self._chunk
-        if written:
+        if written and len(written) < len(pending):
             left = self._pace.part(sum(written), self._chunk)
+        if written:
             self._guess(able, pending)
         parts: list[Part] = []
         for job, n in zip(able, pending, strict=True):
@@ -216,6 +217,8 @@ class Batching:
             tokens += job.draft[: max(0, start + n - len(job.ids))]
             pos += range(start, start + n)
             seq += [sequence.row] * n
+        if len(tokens) < MIN_HEARD_ROWS:  # over before anybody could abandon it
+            return self._engine.forward(self.pool.cache, tokens, pos, seq, out, parts[0][0].hidden)
         call = Call()
         self._computing = call, [job for job, _, _ in parts]
         try:
@@ -225,6 +228,9 @@ class Batching:
 
     def _deliver(self, parts: list[Part], logits: np.ndarray) -> None:
         """Hand out the logits, or the ids drawn from them; guesses that were fed and are wrong are taken back."""
+        if len(parts) == 1 and not parts[0][0].followers and not parts[0][0].draft:
+            self._deliver_alone(*parts[0], logits)
+            return
         ends = [sequence.length for _, sequence, _ in parts]
         wanted = [job.wanted(end - n, end) for (job, _, n), end in zip(parts, ends, strict=True)]
         drawn = self._drawn(parts, wanted, logits)
@@ -241,6 +247,26 @@ class Batching:
             if not job.done:
                 job.tell()
         self._drop_ended()
+
+    def _deliver_alone(self, job: Job, sequence: Sequence, n: int, logits: np.ndarray) -> None:
+        """The same for a step of one text without guesses, the usual case, in which each microsecond counts."""
+        end = sequence.length
+        positions = job.wanted(end - n, end)
+        self._receive(job, lambda: job.progressed(end))
+        if positions:
+            draws = job.draws()
+            if draws:
+                ids = draw_rows(logits, draws, self._engine.top_k)
+                self._receive(job, lambda: job.take(ids))
+            else:
+                self._receive(job, lambda: job.receive(positions, logits))
+        sequence.written(job.ids)
+        if job.cancelled:
+            self._swept = False
+        if job.done:
+            self._drop_ended()
+        else:
+            job.tell()
 
     def _drawn(self, parts: list[Part], wanted: list[Ids[int]], logits: np.ndarray) -> Drawn:
         """The ids of all jobs that draw them, drawn together."""

@@ -58,7 +58,8 @@ class Job:
 
     def tell(self) -> None:
         """There is news, which whoever waits is to know."""
-        self.event.set()
+        if not self.event.is_set():  # whoever waits clears it before looking
+            self.event.set()
         if self.on_news is not None:
             self.on_news()
 
