@@ -308,7 +308,7 @@ class Engine:
     ) -> np.ndarray:
         """The rows with which sequences begin; UsageError for a batch or a cache that is none."""
         c = self.config
-        if cache is not self._fitting:
+        if cache is None or cache is not self._fitting:
             check_fits(cache, c.n_layers, c.n_kv_heads, c.head_dim, self.kv_dtype)
             self._fitting = cache
         T = len(tokens)
