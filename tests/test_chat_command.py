@@ -239,12 +239,13 @@ def test_a_person_talks(folder: Path, tmp_path: Path, llm: Llama) -> None:
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(folder: Path, tmp_path: Path) -> None:
-    terminal = Terminal(folder, tmp_path, "-n", "-1", "--temp", "1", "-c", "100000", "-s", "5", "--stop", "never")
+    terminal = Terminal(folder, tmp_path, "-n", "-1", "--temp", "1", "-c", "100000", "-s", "5", "--ignore-eos")
     terminal.wait_for("> ")
     terminal.type("the cat\n")
     terminal.wait_for("\n")
     time.sleep(0.5)
     terminal.type("\x03")
+    terminal.wait_for("(stopped)")
     terminal.wait_for("> ")
     terminal.type("/stats\n")
     terminal.wait_for(" tokens")

@@ -81,15 +81,15 @@ def test_other_words_compile_nothing_again(
 CODE = {
     "the model": ("model.py", "x = x + ", "x = x + x + "),
     "the order of the weights": ("weights.py", "    wk: Annotated", "    other_wk: Annotated"),
-    "which slot a position has": ("cache.py", "return p\n", "return p + 0\n"),
-    "which rows are written at once": ("cache.py", "stop = start + 1\n", "stop = start + 2\n"),
+    "which slot a position has": ("cache.py", "BLOCK_SLOTS = 64\n", "BLOCK_SLOTS = 32\n"),
+    "what a cache consists of": ("cache.py", "    table: np.ndarray\n", "    blocks: np.ndarray\n"),
     "a constant of a number format": ("numbers/q4.py", "Q4_CODEBOOK = (-34", "Q4_CODEBOOK = (-35"),
     "a constant that another one is made of": (
         "numbers/blocks.py",
         "_SCALE_CODES = np.arange(256",
         "_SCALE_CODES = np.arange(0, 256",
     ),
-    "a kernel": ("execution/kernels/float_linear.py", "MAX_GEMV_TOKENS = 8", "MAX_GEMV_TOKENS = 9"),
+    "a kernel": ("execution/kernels/float_linear.py", "SERIAL_BELOW = 1 << 16", "SERIAL_BELOW = 1 << 17"),
     "the compiler's flags": ("execution/kernels/flags.py", '"nogil": True', '"nogil": False'),
     "the arguments of a step": ("ops.py", "def swiglu(gate", "def swiglu(up_gate"),
 }

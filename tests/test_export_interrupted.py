@@ -279,7 +279,7 @@ def test_a_kill_at_any_moment_of_a_replacement_leaves_a_complete_model(tmp_path:
 def test_an_interrupt_at_any_moment_of_the_writing_leaves_nothing_behind(tmp_path: Path, checkpoint: Path, force: str):
     found = moments(checkpoint, tmp_path / "m", "interrupt", force, 60)
     stopped = [(complete, leftovers) for status, complete, leftovers in found if status]
-    assert len(stopped) > 20
+    assert len(stopped) > 10  # else the moments were all before or after the writing
     assert set(stopped) <= {(force == "force", 0), (True, 0)}
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -320,7 +321,10 @@ def test_cancelling_the_task_cancels_the_text(llm: Llama, gate: Gate) -> None:
 
 def assert_ends(llm: Llama) -> None:
     """Wait until nothing is under way: each call takes its turn behind all others."""
+    pool, deadline = llm.runtime.scheduler.pool, time.monotonic() + 20
     llm.generate("the cat", max_tokens=1)
+    while pool.available < pool.capacity and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert_all_given_back(llm)
 
 

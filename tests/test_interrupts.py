@@ -132,7 +132,7 @@ def test_other_threads_do_without() -> None:
     assert said == [signal.getsignal(signal.SIGINT)]
 
 
-@pytest.mark.parametrize("when", ["receive", "adopt", "reserve", "written", "forward"])
+@pytest.mark.parametrize("when", ["take", "adopt", "reserve", "written", "forward"])
 def test_ctrl_c_in_the_middle_of_anything_loses_no_block_and_harms_no_other_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
@@ -142,7 +142,7 @@ def test_ctrl_c_in_the_middle_of_anything_loses_no_block_and_harms_no_other_text
         other = llm.stream("the cat", max_tokens=20, temperature=0)
         first = next(other).token
         owner = {
-            "receive": "npllama.generation.completion.Completion",
+            "take": "npllama.generation.completion.Completion",
             "forward": "npllama.model",
         }.get(when, "npllama.generation.pool.Sequence")
         real = _attribute(owner, when)

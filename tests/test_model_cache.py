@@ -365,7 +365,7 @@ def test_models_lists_names_sizes_formats_and_sources(call, checkpoint: Path, mo
     assert f"1 in {models}: " in done.text
     (one,) = json.loads(call("models", "--json").text)["models"]
     assert one["size_bytes"] == sum(file.stat().st_size for file in (models / name).iterdir())
-    assert (one["name"], one["format"], one["source"], one["in_use"]) == (name, "q4", str(checkpoint), False)
+    assert (one["name"], one["format"], one["source"], one["in_use"]) == (name, "q4 and q6", str(checkpoint), False)
 
 
 @needs_locks

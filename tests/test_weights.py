@@ -205,7 +205,7 @@ def test_a_directory_without_a_manifest_is_an_unfinished_export(folder: Path):
         (b"[" * 100_000, "nested deeper"),
         (b'{"format": "gguf"}', "has format 'gguf', a model directory says 'npllama'"),
         (b'{"format": "npllama"}', "has version 'None', this npllama reads version 1"),
-        (b'{"format": "npllama", "version": 99}', "has version '99', this npllama reads version 1 to 3"),
+        (b'{"format": "npllama", "version": 99}', "has version '99', this npllama reads version 1 to 4"),
         (b'{"format": "npllama", "version": true}', "has version 'True', this npllama reads version 1"),
         (b" " * (1 << 20) + b"{}", "bytes, at most 1,048,576 are accepted"),
         (b'{"format": "npllama", "version": 1}', "the manifest has no 'config', which is needed"),

@@ -246,6 +246,7 @@ class Engine:
         """model.forward with an identity in the place of the output weights: a product with it changes no bit."""
         if self._identity is None:
             self._identity = np.eye(self.config.dim, dtype=np.float32)
+            self._identity.setflags(write=False)  # as mapped weights are: the type of compiled arguments
         batch, rotation, weights, *rest = arguments
         arguments = batch, rotation, weights._replace(output=self._identity), *rest
         if self.compiled is None:
