@@ -249,6 +249,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder: Path, tmp_path: Pat
     terminal.wait_for("> ")
     terminal.type("/stats\n")
     terminal.wait_for(" tokens")
+    terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.end() == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,11 @@ from npllama.execution.kernels.per_op import embed_alone, linear_alone  # noqa: 
 from npllama.numbers import format_of  # noqa: E402
 from npllama.numbers.groups import Grouped  # noqa: E402
 from npllama.numbers.q4 import Q4_CODEBOOK  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("NPLLAMA_BACKEND") == "numpy", reason="compiled execution: not in the run of NumPy's"
+)
+
 
 LEVELS = tuple(range(-30, 34, 4))
 LOWEST_UNPACKED = LEVELS[0] if amx.USED else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -16,6 +17,11 @@ from npllama.execution.kernels.per_op import linear_alone, linears_alone  # noqa
 from npllama.execution.kernels.target import WIDTH  # noqa: E402
 from npllama.numbers.bf16 import BF16, bf16_bits  # noqa: E402
 from npllama.numbers.f16 import F16, f16_bits  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("NPLLAMA_BACKEND") == "numpy", reason="compiled execution: not in the run of NumPy's"
+)
+
 
 FORMATS: dict[str, Callable[[np.ndarray], np.ndarray | F16 | BF16]] = {
     "f32": lambda w: w,

@@ -28,6 +28,11 @@ from npllama.execution.kernels.target import FEATURES, TRIPLE  # noqa: E402
 from npllama.numbers import FORMATS  # noqa: E402
 from npllama.numbers.activations import quantize_rows  # noqa: E402
 
+pytestmark = pytest.mark.skipif(
+    os.environ.get("NPLLAMA_BACKEND") == "numpy", reason="compiled execution: not in the run of NumPy's"
+)
+
+
 SHAPES = [(1, 1), (7, 8), (16, 32), (17, 33), (512, 64), (64, 172), (172, 64), (48, 288)]
 MANY = 43
 """Tokens that are multiplied in every way there is: by AMX, in a wide tile, and one by one."""

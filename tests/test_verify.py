@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import helpers
@@ -12,6 +13,11 @@ from npllama.errors import UsageError
 from npllama.execution.engine import Engine
 from npllama.measure.verify import largest_error, verify, whole_model_error
 from npllama.store.opening import open_model
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("NPLLAMA_BACKEND") == "numpy", reason="compiled execution: not in the run of NumPy's"
+)
+
 
 pytest.importorskip("numba")
 
