@@ -226,6 +226,8 @@ def test_a_person_talks(folder: Path, tmp_path: Path, llm: Llama) -> None:
     terminal.wait_for("> ")
     terminal.type("/help\n")
     terminal.wait_for("/quit            leave")
+    terminal.wait_for("> ")
+    time.sleep(0.3)  # Python sees a signal that comes before its line editor waits with the next key only
     terminal.type("\x03")
     terminal.wait_for("(Ctrl-D or /quit leaves)")
     terminal.type("/stats\n")
