@@ -16,6 +16,7 @@ Blocks as in Kwon et al. 2023, arXiv:2309.06180, section 4.1 (PagedAttention).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -165,11 +166,6 @@ def read(stored: Stored, l: int, slots: slice) -> np.ndarray:
     return stored[l, :, slots]
 
 
-def clear(cache: KVCache, n: int) -> None:
-    """Forget what sequence n has written; its blocks stay its own."""
-    cache.length[n] = 0
-
-
 def runs(cache: KVCache, n: int, first: int, stop: int) -> Iterator[tuple[int, slice]]:
     """Where positions first .. stop-1 of sequence n lie: (position, slots) for each run of adjacent blocks."""
     p = first
@@ -193,8 +189,8 @@ def seen(cache: KVCache, n: int, first: int, last: int) -> tuple[np.ndarray, lis
     sinks, stop = min(int(cache.n_sink[n]), last + 1), last + 1
     oldest = max(sinks, first - int(cache.window[n]) + 1)
     found = [*runs(cache, n, 0, sinks), *runs(cache, n, oldest, stop)]
-    ends = np.cumsum([slots.stop - slots.start for _, slots in found]).tolist()
-    spans = [(slice(a, b), slots) for a, b, (_, slots) in zip([0, *ends], ends, found)]  # noqa: B905 (0 is one more)
+    ends = [0, *np.cumsum([slots.stop - slots.start for _, slots in found]).tolist()]
+    spans = [(slice(*columns), slots) for columns, (_, slots) in zip(itertools.pairwise(ends), found, strict=True)]
     return np.concatenate([np.arange(sinks), np.arange(oldest, stop)]), spans
 
 

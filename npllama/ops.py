@@ -177,7 +177,8 @@ def attend(
     for start, stop in itertools.pairwise(bounds):  # the rows of one sequence
         n = seq[start]
         store(cache, l, n, int(pos[start]), k[start:stop], v[start:stop])
-        step = max(1, MAX_SCORES // (H * int(pos[stop - 1] + 1)))
+        most_seen = min(pos[stop - 1] + 1, cache.n_sink[n] + cache.window[n] + stop - start)
+        step = max(1, MAX_SCORES // int(H * most_seen))
         for t in range(start, stop, step):
             rows = slice(t, min(t + step, stop))
             y[rows] = _attend_rows(q[rows], q_sink[rows], cache, l, n, pos[rows])
@@ -190,7 +191,8 @@ def _attend_rows(q: np.ndarray, q_sink: np.ndarray, cache: KVCache, l: int, n: i
     G, window, n_sink = n_kv_heads(cache), cache.window[n], cache.n_sink[n]
     slot_pos, spans = seen(cache, n, int(pos[0]), int(pos[-1]))  # (S,)
 
-    near, far = _by_group(q, G), _by_group(q_sink, G)
+    near = _by_group(q, G)
+    far = _by_group(q_sink, G) if n_sink else near
     score = np.empty((G, T * (H // G), len(slot_pos)))
     for some, slots in spans:
         K = read(cache.k, l, slots).astype(np.float64)  # (G, s, E), never a gather

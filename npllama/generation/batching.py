@@ -52,10 +52,6 @@ class Batching:
         self._hidden = False  # what the last step gave, where jobs want either
         self._computing: tuple[Call, list[Job]] | None = None
 
-    def fits(self, window: int, n_sink: int, n_ids: int) -> bool:
-        """Whether a text of n ids can be fed when it is alone."""
-        return self.blocks_of(window, n_sink, n_ids, self._chunk) <= self.pool.capacity
-
     @staticmethod
     def blocks_of(window: int, n_sink: int, n_ids: int, chunk: int) -> int:
         """Blocks that a text of n ids has at most at a time: all, or its sinks and its window and a part behind it."""
