@@ -35,6 +35,8 @@ from npllama.generation.runtime import Runtime
 from npllama.generation.sampling.sampler import Model
 from npllama.generation.scoring.calls import Scores
 from npllama.generation.sessions.session import Rules, Session, load_session
+from npllama.generation.structured.structures import Structures
+from npllama.generation.structured.vocabulary import Vocabulary
 from npllama.options import BASIC, MoreOptions, SamplingOptions
 from npllama.store.direct import open_source
 from npllama.store.opening import OpenModel, Progress
@@ -97,6 +99,8 @@ class Llama(Scores, Closing):
         self.runtime = Runtime(engine, opened, context, self.chunk, kv_memory, parallel)
         guess = bool(checked_flag("speculation", speculation))
         self._model = Model(self.config, tokenizer, engine.top_k, guess)
+        ends = {i for i in (*self.config.eos_token_ids, tokenizer.eos_id) if i is not None}
+        self._structures = Structures(Vocabulary(tokenizer, self.config.vocab_size, ends))
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -174,7 +178,11 @@ class Llama(Scores, Closing):
         elif left < (n_new := 0 if request.max_tokens == 0 else 1):
             raise ContextError(self._too_long(len(ids), n_new))
         n_tokens = left if request.max_tokens is None else min(request.max_tokens, left)
-        jobs = [Completion(self._model, ids, request, n_tokens, *sight, first + i, streamed) for i in range(request.n)]
+        forms = self._structures.constraints(request.structure, n_tokens, request.stop, request.n)
+        jobs = [
+            Completion(self._model, ids, request, n_tokens, *sight, first + i, streamed, form)
+            for i, form in enumerate(forms)
+        ]
         jobs[0].followers.extend(jobs[1:])
         if isinstance(prompt, Continued):
             jobs[0].rest = prompt.rest

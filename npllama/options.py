@@ -229,7 +229,15 @@ class MoreOptions(TypedDict, total=False):
     """The options beyond the basic ones, as keywords of a call.
 
     max_new_tokens and repetition_penalty are max_tokens and repeat_penalty by other names. logits_processor, called for
-    every token with (ids, logits (V,)), gives other logits, -inf for what must not come.
+    every token with (ids, logits (V,)), gives other logits, -inf for what must not come. logprobs: how many of the most
+    probable tokens to tell beside each that was chosen (Result.logprobs, Piece.logprobs); post_sampling_probs: their
+    probabilities after all steps of sampling too.
+
+    What the text has to be, one of these: choices (one of some texts), regex (what a pattern of Rust's regex describes
+    from end to end), json_schema (a dict, a dataclass or a model of pydantic), grammar (Lark). All but choices need the
+    extra `structured`. Such a text is always whole: where max_tokens, max_time_s or a stop string would cut it, it is
+    closed ("closed"). Refused before anything is computed: what cannot be followed to the letter, and where no text
+    that fits into max_tokens is found. A stop string is not cut off; no token is taken that would complete one.
     """
 
     repeat_last_n: int | None
@@ -253,6 +261,12 @@ class MoreOptions(TypedDict, total=False):
     bad_words: Iterable[str] | None
     samplers: str | Sequence[str] | None
     logits_processor: Callable[[list[int], Any], Any] | None
+    logprobs: int | None
+    post_sampling_probs: bool | None
+    choices: Iterable[str] | None
+    regex: str | None
+    json_schema: object
+    grammar: str | None
     max_new_tokens: int | None
     repetition_penalty: float | None
 

@@ -187,10 +187,15 @@ class Terminal:
         arguments = ("chat", str(folder), "--chat-format", FORMAT, "--temp", "0", *arguments)
         self.process = subprocess.Popen(
             [*COMMAND, *arguments], stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=self._begin,
         )  # fmt: skip
         os.close(slave)
         self.shown = ""
+
+    @staticmethod
+    def _begin() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     def type(self, keys: str | bytes) -> None:
         os.write(self._master, keys if isinstance(keys, bytes) else keys.encode())

@@ -6,6 +6,7 @@ Files, in the order in which to read them:
     terminal.py    output, progress, and kinds of arguments
     texts.py       a text from an argument, a file or stdin
     generate.py    continue a text
+    forms.py       what a text has to be, and what it was chosen from
     sessions.py    a text that is kept from one call to the next
     batch.py       continue many texts, a JSON object a line
     export.py      checkpoint to model directory

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING, Any
 
+from npllama.commands.forms import more_of
 from npllama.commands.terminal import Notes, ProgressLine, put, say
 from npllama.errors import NpllamaError, UsageError
 from npllama.options import MoreOptions
@@ -31,7 +32,7 @@ MAX_LINES = 1024
 """Lines that have been read and not yet been answered, or wait for the answer to an earlier one."""
 
 MAX_LINE_BYTES = 1 << 26
-ANSWERS = ("text", "tokens", "finish_reason", "usage", "seed", "error", "line")
+ANSWERS = ("text", "tokens", "finish_reason", "usage", "seed", "overruled", "error", "line")
 """Keys of an answer: a line cannot use them for its own."""
 
 ALIASES = {"max_new_tokens": "max_tokens", "repetition_penalty": "repeat_penalty"}
@@ -65,7 +66,7 @@ class Line:
         usage = {"prompt_tokens": u.prompt_tokens, "completion_tokens": u.completion_tokens}
         usage |= {"total_tokens": u.total_tokens, "cached_tokens": u.cached_tokens}
         answer = {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
-        return {**self.own, **answer, "usage": usage, "seed": result.seed}
+        return {**self.own, **answer, "usage": usage, "seed": result.seed, **more_of(result)}
 
 
 Event = tuple[int, int, bytes] | Line | OSError | NpllamaError | None

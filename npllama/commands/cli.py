@@ -11,7 +11,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         """As argparse does, once the values of text options are marked as such."""
         if self.texts is None:
             return super().parse_known_args(args, namespace)
-        marked = _marked(args, self.texts)
+        marked = _marked(args, self.texts, self._option_string_actions)
         if lost := [arg for arg in marked if re.fullmatch("-[a-z]=?--|--[a-z-]+=--", arg)]:
             self.error(f"{lost[0]}: -- is no value")
         return super().parse_known_args(marked, namespace)
@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; {self.prog} --help tells what can be given.")
 
 
-def _marked(args: Sequence[str], texts: Mapping[str, str]) -> list[str]:
+def _marked(args: Sequence[str], texts: Mapping[str, str], options: Collection[str]) -> list[str]:
     """Arguments with "--stop", "---" and "--stop=---" as "--stop=", MARK, "---" in one, for each option of texts.
 
     Behind "--" nothing is an option.
@@ -100,6 +100,9 @@ def _marked(args: Sequence[str], texts: Mapping[str, str]) -> list[str]:
     found, rest = [], list(args)
     while rest and rest[0] != "--":
         arg = rest.pop(0)
+        if arg in options and arg not in texts:  # -jf is not -j with the value f
+            found.append(arg)
+            continue
         option, joined, value = arg.partition("=") if arg.startswith("--") else (arg[:2], arg[2:], arg[2:])
         if option in texts and (joined or rest):
             value = value if arg.startswith("--") else value.removeprefix("=")

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from npllama.commands import batch
+from npllama.commands import batch, forms
 from npllama.commands.sessions import add_session, check_session, continuing, rules_of
 from npllama.commands.terminal import (
     Choices,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 NAME = "generate"
 OTHER_TEXTS = {name: name for name in ("--stop", "--bad-word", "--dry-sequence-breaker")}
-TEXTS = {**PROMPTS, **OTHER_TEXTS}
+TEXTS = {**PROMPTS, **OTHER_TEXTS, **forms.TEXTS}
 """Options whose value is text, also where it begins with a dash, and their long names."""
 SUMMARY = "continue a text"
 INTERRUPTED = 130
@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_sampling(parser)
     add("--stop", metavar="TEXT", type=text, action="append", default=[], help="end before this text; may be repeated")
+    forms.add_forms(parser)
+    forms.add_logprobs(parser)
     add(
         "-e", "--escape", action="store_true", help="read \\n \\r \\t \\\\ \\' \\\" and \\xHH (a byte) in these texts"
     )  # fmt: skip
@@ -138,7 +140,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     source = batch.source_of(args)
     prompt = prompt_of(args) if source is None else ""
     stops = [decoded(argument_bytes(stop), "--stop", args.escape) for stop in args.stop]
-    given = sampling_of(args, args.escape)
+    given = {**sampling_of(args, args.escape), **forms.form_of(args, args.escape), **forms.logprobs_of(args)}
     options: dict[str, Any] = {"seed": args.seed, "stop": stops, "echo": args.echo, "sampling": args.sampling}
     options |= {"bos": args.bos, "eos": args.eos, "padding_ids": args.padding_ids}
     started = time.perf_counter()
@@ -153,6 +155,7 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
         if args.json:
             put(json.dumps(_report(llama, stream.result, complete, args.model, load_s), ensure_ascii=False))
         put("\n")
+        forms.say_overruled(stream.result)
         say(_statistics(stream.result))
     return 0 if complete else INTERRUPTED
 
@@ -207,4 +210,5 @@ def _report(llama: Llama, r: Result, complete: bool, model: str | None, load_s: 
             "prompt_per_second": _rate(u.prompt_tokens - u.cached_tokens, r.prompt_s),
             "generate_per_second": _rate(u.completion_tokens, r.generate_s),
         },
+        **forms.more_of(r),
     }

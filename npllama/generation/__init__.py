@@ -7,6 +7,7 @@ Files, in the order in which to read them:
     chunks.py       how a long prompt is cut into calls, and what calls cost
     sampling/       from logits to the next id
     streaming.py    stop strings in a text that comes in pieces
+    structured/     text of a given form: choices, regular expressions, JSON by a schema, grammars
     pool.py         who has which blocks of the cache: sharing, forks, beginnings that are found again
     speculation.py  guesses for the next ids of a text, from the text itself
     jobs.py         ids that go through the model, and who takes the logits

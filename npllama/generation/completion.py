@@ -13,12 +13,14 @@ import numpy as np
 
 from npllama.execution.top_k import not_finite
 from npllama.generation.jobs import Job
+from npllama.generation.sampling.logprobs import Observer, TokenLogprobs
 from npllama.generation.requests import Progress, Request
 from npllama.generation.results import Piece, Result, Usage
 from npllama.generation.sampling.basic import PENALTY_WINDOW, Draw, Numbers
 from npllama.generation.sampling.sampler import Model, Sampler
 from npllama.generation.speculation import Lookup
 from npllama.generation.streaming import StopStrings
+from npllama.generation.structured.constraint import Constraint
 from npllama.text.decoding import StreamDecoder
 
 MAX_UNREAD = 32
@@ -58,7 +60,7 @@ class Completion(Job):
     """A generation under way. `pieces` holds what has come and was not read yet.
 
     max_tokens: what the request asks for, at most what the context has room for. index: which of several completions
-    of the same prompt. streamed: it pauses while its reader is behind.
+    of the same prompt. streamed: it pauses while its reader is behind. constraint: what the text has to be.
     """
 
     def __init__(
@@ -71,18 +73,27 @@ class Completion(Job):
         n_sink: int = 0,
         index: int = 0,
         streamed: bool = False,
+        constraint: Constraint | None = None,
     ) -> None:
         super().__init__(list(ids), window, n_sink)
         self._request, self._index, self.streamed = request, index, streamed
         self._max_tokens, self._n_prompt = max_tokens, len(ids)
         self.received = self._n_prompt - 1
-        self._sampler = Sampler(model, request.sampling, request.padding_ids, len(ids), request.logits_processor)
+        self._constraint, self._observer = constraint, None
+        if request.logprobs is not None:
+            self._observer = Observer(model.tokenizer, request.logprobs, request.post_sampling_probs)
+        self._sampler = Sampler(
+            *(model, request.sampling, request.padding_ids, len(ids), request.logits_processor),
+            *(constraint, self._observer),
+        )
         self._numbers = Numbers(request.seed, index)
         self._lookup = Lookup() if model.speculation else None
-        self._decoder, self._stops = StreamDecoder(model.tokenizer), StopStrings(request.stop)
+        self._decoder = StreamDecoder(model.tokenizer)
+        self._stops = StopStrings(request.stop if constraint is None else ())
         self.pieces: deque[Piece] = deque()
         self._text: list[str] = []
         self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
         self._finish_reason = "length"
         self._started = self._read_at = self._last_at = 0.0
         self.on_read: Callable[[int], None] | None = None  # told how much of the prompt was read
@@ -92,11 +103,16 @@ class Completion(Job):
     def end_at(self, ids: Iterable[int]) -> None:
         """End at these ids too."""
         self._sampler.ends.update(ids)
+        if self._constraint is not None:
+            self._constraint.end_at(ids)
 
     def begin(self) -> None:
         """The clock starts; the prompt's own text comes first where it is asked for."""
         self._started = time.perf_counter()
         before = "".join([self._decoder.push(i) for i in self.ids])  # the text depends on what it continues
+        if self._constraint is not None:  # but one of a given form begins with whatever that says, a space too
+            before += self._decoder.finish()
+            self._decoder = self._decoder.behind()
         if self._request.echo and before:
             self._emit(Piece(before, None))
 
@@ -107,6 +123,8 @@ class Completion(Job):
     def _emit(self, piece: Piece) -> None:
         self.pieces.append(piece)
         self._text.append(piece.text)
+        if piece.logprobs is not None:
+            self._logprobs.append(piece.logprobs)
 
     def progressed(self, n_fed: int) -> None:
         if self.on_read is not None and not self._tokens:
@@ -115,7 +133,7 @@ class Completion(Job):
     def end(self, reason: str) -> None:
         """End with what has come; out of time, with the text that was held back too."""
         if reason == "time":
-            self._finish(reason)
+            self._close(reason)
         else:
             self._finish_reason, self.done = reason, True
 
@@ -140,10 +158,35 @@ class Completion(Job):
             self._finish("length")
             return
         for row, guess in zip_longest(logits, self.draft):
-            token = self._sampler.next_id(row, self.ids, self._request.seed, self._index)
-            self._add(token)
-            if self.done or token != guess:
+            n = len(self.ids)
+            self._choose(row)
+            if self.done or len(self.ids) > n + 1 or self.ids[n] != guess:
                 return
+
+    def _choose(self, logits: np.ndarray) -> None:
+        """Add the next id, whose logits are given, and those that have to follow in any case."""
+        token = self._sampler.next_id(logits, self.ids, self._request.seed, self._index)
+        about = None if self._observer is None else self._observer.of(token, logits, self._sampler.chances)
+        constraint = self._constraint
+        if constraint is None:
+            self._add(token, about)
+            return
+        while True:
+            ended = constraint.take(token, self._max_tokens - len(self._tokens))
+            if ended in ("full", "stop"):
+                self._close("length" if ended == "full" else ended)
+            else:
+                self._add(token, about, is_over=ended == "over")
+            if self.done or self._observer is not None or not constraint.forced:
+                return
+            token = constraint.forced[0]
+
+    def _close(self, reason: str) -> None:
+        """Finish; a text of a given form with what completes it."""
+        closing = [] if self._constraint is None else self._constraint.closing
+        for token in closing:
+            self._put(token, None if self._observer is None else self._observer.unasked(token))
+        self._finish("closed" if closing else reason)
 
     def take(self, ids: Iterable[int | None]) -> None:
         """Add the next id, and those behind it for as long as the guess before each was right; finish at the end."""
@@ -154,22 +197,26 @@ class Completion(Job):
             if self.done or token != guess:
                 return
 
-    def _add(self, token: int | None) -> None:
+    def _add(self, token: int | None, about: TokenLogprobs | None = None, is_over: bool = False) -> None:
+        """Add an id; is_over: none may follow."""
         if token is None:
             raise not_finite()
         if token in self._sampler.ends:
             self._finish("stop")
-            return
+        elif self._put(token, about):
+            self._finish_reason, self.done = "stop", True
+        elif is_over or len(self._tokens) >= self._max_tokens:
+            self._finish("stop" if is_over else "length")
+
+    def _put(self, token: int, about: TokenLogprobs | None) -> bool:
+        """Put an id behind the text; whether a stop string ends it."""
         self.ids.append(token)
         self._tokens.append(token)
         self.received = len(self.ids) - 1
         text, stopped = self._stops.push(self._decoder.push(token))
         self._last_at = time.perf_counter()
-        self._emit(Piece(text, token))
-        if stopped:
-            self._finish_reason, self.done = "stop", True
-        elif len(self._tokens) >= self._max_tokens:
-            self._finish("length")
+        self._emit(Piece(text, token, about))
+        return stopped
 
     def chances(self) -> list[float]:
         if self._lookup is None or self.followers:
@@ -205,4 +252,6 @@ class Completion(Job):
             prompt_s=read_at - self._started,
             generate_s=max(0.0, self._last_at - read_at),
             slid_tokens=slid,
+            logprobs=None if self._observer is None else list(self._logprobs),
+            overruled=() if self._constraint is None else tuple(sorted(self._constraint.overruled)),
         )

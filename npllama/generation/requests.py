@@ -13,6 +13,7 @@ from npllama.errors import UsageError, quote, whole_number
 from npllama.generation.sampling.basic import SEEDS
 from npllama.generation.sampling.sampler import LogitsProcessor
 from npllama.generation.streaming import stop_texts
+from npllama.generation.structured.structures import KINDS, Structure, checked_structure
 from npllama.options import OPTIONS, SamplingOptions, chosen_sampling
 
 Prompt = str | Sequence[int]
@@ -21,6 +22,7 @@ Progress = Callable[[int, int, float], object]
 POLICIES = ("stop", "slide")
 """What happens where the context is full."""
 MAX_COMPLETIONS = 1024
+MAX_LOGPROBS = 1000
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Request:
     max_time_s: float | None = None
     progress: Progress | None = None
     logits_processor: LogitsProcessor | None = None
+    logprobs: int | None = None
+    post_sampling_probs: bool = False
+    structure: Structure | None = None
 
 
 def is_one(prompt: object) -> bool:
@@ -169,7 +174,7 @@ def new_request(
     given: the sampling options by their names, and what else MoreOptions has. source: where those left out (None) come
     from, and what the model suggests.
     """
-    processor = _checked_processor(given.pop("logits_processor", None))
+    more = _checked_more(given)
     aliases = given.pop("max_new_tokens", None), given.pop("repetition_penalty", None)
     if unknown := sorted(given.keys() - {option.name for option in OPTIONS}):
         raise TypeError(f"this call got an unexpected keyword argument {unknown[0]!r}")
@@ -192,8 +197,30 @@ def new_request(
         n_keep=_checked_number("n_keep", n_keep, 0, 2**31, "how many first positions stay in sight"),
         max_time_s=_checked_time(max_time_s),
         progress=_checked_progress(progress),
-        logits_processor=processor,
+        **more,
     )
+
+
+def _checked_more(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a request that follow from options that are not of sampling, which are taken out of those given."""
+    processor = _checked_processor(given.pop("logits_processor", None))
+    n_top, sampled = _checked_logprobs(given.pop("logprobs", None), given.pop("post_sampling_probs", None))
+    structure = checked_structure({kind: given.pop(kind, None) for kind in KINDS})
+    told = {"logprobs": n_top, "post_sampling_probs": sampled}
+    return {"logits_processor": processor, "structure": structure, **told}
+
+
+def _checked_logprobs(logprobs: int | None, sampled: bool | None) -> tuple[int | None, bool]:
+    """How many alternatives are to be told of each id, and whether after sampling too."""
+    number = whole_number(0 if logprobs is None else logprobs, 0, MAX_LOGPROBS)
+    if number is None:
+        raise UsageError(
+            f"logprobs={quote(logprobs)}: needs how many alternatives, 0 to {MAX_LOGPROBS}, or None for no logprobs."
+        )
+    asked = bool(checked_flag("post_sampling_probs", sampled, optional=True))
+    if asked and logprobs is None:
+        raise UsageError("post_sampling_probs=True: needs logprobs= too, how many alternatives.")
+    return None if logprobs is None else number, asked
 
 
 def session_options(seed: int | None, context_policy: str, n_keep: int) -> tuple[int, str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from npllama.generation.sampling.logprobs import TokenLogprobs
 from npllama.text.chat.marks import Escaped
 
 
@@ -12,10 +13,12 @@ class Piece(NamedTuple):
     """One step of a stream: a generated id, and the text that it completes (often a word, sometimes nothing).
 
     token is None for a piece of text that has no id of its own: the prompt with echo, a last one that was held back.
+    logprobs: of the id, where the call asks for them.
     """
 
     text: str
     token: int | None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,10 @@ class Result:
 
     text: the continuation (with echo: prompt and continuation); tokens: the generated ids without BOS and EOS;
     finish_reason "stop" (end of text, or a stop string), "length" (max_tokens or the context is used up), "time"
-    (max_time_s is over) or "cancelled"; prompt_s, generate_s: seconds; slid_tokens: positions that have slid out of
-    the window (context_policy "slide").
+    (max_time_s is over), "closed" (the same, or a stop string, and ids that the model did not choose complete the form
+    that the text was to have) or "cancelled"; prompt_s, generate_s: seconds; slid_tokens: positions that have slid out
+    of the window (context_policy "slide"); logprobs: of each of the tokens, where asked for; overruled: options that
+    could not be followed, since the form of the text left no choice.
     """
 
     text: str
@@ -49,6 +54,8 @@ class Result:
     prompt_s: float
     generate_s: float
     slid_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    overruled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

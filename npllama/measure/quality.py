@@ -24,7 +24,7 @@ import numpy as np
 from npllama.errors import ModelError, UsageError
 from npllama.execution.top_k import check_finite
 from npllama.generation.chunks import feed
-from npllama.generation.scoring.jobs import log_softmax
+from npllama.generation.sampling.logprobs import log_softmax
 from npllama.generation.scoring.jobs import windows as cut_windows
 from npllama.inference import Llama
 

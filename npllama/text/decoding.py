@@ -19,10 +19,11 @@ class StreamDecoder:
     long the text is.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, inside: bool = False) -> None:
+        """inside: the ids go on right behind other text."""
         self._tokenizer = tokenizer
         self._breaks = tokenizer.breaks
-        self._at_start = True
+        self._at_start = not inside
         self._utf8 = _Utf8(_errors(tokenizer))
 
     def push(self, token: int) -> str:
@@ -36,6 +37,10 @@ class StreamDecoder:
         """What was held back; the next push starts another text."""
         self._at_start = True
         return self._text(b"", final=True)
+
+    def behind(self) -> StreamDecoder:
+        """One for ids that go on right behind this text, and whose own text does not depend on it."""
+        return StreamDecoder(self._tokenizer, inside=True)
 
     def _text(self, data: bytes, final: bool) -> str:
         return _replaced(self._utf8.decode(data, final))

@@ -12,6 +12,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from npllama.commands import forms
 from npllama.commands.dialog.line_editor import LineEditor
 from npllama.commands.generate import OTHER_TEXTS, add_sampling, sampling_of
 from npllama.commands.terminal import (
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from npllama.inference import Llama
 
 NAME = "chat"
-TEXTS = {"--system": "--system", **OTHER_TEXTS}
+TEXTS = {"--system": "--system", **OTHER_TEXTS, **forms.TEXTS}
 SUMMARY = "talk with a model"
 
 HELP = """/system [TEXT]   what the system says first; without TEXT: nothing. Begins anew
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: until the context is full)")  # fmt: skip
     add_sampling(parser)
     add("--stop", metavar="TEXT", type=text, action="append", default=[], help="end an answer before this text")
+    forms.add_forms(parser)
     add("-c", "--ctx-size", metavar="N", type=whole(1, 2**31), help="context in tokens")
     add_execution(parser)
     add("--show-tokens", action="store_true", help="show what the model is told for each answer, token by token")
@@ -87,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Load, then question by question until the input ends."""
-    given = sampling_of(args)
+    given = {**sampling_of(args), **forms.form_of(args)}
     how = {**execution(args), "context": args.ctx_size}
     with load_model(notes, model_of(args), dtype=args.dtype, chat_format=args.chat_format, **how) as llama:
         notes.show()
@@ -169,6 +171,7 @@ class Chat:
             say(f"{one.mark} was escaped, {one.times} times")
         if answer.finish_reason == "length":
             say("(cut short: -n, or the context is full; /undo or /reset make it shorter)")
+        forms.say_overruled(answer.result)
         self._last = answer.result
         self.messages = [*asked, answer.message]
 

@@ -2,9 +2,10 @@
 
 Files, in the order in which to read them:
 
-    basic.py    the basic options, fast; the random numbers
-    chain.py    every step of sampling, in any order
-    sampler.py  one text's sampling: which ids may come, and what is carried from one to the next
+    basic.py     the basic options, fast; the random numbers
+    chain.py     every step of sampling, in any order
+    logprobs.py  how probable the ids were, and what else might have come
+    sampler.py   one text's sampling: which ids may come, and what is carried from one to the next
 
 A new way to sample is a field of `options.SamplingOptions` (with it the command line has an option) and of
 `options.MoreOptions`, and its step in `chain.STEPS` with its name in `options.SAMPLERS`. Model directories keep the

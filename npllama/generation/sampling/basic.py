@@ -95,6 +95,11 @@ class Allowed:
         beyond = {int(token): self.n_ids + i for i, token in enumerate(self._beyond)}
         return [beyond.get(i, i) for i in ids if i < self.n_ids or i in beyond]
 
+    @property
+    def ids(self) -> np.ndarray:
+        """The allowed ids (A,), ascending."""
+        return np.append(np.arange(self.n_ids), self._beyond)
+
     def id(self, index: int) -> int:
         """The id at an index among the allowed ones."""
         return index if index < self.n_ids else int(self._beyond[index - self.n_ids])

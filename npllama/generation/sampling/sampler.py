@@ -12,13 +12,19 @@ import numpy as np
 from npllama.config import ModelConfig
 from npllama.errors import UsageError, quote
 from npllama.execution.top_k import Search, check_finite
-from npllama.generation.sampling.basic import PENALTY_WINDOW, Allowed, Draw, drawn, sample, uniform
+from npllama.generation.sampling.logprobs import Chances, Observer
+from npllama.generation.sampling.basic import PENALTY_WINDOW, Allowed, Draw, candidates, drawn, sample, uniform
 from npllama.generation.sampling.chain import Candidates, Situation, next_mu, through_steps, unsurprising
+from npllama.generation.structured.constraint import Constraint
 from npllama.options import SamplingOptions
 from npllama.text.protocol import Tokenizer
 
 LogitsProcessor = Callable[[list[int], np.ndarray], np.ndarray]
 """Called with the ids so far and the logits (V,) of the next, its own to change; gives logits, -inf for never."""
+
+
+FORBIDDING = ("bad_words", "logit_bias", "min_tokens", "ignore_eos")
+"""Options that can leave no id."""
 
 
 class Pieces:
@@ -94,8 +100,8 @@ class Sampler:
     """Chooses the ids of one text. Besides the ids so far and the state, nothing that came before has a say.
 
     padding_ids: ids beyond the tokenizer's pieces may come too. n_prompt: how many of the ids are not generated. ends:
-    the ids that end the text; a caller may add some. is_basic: nothing but the basic options has a say, so that `draw`
-    tells all.
+    the ids that end the text; a caller may add some. constraint: what the text has to be. observer: is to be told what
+    ids were drawn from, `chances`. is_basic: nothing but the basic options has a say, so that `draw` tells all.
     """
 
     def __init__(
@@ -105,13 +111,18 @@ class Sampler:
         padding_ids: bool,
         n_prompt: int,
         processor: LogitsProcessor | None = None,
+        constraint: Constraint | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self._model, self._options, self._n_prompt, self._processor = model, options, n_prompt, processor
         n_ids = model.config.vocab_size if padding_ids else model.tokenizer.n_pieces
         self._allowed = Allowed(n_ids, model.config.eos_token_ids)
         named = (*model.config.eos_token_ids, model.config.bos_token_id, model.tokenizer.bos_id)
         self.ends = {i for i in named if i is not None}
-        self.is_basic = options.is_basic and processor is None
+        self._constraint, self._observer = constraint, observer
+        self._plain = options.is_basic and processor is None
+        self.is_basic = self._plain and constraint is None and observer is None
+        self.chances: Chances | None = None
         self._bad_words = BadWords(options.bad_words, model.pieces) if options.bad_words else None
         self._breakers = [text.encode() for text in options.dry_sequence_breakers]
         self.state = SamplerState(mu=2 * options.mirostat_tau)
@@ -130,7 +141,11 @@ class Sampler:
         Raises ModelError for logits that are not finite, UsageError where no id is left or logits_processor fails.
         """
         key, allowed = (seed, completion, len(ids)), self._allowed
-        if self.is_basic:
+        if self._plain:
+            if self._constraint is not None:
+                return self._basic(logits, self._constraint.allowed(), ids, key)
+            if self._observer is not None and self._observer.sampled:
+                return self._basic(logits, allowed.ids, ids, key)
             recent = allowed.indices(ids[-PENALTY_WINDOW:])
             return allowed.id(sample(allowed.logits(logits), recent, self._options, *key, self._model.search))
         check_finite(logits)
@@ -148,12 +163,30 @@ class Sampler:
         chosen = through_steps(Candidates(left, values[left]), at)
         return allowed.id(self._draw(chosen, key))
 
+    def _basic(self, logits: np.ndarray, among: np.ndarray, ids: list[int], key: tuple[int, int, int]) -> int:
+        """An id drawn with the basic options from those among (A,), ascending; it notes what from."""
+        if len(among) == 1:
+            chosen, weights = np.zeros(1, np.int64), np.ones(1)
+        else:
+            latest = np.array(ids[-PENALTY_WINDOW:], np.int64)
+            at = np.minimum(among.searchsorted(latest), len(among) - 1)
+            recent = at[among[at] == latest].tolist()
+            chosen, weights = candidates(logits[among], recent, self._options, self._model.search)
+        self._note(among[chosen], weights)
+        return int(among[chosen[drawn(weights, uniform(*key))]])
+
+    def _note(self, ids: np.ndarray, weights: np.ndarray) -> None:
+        if self._observer is not None and self._observer.sampled:
+            self.chances = Chances(ids, weights / weights.sum())
+
     def _draw(self, chosen: Candidates, key: tuple[int, int, int]) -> int:
-        if self._options.mirostat == 0:
-            return int(chosen.ids[drawn(chosen.weights, uniform(*key))])
-        chosen = unsurprising(chosen, self.state.mu)
+        if self._options.mirostat != 0:
+            chosen = unsurprising(chosen, self.state.mu)
         index = drawn(chosen.weights, uniform(*key))
-        self.state = replace(self.state, mu=next_mu(self.state.mu, chosen.probabilities[index], self._options))
+        if self._options.mirostat != 0:
+            self.state = replace(self.state, mu=next_mu(self.state.mu, chosen.probabilities[index], self._options))
+        if self._observer is not None:
+            self._note(np.array([self._allowed.id(i) for i in chosen.ids.tolist()], np.int64), chosen.weights)
         return int(chosen.ids[index])
 
     def _biased(self, logits: np.ndarray, ids: list[int]) -> np.ndarray:
@@ -166,7 +199,20 @@ class Sampler:
             values[list(self.ends)] = -np.inf
         if self._bad_words is not None:
             values[self._bad_words.next(ids[self._n_prompt :])] = -np.inf
-        return values
+        return values if self._constraint is None else self._constrained(values, logits, self._constraint)
+
+    def _constrained(self, values: np.ndarray, logits: np.ndarray, constraint: Constraint) -> np.ndarray:
+        """The logits with those alone that the text's form allows. Where all of them are forbidden the form wins."""
+        ids = constraint.allowed()
+        found = np.full_like(values, -np.inf)
+        found[ids] = values[ids]
+        if not (found[ids] > -np.inf).any():
+            found[ids] = logits[ids]
+            options, off = self._options, SamplingOptions()
+            constraint.overruled.update(name for name in FORBIDDING if getattr(options, name) != getattr(off, name))
+            if self._processor is not None:
+                constraint.overruled.add("logits_processor")
+        return found
 
     def _piece(self, index: int) -> bytes:
         """The bytes of an id, given by its index among the allowed ones."""

@@ -14,6 +14,7 @@ import numpy as np
 from npllama.errors import UsageError, quote
 from npllama.execution.top_k import check_finite
 from npllama.generation.jobs import Job
+from npllama.generation.sampling.logprobs import log_softmax
 
 NORMALIZATIONS = ("none", "tokens", "bytes")
 POOLINGS = ("mean", "last")
@@ -101,13 +102,6 @@ class EmbedJob(Job):
             mean /= np.linalg.norm(mean) or 1.0
         found: np.ndarray = mean.astype(np.float32)
         return found
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """log softmax over the last axis, in float64: differences of 1e-4 between models must not drown."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
 
 
 def option_jobs(texts: list[list[int]], n_prompt: list[int], window: int) -> tuple[list[Job], list[ScoreJob]]:

@@ -1,0 +1,121 @@
+"""How a text can be completed, searched for byte by byte, then written with the fewest ids.
+
+A text is completed soonest by what closes things, so that is tried first. The search is bounded: what it finds is
+short and need not be the shortest, and what it does not find may exist. `by_ids` is exact where few texts fit.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from npllama.generation.structured.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+FIRST = b'"a}]0:,'
+"""Bytes that are tried first: they close what JSON opens, or are the shortest values and letters."""
+
+MAX_STATES = 400
+"""States of the matcher that a search looks at."""
+
+BYTES_PER_DETOUR = 8
+"""A search tries one detour (a byte that is not its first choice) before so many more bytes of the path it is on."""
+
+MAX_IDS, MAX_WIDTH, MAX_LEVELS = 64, 24, 40
+"""Ids that a search by ids tries behind a state, states that it goes on from, ids: beyond that it is not exact."""
+
+
+class ClosingSearch:
+    """Searches in the states of a matcher over one vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        singles = {piece[0]: ids[-1] for piece, ids in vocabulary.ids.items() if len(piece) == 1}
+        order = sorted(singles, key=lambda byte: (FIRST.find(byte) if byte in FIRST else len(FIRST), byte))
+        self._bytes = [bytes([byte]) for byte in order]
+        self._ids = np.array([singles[byte] for byte in order], np.int64)
+        self._lengths = np.array([len(piece) for piece in vocabulary.pieces])
+
+    def text(self, matcher: LLMatcher) -> bytes | None:
+        """Bytes that complete the text: the path with the fewest detours first, a long one counting as several.
+
+        Of bytes behind which the same ids may come, one is tried; the same byte twice in a row comes last.
+        """
+        seen: set[tuple[int, bytes]] = set()
+        parent = -1
+        state: LLMatcher | None = matcher.deep_copy()
+        text, cost, n = b"", 0, 0
+        heap: list[tuple[int, int, LLMatcher, bytes, list[int], int]] = []
+        for count in range(MAX_STATES):
+            if state is not None:
+                text += self._follow(state) or b""
+                if state.is_accepting():
+                    return text
+                key = parent, state.compute_bitmask()
+                if key not in seen and (nexts := self._next(key[1], text[-1:])):
+                    seen.add(key)
+                    heapq.heappush(heap, (cost + 1, count, state, text, nexts, 0))
+            if not heap:
+                return None
+            cost, parent, before, text, nexts, n = heapq.heappop(heap)
+            if n + 1 < len(nexts):
+                heapq.heappush(heap, (cost + BYTES_PER_DETOUR, parent, before, text, nexts, n + 1))
+            state = before.deep_copy()
+            if not state.consume_token(int(self._ids[nexts[n]])):
+                state = None
+            text += self._bytes[nexts[n]]
+        return None
+
+    def _follow(self, state: LLMatcher) -> bytes | None:
+        """Let a state go on with the bytes that have to come; None where there are none."""
+        forced: bytes = b"" if state.is_accepting() else state.compute_ff_bytes()
+        ids = self._vocabulary.fewest(forced) if forced else None
+        return forced if ids is not None and state.consume_tokens(list(ids)) else None
+
+    def _next(self, mask: bytes, last: bytes) -> list[int]:
+        """Which of the single bytes a mask allows, by number, in the order of trying; the latest one comes last."""
+        bits = np.frombuffer(mask, np.uint8)
+        found: list[int] = np.flatnonzero(bits[self._ids >> 3] >> (self._ids & 7) & 1).tolist()
+        return sorted(found, key=lambda n: self._bytes[n] == last)
+
+    def by_ids(self, matcher: LLMatcher, most: int) -> list[int] | None:
+        """The fewest ids that complete the text, at most so many: of all that may come where those are few."""
+        pieces = self._vocabulary.pieces
+        level: list[tuple[LLMatcher, bytes, list[int]]] = [(matcher.deep_copy(), b"", [])]
+        known = {b""}
+        if matcher.is_accepting():
+            return []
+        for _ in range(min(most, MAX_LEVELS)):
+            following = []
+            for state, text, ids in level:
+                for token in self._promising(state):
+                    longer = text + pieces[token]
+                    if longer not in known:
+                        known.add(longer)
+                        after = state.deep_copy()
+                        after.consume_token(token)
+                        if after.is_accepting():
+                            return [*ids, token]
+                        following.append((after, longer, [*ids, token]))
+            following.sort(key=lambda one: -len(one[1]))
+            level = [*following[: MAX_WIDTH // 2], *following[MAX_WIDTH // 2 :][-MAX_WIDTH // 2 :]]
+        return None
+
+    def _promising(self, state: LLMatcher) -> list[int]:
+        """The ids that write something and may come; of many the longest ones and the single bytes."""
+        ids = ids_of(state.compute_bitmask(), len(self._lengths))
+        ids = ids[self._lengths[ids] > 0]
+        if len(ids) > MAX_IDS:
+            order = ids[np.argsort(-self._lengths[ids], kind="stable")]
+            return [*order[: MAX_IDS // 4].tolist(), *ids[self._lengths[ids] == 1][:MAX_IDS].tolist()]
+        found: list[int] = ids.tolist()
+        return found
+
+
+def ids_of(mask: bytes, n_ids: int) -> np.ndarray:
+    """The ids (A,) int64 below n_ids whose bit is set in a mask."""
+    return np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), count=n_ids, bitorder="little"))

@@ -1,0 +1,159 @@
+"""What a call asks for, checked, and made into a matcher."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from npllama.errors import UsageError, quote
+from npllama.generation.structured.choices import ChoiceMatcher
+from npllama.generation.structured.constraint import Constraint
+from npllama.generation.structured.matcher import Matcher
+from npllama.generation.structured.schema import SEPARATORS, Shortest, check_counts, schema_of
+from npllama.generation.structured.vocabulary import Vocabulary
+from npllama.text.protocol import check_text
+
+if TYPE_CHECKING:
+    from npllama.generation.structured.grammar import GrammarMatcher
+
+KINDS = ("choices", "regex", "json_schema", "grammar")
+MAX_KEPT = 16
+"""Matchers that are kept for calls to come: the least recently used go."""
+
+PREFERENCES: Any = {
+    "whitespace_flexible": False,
+    "item_separator": SEPARATORS[0],
+    "key_separator": SEPARATORS[1],
+    "coerce_one_of": False,  # nothing is to be approximated
+    "lenient": False,
+    "json_allowed_escapes": 'bfnrt\\"',  # one way to write a character, so that no key is written in two
+}
+"""How llguidance is to read a schema."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A form that a text is to have: one of KINDS, and what it was given, as text."""
+
+    kind: str
+    source: tuple[str, ...]
+
+
+def checked_structure(given: dict[str, Any]) -> Structure | None:
+    """The form that the options of a call ask for (those of KINDS that are not None). Raises UsageError."""
+    asked = [kind for kind in KINDS if given.get(kind) is not None]
+    if not asked:
+        return None
+    if len(asked) > 1:
+        raise UsageError(f"{asked[0]}= and {asked[1]}= both say what the text is to be; give one of them.")
+    kind, value = asked[0], given[asked[0]]
+    if kind == "choices":
+        texts = tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict)) else ()
+        if not texts:
+            raise UsageError(f"choices={quote(value)}: needs a list of at least one text.")
+        return Structure(kind, tuple(map(check_text, texts)))
+    if kind == "json_schema":
+        schema = schema_of(value)
+        check_counts(schema)
+        return Structure(kind, (json.dumps(schema),))
+    if not isinstance(value, str) or not value:
+        raise UsageError(
+            f"{kind}={quote(value)}: needs text, {'a Lark grammar' if kind == 'grammar' else 'a pattern'}."
+        )
+    return Structure(kind, (value,))
+
+
+class Structures:
+    """Makes constraints for the texts of one model; safe to use from several threads."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Structure, Matcher] = OrderedDict()
+
+    def constraints(
+        self, structure: Structure | None, most: int, stops: Iterable[str], n: int
+    ) -> Sequence[Constraint | None]:
+        """What n texts of at most so many ids have to be, each: see `constraint`. None: anything."""
+        if structure is None:
+            return [None] * n
+        first = self.constraint(structure, most, stops)
+        return [first, *(first.copy() for _ in range(n - 1))]
+
+    def constraint(self, structure: Structure, most: int, stops: Iterable[str]) -> Constraint:
+        """What a text of at most so many ids has to be.
+
+        Raises UsageError for what is no regular expression, schema or grammar or is not supported, and where no
+        text that fits into so many ids was found.
+        """
+        with self._lock:
+            matcher = self._kept.pop(structure, None)
+            matcher = self._kept[structure] = matcher or self._matcher(structure)
+            while len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+            matcher = matcher.copy()
+            found = matcher.closing(None, (), most), self._shortest(structure, matcher)
+        closing = min((ids for ids in found if ids is not None), key=len, default=None)
+        if closing is None or len(closing) > most:
+            raise UsageError(
+                f"{structure.kind}: no text that fits was found in {most} tokens; raise max_tokens (or the context), "
+                f"or ask for less."
+            )
+        return Constraint(self._vocabulary, matcher, closing, stops)
+
+    def _matcher(self, structure: Structure) -> Matcher:
+        if structure.kind == "choices":
+            return ChoiceMatcher(self._vocabulary, [text.encode() for text in structure.source])
+        return self._of_llguidance(structure)
+
+    @cached_property
+    def _tools(self) -> tuple[Any, Any]:
+        """The vocabulary as llguidance wants it, and the search for closings."""
+        from npllama.generation.structured.closing import ClosingSearch
+        from npllama.generation.structured.grammar import new_tokenizer
+
+        if not self._vocabulary.ends:
+            raise UsageError("this model has no id that ends a text; a regex, schema or grammar needs one.")
+        return new_tokenizer(self._vocabulary), ClosingSearch(self._vocabulary)
+
+    def _of_llguidance(self, structure: Structure) -> GrammarMatcher:
+        kind, source = structure.kind, structure.source[0]
+        try:
+            from llguidance import LLMatcher  # here, because it is an extra
+        except ImportError as error:
+            raise UsageError(
+                f"{kind}= needs the package llguidance, which is not here: pip install 'npllama[structured]'."
+            ) from error
+        from npllama.generation.structured.grammar import GrammarMatcher
+
+        tokenizer, search = self._tools
+        if kind == "regex":
+            compiled = LLMatcher.grammar_from_regex(source)
+        elif kind == "grammar":
+            compiled = LLMatcher.grammar_from_lark(source)
+        else:
+            compiled = LLMatcher.grammar_from_json_schema(source, overrides=PREFERENCES)
+        state = LLMatcher(tokenizer, compiled, log_level=0)
+        said = state.get_error() or "; ".join(state.get_grammar_warnings())
+        if said:
+            raise UsageError(f"{kind} cannot be followed: {' '.join(said.split())[:300]}; change it.")
+        return GrammarMatcher(self._vocabulary, search, state)
+
+    def _shortest(self, structure: Structure, matcher: Matcher) -> list[int] | None:
+        """The closing of an empty text that follows from a schema alone."""
+        from npllama.generation.structured.grammar import GrammarMatcher
+
+        if structure.kind != "json_schema" or not isinstance(matcher, GrammarMatcher):
+            return None
+
+        def cost(text: str) -> float:
+            return len(self._vocabulary.fewest(text.encode("utf-8", "replace")) or text)
+
+        text = Shortest(json.loads(structure.source[0]), cost).text()
+        ids = None if text is None else self._vocabulary.fewest(text.encode("utf-8", "replace"))
+        return list(ids) if ids is not None and matcher.completes(ids) else None
