@@ -177,7 +177,7 @@ class Llama(Scores, Closing):
         jobs = [Completion(self._model, ids, request, n_tokens, *sight, first + i, streamed) for i in range(request.n)]
         jobs[0].followers.extend(jobs[1:])
         if isinstance(prompt, Continued):
-            jobs[0].rest = prompt.rest
+            jobs[0].continues(prompt)
         for job in jobs:
             job.begin()
         return jobs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import os
 import random
 import threading
@@ -17,6 +18,7 @@ import pytest
 import npllama
 from npllama.cache import row_bytes
 from npllama.errors import ContextError, ModelError, UsageError
+from npllama.generation.sessions.files import check_of
 from npllama.inference import Llama, Session
 
 CONFIG = dataclasses.replace(helpers.TINY, max_seq_len=256)
@@ -502,6 +504,50 @@ def test_a_seed_and_the_forks_to_come_are_saved(llm: Llama, tmp_path: Path) -> N
         loaded = npllama.load_session(tmp_path / "saved", llm)
         assert (loaded.seed, loaded.tokens) == (2**64 - 1, [])
         assert loaded.fork()[0].seed == session.fork()[0].seed
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "presence_penalty": 1.0}])
+def test_mirostat_goes_on_where_it_ended_over_calls_rewinds_forks_and_files(
+    llm: Llama, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    mirostat = {"mirostat": 2, "mirostat_tau": 2.0, "mirostat_eta": 0.6, "ignore_eos": True, **options}
+    expected = llm.generate(ids_of(1, 20), 40, seed=6, **mirostat).tokens
+    with llm.session(seed=6) as session:
+        session.append(ids_of(1, 20))
+        session.generate(7, **mirostat)
+        for _, _ in zip(range(5), session.stream(30, **mirostat)):  # noqa: B905  (what is computed ahead is forgotten)
+            pass
+        gc.collect()
+        session.generate(13, **mirostat)
+        session.rewind(20 + 16)
+        session.generate(4, **mirostat)
+        session.save(tmp_path / "saved")
+        fork = session.fork()[0]
+        assert fork._mus == session._mus
+        loaded = npllama.load_session(tmp_path / "saved", llm)
+        for one in (session, loaded):
+            one.generate(20, **mirostat)
+            assert one.tokens[20:] == expected
+        mus = dict(session._mus)
+        session.append([5, 6])
+        session.generate(2, temperature=0)
+        assert session._mus == mus, "another call leaves it as it is"
+        session.rewind(20)
+        assert session._mus == {}
+        assert session.generate(9, **mirostat).tokens == expected[:9]
+
+
+def test_what_a_session_says_of_mirostat_is_checked(folder: Path, llm: Llama, tmp_path: Path) -> None:
+    with llm.session(seed=6) as session:
+        session.append(ids_of(1, 20))
+        session.save(tmp_path / "saved")
+        manifest = json.loads((tmp_path / "saved" / "session.json").read_text())
+        assert "mirostat" not in manifest, "what older versions read"
+    for wrong in (7, [1], [21, 1.0], [3, "x"], [True, 1.0], [3, 1.0, 2], {}):
+        changed = {**manifest, "mirostat": wrong}
+        changed["check"] = check_of(changed)
+        (tmp_path / "saved" / "session.json").write_text(json.dumps(changed))
+        assert "session.json: mirostat is " in loading(folder, tmp_path / "saved")
 
 
 def test_saving_replaces_a_session_whole_or_not_at_all_and_nothing_else(

@@ -12,11 +12,11 @@ from itertools import zip_longest
 import numpy as np
 
 from npllama.execution.top_k import not_finite
-from npllama.generation.jobs import Job
+from npllama.generation.jobs import Continued, Job
 from npllama.generation.requests import Progress, Request
 from npllama.generation.results import Piece, Result, Usage
 from npllama.generation.sampling.basic import PENALTY_WINDOW, Draw, Numbers
-from npllama.generation.sampling.sampler import Model, Sampler
+from npllama.generation.sampling.sampler import Model, Sampler, SamplerState
 from npllama.generation.speculation import Lookup
 from npllama.generation.streaming import StopStrings
 from npllama.text.decoding import StreamDecoder
@@ -77,6 +77,7 @@ class Completion(Job):
         self._max_tokens, self._n_prompt = max_tokens, len(ids)
         self.received = self._n_prompt - 1
         self._sampler = Sampler(model, request.sampling, request.padding_ids, len(ids), request.logits_processor)
+        self._mus: dict[int, float] | None = None  # of a session, whose text it goes on with
         self._numbers = Numbers(request.seed, index)
         self._lookup = Lookup() if model.speculation else None
         self._decoder, self._stops = StreamDecoder(model.tokenizer), StopStrings(request.stop)
@@ -92,6 +93,14 @@ class Completion(Job):
     def end_at(self, ids: Iterable[int]) -> None:
         """End at these ids too."""
         self._sampler.ends.update(ids)
+
+    def continues(self, text: Continued) -> None:
+        """Go on in a session's blocks, and with its mirostat, whose mu it gets behind each new id."""
+        self.rest = text.rest
+        if self._request.sampling.mirostat:
+            self._mus = text.mus
+            if text.mus:
+                self._sampler.state = SamplerState(text.mus[max(text.mus)])
 
     def begin(self) -> None:
         """The clock starts; the prompt's own text comes first where it is asked for."""
@@ -163,6 +172,8 @@ class Completion(Job):
         self.ids.append(token)
         self._tokens.append(token)
         self.received = len(self.ids) - 1
+        if self._mus is not None:
+            self._mus[len(self.ids)] = self._sampler.state.mu
         text, stopped = self._stops.push(self._decoder.push(token))
         self._last_at = time.perf_counter()
         self._emit(Piece(text, token))
