@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from npllama.config import ModelConfig
-from npllama.errors import ContextError, ModelError, UsageError, whole_number
+from npllama.errors import ContextError, ModelError, UsageError, quote, whole_number
 from npllama.generation.jobs import Continued, LogitsJob, Resting
 from npllama.generation.pool import Sequence, seen_blocks
 from npllama.generation.requests import check_kind, checked_ids
@@ -34,7 +34,7 @@ from npllama.generation.runtime import Runtime
 from npllama.generation.scheduler import Scheduler
 from npllama.generation.sessions.files import Header, Saved, array_specs, read_session, write_session
 from npllama.system.closing import Closing
-from npllama.text.protocol import Tokenizer
+from npllama.text.protocol import Tokenizer, check_around
 
 MAX_FORKS = 1024
 MAX_TRIES = 8
@@ -153,6 +153,7 @@ class Session(Closing):
         The first text gets BOS as the model says, or as bos= does; later text goes on where the last one ended. Raises
         ContextError where the context is full, UsageError for what is neither text nor ids.
         """
+        check_around(bos, eos)
         with self._using():
             if isinstance(text, str):
                 ids = self._encoded(text, bos, eos)
@@ -279,6 +280,7 @@ class Session(Closing):
 
         Ids that were not read yet are read first. Raises ModelError where the path holds what is no session.
         """
+        _check_path(path)
         with self._using():
             runtime, config, n = self._llm.runtime, self._llm.config, len(self._ids)
             header = Header(runtime.facts, n_forks=self._forked, **vars(self.rules), mirostat=self._last_mu())
@@ -375,6 +377,7 @@ def load_session(path: str | os.PathLike[str], llm: Host) -> Session:
     checksum then. Raises ModelError for what is no session, damaged or of another model, ContextError where it does
     not fit.
     """
+    _check_path(path)
     saved = read_session(path, llm.config, llm.runtime.facts)
     header, n = saved.header, len(saved.ids)
     if header.context_policy == "stop" and n > llm.context:
@@ -392,6 +395,11 @@ def load_session(path: str | os.PathLike[str], llm: Host) -> Session:
     session._ids, session._forked, session._saved = list(saved.ids), header.n_forks, saved
     session._mus = dict([] if header.mirostat is None else [header.mirostat])
     return session
+
+
+def _check_path(path: object) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(f"path={quote(path)}: needs the path of a directory.")
 
 
 class SessionStream:
