@@ -60,7 +60,8 @@ def _flag(value: object) -> bool | None:
 
 def _texts(value: object) -> tuple[str, ...] | None:
     """Texts that are not empty; one alone may stand for a list of it."""
-    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
+    listed = isinstance(value, Iterable) and not isinstance(value, Mapping)
+    found = (value,) if isinstance(value, str) else tuple(value) if listed else (None,)
     return found if all(isinstance(text, str) and text for text in found) else None
 
 
