@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ import pytest
 from helpers import TINY, write_model_directory, write_safetensors_checkpoint
 
 import npllama
+from npllama.commands import batch
 from npllama.errors import NpllamaError, UsageError
 from npllama.inference import Llama, Session
 from npllama.options import MoreOptions, SamplingOptions
@@ -303,6 +306,64 @@ def test_a_parameter_of_chat_is_refused_or_changes_the_answer(llm: Llama, name: 
         with pytest.raises(UsageError, match="holds"):
             llm.chat(**options)
         assert llm.chat(**options, escape=True).escaped
+
+
+# ---------------------------------------------------------------- lines of --jsonl
+
+BIASES = {digits: dict.fromkeys(range(52, 61), 20), three: dict.fromkeys(range(52, 55), 20)}
+BIASES[padding] = dict.fromkeys(range(N_PIECES, TINY.vocab_size), 60)
+"""What a line can say in the place of a function."""
+
+
+def answered(llm: Llama, capsys: pytest.CaptureFixture[str], *lines: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers to lines."""
+    data = "".join(json.dumps({"prompt": PROMPT, **line}) + "\n" for line in lines).encode()
+    capsys.readouterr()
+    batch.Batch(llm, io.BytesIO(data), {}, ordered=True).run(batch.BatchProgress(0))
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def in_json(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a line: biases in the place of functions."""
+    function = options.get("logits_processor")
+    rest = {name: value for name, value in options.items() if name != "logits_processor"}
+    return rest if function is None else {"logit_bias": BIASES[function], **rest}
+
+
+def is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", sorted(parameters(Llama.stream) - {"prompt"}))
+def test_an_option_of_a_line_is_refused_or_changes_its_answer(
+    llm: Llama, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    line = TEXT_LINES[name]
+    base = in_json({**BASE, **line.base})
+    if name in batch.NOT_IN_A_LINE:
+        (answer,) = answered(llm, capsys, {**base, name: 1})
+        assert f"'{name}' is no option of a line" in answer["error"]
+        return
+    values = [value for value in (*line.wrong, *line.beyond) if is_json(value) and value != {"1": 1}]
+    for answer in answered(llm, capsys, *({**base, name: value} for value in values)):
+        assert (line.names or name) in answer["error"]
+    if name == "sampling":
+        return  # the only other value that is text needs a model that suggests something: see test_flags.py
+    value = {"4": 30, "52": -3} if name == "logit_bias" else line.value
+    before, after = answered(llm, capsys, base, {**base, name: value})
+    for answer in (before, after):
+        answer["prompt_tokens"] = answer["usage"]["prompt_tokens"]
+    assert before[line.changes] != after[line.changes]
+
+
+def test_a_line_has_one_answer(llm: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    (answer,) = answered(llm, capsys, {"n": 1})
+    assert answer["error"] == "'n' is no option of a line: a line has one answer; write it once for each, with a seed " \
+        "of its own."
 
 
 # ---------------------------------------------------------------- scores
