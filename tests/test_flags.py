@@ -8,8 +8,9 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -36,7 +37,7 @@ class Flag(NamedTuple):
     changes: str = "out"
     base: Arguments = ()
     instead: Arguments | None = None
-    environment: dict[str, str] = {}
+    environment: Mapping[str, str] = MappingProxyType({})
     stdin: bytes = b""
     first: bool = False
 
@@ -110,9 +111,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def place(
-    sources: dict[str, Path], tmp_path: Path, models: Path, call: Any, monkeypatch: pytest.MonkeyPatch
-) -> Place:
+def place(sources: dict[str, Path], tmp_path: Path, models: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> Place:
     own = tmp_path / "own"
     own.mkdir()
     monkeypatch.setenv("NPLLAMA_HISTORY", "")
@@ -155,16 +154,16 @@ SAMPLING: dict[str, Flag] = {
     "frequency_penalty": Flag(wrong("--frequency-penalty", *NUMBER), ("--frequency-penalty", 3), base=ONE_TO_NINE),
     "typical_p": Flag(wrong("--typical", *NUMBER, 1.1, -1), ("--typical", 0.1)),
     "top_n_sigma": Flag(wrong("--top-nsigma", *NUMBER), ("--top-nsigma", 0.3)),
-    "xtc_probability": Flag(
-        wrong("--xtc-probability", *NUMBER, 1.1, -1), ("--xtc-probability", 1), base=ONE_TO_NINE
-    ),
+    "xtc_probability": Flag(wrong("--xtc-probability", *NUMBER, 1.1, -1), ("--xtc-probability", 1), base=ONE_TO_NINE),
     "xtc_threshold": Flag(
         wrong("--xtc-threshold", *NUMBER, 1.1, -1),
         ("--xtc-threshold", 0.4),
         base=(*ONE_TO_NINE, "--xtc-probability", 1),
     ),
     "dry_multiplier": Flag(
-        wrong("--dry-multiplier", *NUMBER, -1), ("--dry-multiplier", 2), base=(*ONE_TWO_THREE, "--dry-allowed-length", 1)
+        wrong("--dry-multiplier", *NUMBER, -1),
+        ("--dry-multiplier", 2),
+        base=(*ONE_TWO_THREE, "--dry-allowed-length", 1),
     ),
     "dry_base": Flag(
         wrong("--dry-base", *NUMBER, 0.5), ("--dry-base", 100), base=(*DRY, "--dry-multiplier", 0.5, "-n", 24)
@@ -196,7 +195,10 @@ EXECUTION: dict[str, Flag] = {
     "parallel": Flag(wrong("--parallel", *WHOLE, 0, -1, 5000), ("--parallel", 3), "made"),
     "threads": Flag(wrong("-t", *WHOLE, 0, -1, 5000), ("-t", 3), "made"),
     "backend": Flag(
-        wrong("--backend", "gpu", ""), ("--backend", "numpy"), "code", environment={"NPLLAMA_BACKEND": "what auto means"}
+        wrong("--backend", "gpu", ""),
+        ("--backend", "numpy"),
+        "code",
+        environment={"NPLLAMA_BACKEND": "what auto means"},
     ),
 }
 MODEL = {"model": Flag(wrong("-m", "", "/nonexistent"), ("-m", "{other}"))}
@@ -352,7 +354,12 @@ COMMANDS: dict[str, tuple[Arguments, dict[str, Flag]]] = {
     "quantize": (("{model}", "{tmp}/made"), QUANTIZES),
 }
 """What each command always gets, and a line for each of its arguments."""
-ELSEWHERE = {"models": "test_model_cache.py", "bench": "test_bench.py", "verify": "test_verify.py", "warmup": "test_cli.py"}
+ELSEWHERE = {
+    "models": "test_model_cache.py",
+    "bench": "test_bench.py",
+    "verify": "test_verify.py",
+    "warmup": "test_cli.py",
+}
 """Commands whose arguments other files test: they measure, compile, or work on the models of this machine."""
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation harness asks of a model, against the calls of the model; and lm-eval's own runner on local files."""
+"""What an evaluation harness asks of a model, against the model's own calls; lm-eval's own runner on local files."""
 
 from __future__ import annotations
 
@@ -129,7 +129,9 @@ def write_tasks(folder: Path) -> None:
     }
     for name, how in TASKS.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents[name]))
-        source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / name}.jsonl}}}}\ntest_split: test\n"
+        source = (
+            f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / name}.jsonl}}}}\ntest_split: test\n"
+        )
         (folder / f"{name}.yaml").write_text(f"task: npllama_{name}\n{source}{how}")
 
 
@@ -137,9 +139,7 @@ def hugging_face(checkpoint: Path, add_bos_token: bool) -> object:
     """The Hugging Face backend of lm-eval."""
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(
-        pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=8, add_bos_token=add_bos_token
-    )
+    return HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=8, add_bos_token=add_bos_token)
 
 
 def evaluated(model: object, folder: Path, *names: str) -> dict[str, Any]:
@@ -194,5 +194,5 @@ def test_lm_eval_finds_the_same_as_with_its_hugging_face_backend(
             for mine, needed in zip(own["filtered_resps"], other["filtered_resps"], strict=True):
                 if name == "choice":
                     assert mine[1] == needed[1]
-                    mine, needed = mine[0], needed[0]  # noqa: PLW2901
+                    mine, needed = mine[0], needed[0]
                 assert float(mine) == pytest.approx(float(needed), abs=1e-3)

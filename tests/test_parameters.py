@@ -9,8 +9,9 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,7 +147,7 @@ class Line(NamedTuple):
     beyond: tuple[Any, ...]
     value: Any
     changes: str = "tokens"
-    base: dict[str, Any] = {}
+    base: Mapping[str, Any] = MappingProxyType({})
     names: str = ""
     """What a refusal says, where it is not the name."""
 
@@ -301,7 +302,9 @@ def test_a_parameter_of_chat_is_refused_or_changes_the_answer(llm: Llama, name: 
     if name == "messages":
         assert llm.chat(**options).message != llm.chat(**{**options, name: line.value}).message
     elif name == "stream":
-        assert "".join(piece.text for piece in llm.chat(**options, stream=True)) == llm.chat(**options).message["content"]
+        assert (
+            "".join(piece.text for piece in llm.chat(**options, stream=True)) == llm.chat(**options).message["content"]
+        )
     else:
         with pytest.raises(UsageError, match="holds"):
             llm.chat(**options)
@@ -362,8 +365,10 @@ def test_an_option_of_a_line_is_refused_or_changes_its_answer(
 
 def test_a_line_has_one_answer(llm: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     (answer,) = answered(llm, capsys, {"n": 1})
-    assert answer["error"] == "'n' is no option of a line: a line has one answer; write it once for each, with a seed " \
+    assert (
+        answer["error"] == "'n' is no option of a line: a line has one answer; write it once for each, with a seed "
         "of its own."
+    )
 
 
 # ---------------------------------------------------------------- scores
@@ -385,7 +390,9 @@ SCORE_CALLS: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, Line]]] = 
         {"prompt": PROMPT, "options": [" sat", " ran"]},
         {
             "prompt": Line((7, None, b"x", {}, [5], True), (), "a dog"),
-            "options": Line((7, None, "ab", [7], {"a": 1}, [[7]], True), ([], [""]), [" sat", " it"], names="option|text"),
+            "options": Line(
+                (7, None, "ab", [7], {"a": 1}, [[7]], True), ([], [""]), [" sat", " it"], names="option|text"
+            ),
             "normalize": Line(CHOICE, ("words",), "tokens"),
         },
     ),
@@ -473,7 +480,7 @@ def test_a_parameter_of_append_rewind_fork_and_save_is_refused_or_changes_the_te
             with pytest.raises(UsageError, match=name):
                 session.append([5], **{name: True})
         for wrong in (7, None, b"x", {}, THING, [300], [None], [1.5]):
-            with pytest.raises(UsageError, match="prompt|token ids"):
+            with pytest.raises(UsageError, match=r"prompt|token ids"):
                 session.append(wrong)
         session.append(PROMPT, bos=False, eos=True)
         n = len(session.tokens)
