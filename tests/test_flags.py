@@ -296,7 +296,8 @@ TOKENIZES: dict[str, Flag] = {
         ("--messages", "{dialog}"), "code", instead=("-m", "{model}", "--chat-format", "zephyr"),
     ),
     "chat_format": Flag(
-        (("!", "a", "--chat-format", "zephyr"), ("--chat-format", "gpt"), ("--chat-format", "")), ("--chat-format", "llama2"), base=("--chat", "--chat-format", "zephyr"),
+        (("!", "a", "--chat-format", "zephyr"), ("--chat-format", "gpt"), ("--chat-format", "")),
+        ("--chat-format", "llama2"), base=("--chat", "--chat-format", "zephyr"),
     ),
     "escape_marks": Flag(
         (*switch("--escape-marks"), ("!", "a", "--escape-marks")), ("--escape-marks",), "code",
