@@ -40,8 +40,8 @@ def continuations(llama: Llama, requests: Sequence[tuple[str, Mapping[str, Any]]
         groups.setdefault(repr(sorted(how.items())), []).append(i)
     for members in groups.values():
         options = generation_options(requests[members[0]][1], llama.context)
-        room = llama.context - options["max_tokens"]
-        prompts = [llama.tokenizer.encode(requests[i][0], None, False)[-room:] for i in members]
+        left = llama.context - options["max_tokens"]
+        prompts = [llama.tokenizer.encode(requests[i][0], None, False)[-left:] for i in members]
         found: Any = llama.generate(prompts, **options)
         for i, result in zip(members, found, strict=True):
             results[i] = result.text
