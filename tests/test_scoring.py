@@ -72,8 +72,8 @@ def test_many_scores_are_those_of_each_alone(llm: Llama) -> None:
         np.testing.assert_allclose(found.logprobs, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "q8", "q4"])
-def test_a_thousand_prompts_in_company_give_what_each_gives_alone(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "count"), [("f32", 300), ("q8", 1000), ("q4", 300)])
+def test_many_prompts_in_company_give_what_each_gives_alone(dtype: str, count: int, tmp_path: Path) -> None:
     """To the bit with quantized weights, whose products do not depend on how many rows there are."""
     write_any_model(tmp_path / "model", dtype)
     rng = np.random.default_rng(1)
@@ -81,7 +81,7 @@ def test_a_thousand_prompts_in_company_give_what_each_gives_alone(dtype: str, tm
     def ids(most: int) -> list[int]:
         return rng.integers(3, TINY.vocab_size, rng.integers(1, most)).tolist()
 
-    pairs = [(ids(40), ids(6)) for _ in range(1000)]
+    pairs = [(ids(40), ids(6)) for _ in range(count)]
     with npllama.load(tmp_path / "model") as llm:
         scores, vectors = llm.score_many(pairs), llm.embed([prompt for prompt, _ in pairs])
     with npllama.load(tmp_path / "model", parallel=1) as llm:
