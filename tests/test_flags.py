@@ -382,6 +382,19 @@ def test_every_argument_has_a_line_and_no_line_is_for_nothing() -> None:
     assert all((Path(__file__).parent / file).is_file() for file in ELSEWHERE.values())
 
 
+@pytest.mark.parametrize("command", sorted(ELSEWHERE))
+def test_what_is_no_value_is_refused_by_every_other_command_too(place: Place, command: str) -> None:
+    parser = cli.build_parser()
+    commands: Any = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    for action in commands.choices[command]._actions:
+        flag = next((one for one in action.option_strings if one.startswith("--")), None)
+        if flag is None or (action.nargs != 0 and action.type is None and action.choices is None):
+            continue
+        for value in ("no such value", ""):
+            done = place.run((command, f"{flag}={value}"), b"")
+            assert (done.code, done.out, done.err.count("\n")) == (2, b"", 1), (flag, value, done.err)
+
+
 @pytest.mark.parametrize(
     ("command", "name"), [(command, name) for command, (_, lines) in COMMANDS.items() for name in sorted(lines)]
 )
@@ -411,3 +424,39 @@ def test_an_argument_is_refused_or_changes_something(place: Place, command: str,
         assert after.files == before.files
     else:
         assert getattr(before, flag.changes) != getattr(after, flag.changes), after
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "-p", "a", "--jsonl", "--echo"),
+        ("generate", "-p", "a", "-f", "{text}"),
+        ("generate", "-p", "a", "--keep", 9),
+        ("generate", "-p", "a", "--unordered"),
+        ("chat", "--load", "{dialog}", "--system", "x"),
+        ("tokenize", "--messages", "{dialog}", "-e"),
+        ("tokenize", "--messages", "{dialog}", "--chat"),
+        ("tokenize", "a", "--ids", "--json"),
+        ("tokenize", "a", "--escape-marks"),
+        ("info", "--check"),
+        ("bench", "--json", "--profile"),
+        ("bench", "--dtype", "q8"),
+        ("models", "--json", "rm", "x"),
+        ("models", "rm", "x", "--all"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(place: Place, arguments: Arguments) -> None:
+    done = place.run(arguments, b"")
+    assert (done.code, done.out) == (2, b"")
+    assert done.err.startswith("npllama: ")
+    assert done.err.count("\n") == 1
+
+
+def test_bos_and_eos_are_put_behind_a_text_that_is_kept(place: Place) -> None:
+    kept = ("generate", "-m", "{model}", "--session", "{tmp}/kept", "-n", 0)
+    place.run((*kept, "-p", "a"), b"")
+    for flag, more in ((), 0), (("--eos",), 1), (("--bos", "--eos"), 2):
+        before = place.run((*kept, "-p", "", "--session-ro"), b"").err
+        after = place.run((*kept, "-p", "", *flag), b"").err
+        n, m = (int(re.search(r"prompt (\d+) tokens", said)[1]) for said in (before, after))
+        assert m - n == more
