@@ -61,3 +61,10 @@ def whole_number(value: Any, least: float = -math.inf, most: float = math.inf) -
     except TypeError:
         return None
     return number if least <= number <= most else None
+
+
+def checked_flag(name: str, value: bool | None, optional: bool = False) -> bool | None:
+    """True or False, or where it is optional None; UsageError for anything else."""
+    if not (isinstance(value, bool) or (value is None and optional)):
+        raise UsageError(f"{name}={quote(value)}: needs True or False.")
+    return value

@@ -12,7 +12,7 @@ import numpy as np
 
 from npllama.cache import KVCache
 from npllama.config import ModelConfig
-from npllama.errors import ContextError, UsageError, quote, whole_number
+from npllama.errors import ContextError, UsageError, checked_flag, quote, whole_number
 from npllama.execution.engine import Engine
 from npllama.generation.chunks import Sight, chunk_tokens
 from npllama.generation.completion import Completion, follow_prompts
@@ -23,7 +23,6 @@ from npllama.generation.requests import (
     Prompt,
     Request,
     check_kind,
-    checked_flag,
     checked_ids,
     either,
     is_one,
@@ -185,7 +184,7 @@ class Llama(Scores, Closing):
         ]
         jobs[0].followers.extend(jobs[1:])
         if isinstance(prompt, Continued):
-            jobs[0].rest = prompt.rest
+            jobs[0].continues(prompt)
         for job in jobs:
             job.begin()
         return jobs
@@ -272,11 +271,12 @@ class Llama(Scores, Closing):
         `generate` but echo, bos, eos and n. A next turn reads only what is new.
         Raises UsageError for messages that the format does not have, and for a model without a chat format.
         """
+        streamed = checked_flag("stream", stream)
         prompt = chat_prompt(self._known_format(), self.tokenizer, messages, escape)
         if wrong := sorted({"echo", "bos", "eos", "n"} & options.keys()):
             raise UsageError(f"chat takes no {wrong[0]}: its chat format says what a dialog begins and ends with.")
         answer = ChatStream(self.stream(prompt.ids, max_tokens, **options), prompt)
-        return answer if stream else answer.run()
+        return answer if streamed else answer.run()
 
     def _known_format(self) -> str:
         if self.chat_format is None:

@@ -60,7 +60,8 @@ def _flag(value: object) -> bool | None:
 
 def _texts(value: object) -> tuple[str, ...] | None:
     """Texts that are not empty; one alone may stand for a list of it."""
-    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
+    value = (value,) if isinstance(value, str) else value
+    found = tuple(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else (None,)
     return found if all(isinstance(text, str) and text for text in found) else None
 
 

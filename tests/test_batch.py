@@ -50,7 +50,7 @@ def test_lines_are_answered_in_order_and_what_else_they_have_comes_back(call, ll
         assert (answer["text"], answer["tokens"], answer["seed"]) == (alone.text, alone.tokens, alone.seed)
         assert answer["finish_reason"] == alone.finish_reason
         assert answer["usage"]["total_tokens"] == alone.usage.total_tokens
-    assert "8 lines, 0 of them errors" in done.err
+    assert "8 lines, 0 errors · generated " in done.err
 
 
 def test_unordered_answers_come_as_texts_finish(call) -> None:
@@ -75,7 +75,7 @@ def test_a_bad_line_is_an_error_with_its_number_and_the_others_go_on(call) -> No
     ):
         assert said in error["error"]
     assert len(good["tokens"]) == 2
-    assert "10 lines, 9 of them errors" in done.err
+    assert "10 lines, 9 errors · generated " in done.err
 
 
 def test_no_value_of_an_option_ends_the_others(call) -> None:
@@ -86,6 +86,13 @@ def test_no_value_of_an_option_ends_the_others(call) -> None:
     done = call("generate", "--jsonl", "--backend", "numpy", stdin=data)
     assert done.code == 1
     assert len(answers(done.out)) == len(options) * len(values)
+
+
+def test_one_of_each_is_said_in_the_singular(call) -> None:
+    done = call("generate", "--jsonl", "--backend", "numpy", stdin=b'{"prompt": "a", "n": 2}\n')
+    assert done.err.startswith("1 line, 1 error · generated 0 tokens")
+    done = call("generate", "--jsonl", "--backend", "numpy", stdin=b'{"prompt": "Tom", "max_tokens": 1}\n')
+    assert done.err.startswith("1 line, 0 errors · generated 1 token, ")
 
 
 def test_options_of_the_command_hold_where_a_line_has_none(call, llm: Llama) -> None:

@@ -1,4 +1,4 @@
-"""Every step of sampling against its formula by definition; draws against their probabilities; what may not come."""
+"""Draws of the chain against their probabilities; what may not come; the options. Steps: test_chain_steps.py."""
 
 from __future__ import annotations
 
@@ -7,237 +7,19 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers import TINY, write_model_directory
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from probabilities import Left, best_first, softmax
 
 import npllama
 from npllama.errors import ModelError, UsageError
 from npllama.execution.top_k import top_k
-from npllama.generation.sampling import chain
-from npllama.generation.sampling.basic import candidates
-from npllama.generation.sampling.chain import Candidates, Situation, repetitions, through_steps
 from npllama.generation.sampling.sampler import Model, Sampler, SamplerState
-from npllama.options import OFF, OPTIONS, SAMPLERS, MoreOptions, SamplingOptions
-
-EDGE = 1e-9  # examples that rounding decides at the edge of a cut are left out
-LOGITS = st.lists(st.integers(-40, 40).map(lambda n: n / 8), min_size=1, max_size=30).map(np.array)
-Left = dict[int, float]
-"""Ids that are left, the best first where a step sorts, and their logits."""
-
-
-def situation(history: list[int] | None = None, chance: float = 0.5, **options: Any) -> Situation:
-    """What steps look at; the ids 3 and 7 hold a sequence breaker."""
-
-    def unbroken(ids: list[int], most: int) -> int:
-        broken = [n for n, v in enumerate(reversed(ids)) if v in (3, 7)]
-        return min([most, *broken])
-
-    at = dataclasses.replace(OFF, **options)
-    return Situation(at, history or [], lambda: chance, lambda v: v in (3, 7), unbroken)
-
-
-def candidates_of(logits: np.ndarray) -> Candidates:
-    return Candidates(np.arange(len(logits)), np.asarray(logits, np.float64))
-
-
-def applied(step: Callable[[Candidates, Situation], Candidates], logits: np.ndarray, at: Situation) -> Left:
-    found = step(candidates_of(logits), at)
-    return dict(zip(found.ids.tolist(), found.logits.tolist(), strict=True))
-
-
-def softmax(left: Left) -> Left:
-    best = max(left.values())
-    weights = {v: math.exp(l - best) for v, l in left.items()}
-    total = math.fsum(weights.values())
-    return {v: w / total for v, w in weights.items()}
-
-
-def best_first(left: Left) -> list[int]:
-    return sorted(left, key=lambda v: (-left[v], v))
-
-
-def all_of(logits: np.ndarray) -> Left:
-    return dict(enumerate(map(float, logits)))
-
-
-def same(found: Left, expected: Left) -> None:
-    assert sorted(found) == sorted(expected)
-    assert [found[v] for v in sorted(found)] == pytest.approx(
-        [expected[v] for v in sorted(found)], rel=1e-12, abs=1e-12
-    )
-
-
-# ---------------------------------------------------------------- steps by definition
-
-
-@given(logits=LOGITS, n=st.sampled_from([0.1, 0.5, 1.0, 2.5, 0.0, -1.0]))
-def test_top_n_sigma(logits: np.ndarray, n: float) -> None:
-    left = all_of(logits)
-    mean = math.fsum(left.values()) / len(left)
-    border = max(left.values()) - n * math.sqrt(math.fsum((l - mean) ** 2 for l in left.values()) / len(left))
-    assume(all(abs(l - border) > EDGE for l in left.values()) or n <= 0)
-    expected = {v: l for v, l in left.items() if l >= border} if n > 0 else left
-    same(applied(chain.top_n_sigma, logits, situation(top_n_sigma=n)), expected)
-
-
-@given(logits=LOGITS, p=st.sampled_from([0.0, 0.2, 0.5, 0.9, 0.999, 1.0]))
-def test_typical_p(logits: np.ndarray, p: float) -> None:
-    left = all_of(logits)
-    q = softmax(left)
-    entropy = -math.fsum(x * math.log(x) for x in q.values())
-    distance = {v: abs(-math.log(q[v]) - entropy) for v in left}
-    by_distance = sorted(set(distance.values()))
-    assume(all(b - a > EDGE for a, b in pairwise(by_distance)))
-    order = sorted(best_first(left), key=distance.__getitem__)
-    n, reached = 0, 0.0
-    while n < len(order) and (p == 1 or reached <= p):
-        reached += q[order[n]]
-        n += 1
-        assume(abs(reached - p) > EDGE)
-    same(applied(chain.typ_p, logits, situation(typical_p=p)), {v: left[v] for v in order[:n]})
-
-
-@given(
-    logits=LOGITS,
-    threshold=st.sampled_from([0.01, 0.1, 0.3, 0.5, 0.6]),
-    probability=st.sampled_from([0.0, 0.3, 1.0]),
-    chance=st.sampled_from([0.0, 0.29, 0.31, 0.99]),
-)
-def test_xtc(logits: np.ndarray, threshold: float, probability: float, chance: float) -> None:
-    left = all_of(logits)
-    q, order = softmax(left), best_first(left)
-    assume(all(abs(x - threshold) > EDGE for x in q.values()))
-    best = [v for v in order if q[v] >= threshold]
-    if chance < probability and threshold <= 0.5 and len(best) > 1:
-        left = {v: l for v, l in left.items() if v not in best[:-1]}
-    at = situation(chance=chance, xtc_probability=probability, xtc_threshold=threshold)
-    same(applied(chain.xtc, logits, at), left)
-
-
-@given(
-    logits=LOGITS,
-    history=st.lists(st.integers(0, 5), max_size=12),
-    repeat=st.sampled_from([1.0, 1.3, 0.5]),
-    frequency=st.sampled_from([0.0, 0.25, -1.0]),
-    presence=st.sampled_from([0.0, 0.75]),
-    last=st.sampled_from([-1, 0, 1, 4, 64]),
-)
-def test_penalties(
-    logits: np.ndarray, history: list[int], repeat: float, frequency: float, presence: float, last: int
-) -> None:
-    expected = all_of(logits)
-    recent = history if last == -1 else history[len(history) - min(last, len(history)) :]
-    for v, count in Counter(recent).items():
-        if v in expected:
-            l = expected[v]
-            expected[v] = (l / repeat if l > 0 else l * repeat) - frequency * count - presence
-    options = {"repeat_penalty": repeat, "frequency_penalty": frequency, "presence_penalty": presence}
-    same(applied(chain.penalties, logits, situation(history, **options, repeat_last_n=last)), expected)
-
-
-def repeated(history: list[int], v: int, limit: int) -> int:
-    """How many of the last ids, at most `limit`, stand once more before a v: by trying."""
-    for n in range(min(limit, len(history) - 1), 0, -1):
-        for end in range(n - 1, len(history) - 1):
-            if history[end + 1] == v and history[end - n + 1 : end + 1] == history[len(history) - n :]:
-                return n
-    return 0
-
-
-@given(
-    history=st.lists(st.integers(0, 4), max_size=24) | st.lists(st.integers(0, 1), max_size=24),
-    allowed=st.integers(1, 4),
-    base=st.sampled_from([1.0, 1.75, 3.0]),
-    last=st.sampled_from([-1, 0, 3, 10]),
-)
-def test_dry(history: list[int], allowed: int, base: float, last: int) -> None:
-    logits = np.linspace(-1, 1, 6)
-    expected = all_of(logits)
-    recent = history if last == -1 else history[len(history) - min(last, len(history)) :]
-    breaker = max((i for i, v in enumerate(recent) if v == 3), default=-1)
-    for v in expected:
-        n = repeated(recent, v, len(recent) - 1 - breaker)
-        if n >= allowed and v != 3:
-            expected[v] -= 0.8 * base ** (n - allowed)
-    options = {"dry_multiplier": 0.8, "dry_base": base, "dry_allowed_length": allowed, "dry_penalty_last_n": last}
-    same(applied(chain.dry, logits, situation(history, **options)), expected)
-
-
-def test_a_long_repetition_overflows_nothing_and_takes_no_time() -> None:
-    history = [1, 2] * 20_000
-    found = applied(chain.dry, np.zeros(4), situation(history, dry_multiplier=1.0, dry_penalty_last_n=-1))
-    assert found[1] < -1e38
-    assert found[1] > -math.inf
-    assert found[0] == found[3] == 0
-    assert repetitions(np.array(history), 100)[1].max() == 100
-
-
-@pytest.mark.parametrize(("name", "off"), [("top_k", 0), ("top_k", 30), ("top_p", 1.0), ("min_p", 0.0), ("typ_p", 1.0)])
-def test_a_step_that_is_off_changes_nothing(name: str, off: float) -> None:
-    found = candidates_of(np.arange(30.0))
-    option = {"typ_p": "typical_p"}.get(name, name)
-    assert chain.STEPS[name](found, situation(**{option: off})) is found
-
-
-# ---------------------------------------------------------------- the whole chain
-
-
-@given(
-    n=st.sampled_from([1, 5, 64, 300]),
-    seed=st.integers(0, 500),
-    rounded=st.booleans(),
-    temperature=st.sampled_from([0.0, 1e-300, 0.7, 1.0, 1e300]),
-    top_k_=st.sampled_from([0, 1, 7, 40]),
-    top_p=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
-    min_p=st.sampled_from([0.0, 0.05, 1.0]),
-    penalty=st.sampled_from([1.0, 1.3]),
-)
-def test_the_chain_is_what_the_basic_options_do_faster(
-    n: int, seed: int, rounded: bool, temperature: float, top_k_: int, top_p: float, min_p: float, penalty: float
-) -> None:
-    rng = np.random.default_rng(seed)
-    logits = rng.standard_normal(n) * 3
-    logits = (logits.round() if rounded else logits).astype(np.float32)
-    history = rng.integers(0, n, 80).tolist()
-    options = SamplingOptions(temperature, top_k_, top_p, min_p, penalty)
-    ids, weights = candidates(logits, history, options)
-    found = through_steps(candidates_of(logits), situation(history, **dataclasses.asdict(options)))
-    found, expected = (
-        dict(zip(i.tolist(), w / w.sum(), strict=True)) for i, w in ((found.ids, found.weights), (ids, weights))
-    )
-    for v in found.keys() | expected.keys():  # at the edge of top-p one more may be left
-        assert found.get(v, 0.0) == pytest.approx(expected.get(v, 0.0), abs=2e-6) or top_p not in (0.0, 1.0)
-    if top_p in (0.0, 1.0):
-        assert found.keys() == expected.keys()
-
-
-def test_the_order_of_the_steps_is_that_of_the_option() -> None:
-    logits = np.log([0.4, 0.3, 0.2, 0.1])
-    cut = {"temperature": 100.0, "top_p": 0.69}
-    assert sorted(applied(through_steps, logits, situation(**cut))) == [0, 1]
-    warm_first = applied(through_steps, logits, situation(**cut, samplers=("temperature", "top_p")))
-    assert sorted(warm_first) == [0, 1, 2]
-    none = applied(through_steps, logits, situation(**cut, samplers=()))
-    same(none, all_of(logits))
-
-
-def test_what_is_not_among_the_samplers_does_nothing() -> None:
-    for name in SAMPLERS:
-        on = {"temperature": 0.0, "top_k": 1, "top_p": 0.1, "min_p": 0.9, "typical_p": 0.1, "top_n_sigma": 0.1}
-        on |= {"xtc_probability": 1.0, "xtc_threshold": 0.05, "dry_multiplier": 9.0, "presence_penalty": 9.0}
-        logits, history = np.log([0.1, 0.3, 0.3, 0.2, 0.1]), [0, 1, 0, 1, 0]
-        alone = applied(through_steps, logits, situation(history, **on, samplers=(name,)))
-        expected = applied(chain.STEPS[name], logits, situation(history, **on))
-        same(alone, expected)
-        assert alone != all_of(logits)
-
+from npllama.options import OFF, OPTIONS, MoreOptions, SamplingOptions
 
 # ---------------------------------------------------------------- draws
 
@@ -282,9 +64,14 @@ HISTORY = [100, 101, 104, 100, 101]
 def test_draws_follow_the_formula(model: Model, options: dict[str, Any]) -> None:
     sampling = dataclasses.replace(OFF, **{"temperature": 0.9, **options})
     expected = expectation(sampling)
-    n = 2500
     sampler = Sampler(model, sampling, False, len(HISTORY))
-    drawn = Counter(sampler.next_id(TOY, HISTORY, 11, completion) for completion in range(n))
+    check_draws(sampler, TOY, expected)
+
+
+def check_draws(sampler: Sampler, logits: np.ndarray, expected: Left) -> None:
+    """What is drawn after HISTORY with many numbers is as probable as expected: chi-square."""
+    n = 2500
+    drawn = Counter(sampler.next_id(logits, HISTORY, 11, completion) for completion in range(n))
     assert set(drawn) <= set(expected)
     chi_square = sum((drawn[v] - n * p) ** 2 / (n * p) for v, p in expected.items())
     freedom = max(1, len(expected) - 1)
@@ -322,6 +109,77 @@ def expectation(options: SamplingOptions) -> Left:
             heated = softmax({v: l / options.temperature for v, l in left.items()})
             left = {v: left[v] for v in left if -math.log2(heated[v]) <= 2 * tau}
     return softmax({v: l / options.temperature for v, l in left.items()})
+
+
+ENDING = TOY.copy()
+ENDING[[1, 2]] = 1.0, 1.8  # BOS and EOS, which end a text
+
+
+def raised(ids: list[int], logits: np.ndarray) -> np.ndarray:
+    """A function of a caller's own: what the ids say counts."""
+    logits[ids[-1]] += 2
+    logits[102] = -np.inf
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("options", "n_prompt", "left"),
+    [
+        ({"temperature": 0.5}, 5, lambda q: {v: p**2 for v, p in q.items()}),
+        ({"top_k": 3}, 5, lambda q: {v: q[v] for v in best_first(q)[:3]}),
+        ({"top_p": 0.6}, 5, lambda q: {v: q[v] for v in best_first(q)[: reaching(q, 0.6)]}),
+        ({"min_p": 0.3}, 5, lambda q: {v: p for v, p in q.items() if p >= 0.3 * max(q.values())}),
+        ({"repeat_penalty": 1.5}, 5, lambda q: {v: p * math.exp(PENALTY.get(v, 0.0)) for v, p in q.items()}),
+        (
+            {"repeat_penalty": 1.5, "repeat_last_n": 2},
+            5,
+            lambda q: {v: p * math.exp(PENALTY.get(v, 0.0) if v != 104 else 0.0) for v, p in q.items()},
+        ),
+        ({"min_tokens": 3}, 3, lambda q: {v: p for v, p in q.items() if v > 2}),
+        ({"min_tokens": 3}, 2, lambda q: q),
+        ({"ignore_eos": True}, 2, lambda q: {v: p for v, p in q.items() if v > 2}),
+        ({"bad_words": ("c", "abd")}, 3, lambda q: {v: p for v, p in q.items() if v not in (102, 103)}),
+        ({"bad_words": ("c", "abd")}, 4, lambda q: {v: p for v, p in q.items() if v != 102}),
+        (
+            {"logits_processor": raised},
+            5,
+            lambda q: {v: p * (math.e**2 if v == 101 else 1) for v, p in q.items() if v != 102},
+        ),
+        ({"mirostat": 2, "mirostat_tau": 1.2, "mirostat_eta": 0.0}, 5, lambda q: unsurprising_of(q, 2.4)),
+    ],
+)
+def test_draws_of_every_other_option_follow_their_formula(
+    model: Model, options: dict[str, Any], n_prompt: int, left: Callable[[Left], Left]
+) -> None:
+    """left: what an option makes of the probabilities, not normalised."""
+    given = {**options}
+    processor = given.pop("logits_processor", None)
+    sampler = Sampler(model, dataclasses.replace(OFF, **{"temperature": 1.0, **given}), False, n_prompt, processor)
+    weights = left(softmax({v: float(l) for v, l in enumerate(ENDING) if l > -1e3}))
+    total = math.fsum(weights.values())
+    check_draws(sampler, ENDING, {v: w / total for v, w in weights.items()})
+
+
+PENALTY = {v: (-l / 3 if l > 0 else l / 2) for v, l in ((100, 2.0), (101, 1.5), (104, 0.5))}
+"""What a repeat penalty of 1.5 adds to the logits of the ids of HISTORY."""
+
+
+def reaching(q: Left, share: float) -> int:
+    """How many of the best reach a share of the probability."""
+    return int((np.cumsum([q[v] for v in best_first(q)]) < share).sum()) + 1
+
+
+def unsurprising_of(q: Left, mu: float) -> Left:
+    """Those whose surprise in bits is at most mu."""
+    return {v: p for v, p in q.items() if -math.log2(p) <= mu}
+
+
+def test_every_option_of_the_chain_is_drawn_with() -> None:
+    tests = (test_draws_follow_the_formula, test_draws_of_every_other_option_follow_their_formula)
+    cases = [case for test in tests for case in test.pytestmark[0].args[1]]
+    drawn = {name for case in cases for name in (case if isinstance(case, dict) else case[0])}
+    of_steps = {"dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"}  # test_chain_steps.py
+    assert drawn | of_steps == {option.name for option in OPTIONS} | {"logits_processor"}
 
 
 def test_draws_repeat_with_their_seed_and_differ_without(llm: npllama.Llama) -> None:
@@ -558,48 +416,6 @@ def test_every_option_beyond_the_basic_ones_is_a_keyword(llm: npllama.Llama) -> 
         llm.generate("the cat", presence=1)
     with pytest.raises(TypeError, match="got an unexpected keyword argument 'presence'"):
         llm.stream("the cat", presence=1)
-
-
-CHANGES = {
-    "repeat_last_n": {"repeat_last_n": 1, "presence_penalty": 3.0},
-    "presence_penalty": {"presence_penalty": 3.0},
-    "frequency_penalty": {"frequency_penalty": 3.0},
-    "typical_p": {"typical_p": 0.2},
-    "top_n_sigma": {"top_n_sigma": 0.5},
-    "xtc_probability": {"xtc_probability": 1.0},
-    "xtc_threshold": {"xtc_probability": 1.0, "xtc_threshold": 0.2},
-    "dry_multiplier": {"dry_multiplier": 5.0, "dry_allowed_length": 1},
-    "dry_base": {"dry_multiplier": 0.4, "dry_base": 30.0, "dry_allowed_length": 1},
-    "dry_allowed_length": {"dry_multiplier": 0.4, "dry_base": 30.0, "dry_allowed_length": 2},
-    "dry_penalty_last_n": {"dry_multiplier": 5.0, "dry_allowed_length": 1, "dry_penalty_last_n": 5},
-    "dry_sequence_breakers": {"dry_multiplier": 5.0, "dry_allowed_length": 1, "dry_sequence_breakers": "5"},
-    "mirostat": {"mirostat": 2, "mirostat_tau": 2.0},
-    "mirostat_tau": {"mirostat": 2, "mirostat_tau": 1.0},
-    "mirostat_eta": {"mirostat": 2, "mirostat_tau": 1.0, "mirostat_eta": 0.9},
-    "min_tokens": {"min_tokens": 7, "logit_bias": {2: 9.0}},
-    "ignore_eos": {"ignore_eos": True, "logit_bias": {2: 9.0}},
-    "logit_bias": {"logit_bias": {2: 9.0}},
-    "bad_words": {"bad_words": ["1", "23"]},
-    "samplers": {"samplers": "top_k"},
-}
-"""For each option one value that means something; those that need another one have it too."""
-
-
-def few(ids: list[int], logits: np.ndarray) -> np.ndarray:
-    """A text of nine bytes and its end, so that much is repeated."""
-    logits[3 + 58 :] = -np.inf
-    logits[3 : 3 + 49] = logits[:2] = -np.inf
-    logits[2] -= 3
-    return logits
-
-
-def test_every_option_changes_a_text(llm: npllama.Llama) -> None:
-    assert set(CHANGES) == set(MoreOptions.__annotations__) - OTHER_KEYWORDS
-    common = {"max_tokens": 50, "seed": 5, "temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    common["logits_processor"] = few
-    texts = {name: tuple(llm.generate("the cat", **common, **options).tokens) for name, options in CHANGES.items()}
-    texts["none"] = tuple(llm.generate("the cat", **common).tokens)
-    assert not [name for name in texts if list(texts.values()).count(texts[name]) > 1]
 
 
 FLAGS = {

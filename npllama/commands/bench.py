@@ -71,6 +71,8 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     model = model_of(args)
     if args.shape is not None and model is not None:
         raise UsageError("a model and --shape were given; one of them is needed.")
+    if args.json and args.profile:
+        raise UsageError("--profile prints tables, which are no JSON; leave out --json or --profile.")
     if args.shape is None and args.dtype is not None:
         raise UsageError("--dtype goes with --shape; a model has its own number formats.")
     if args.shape is None:

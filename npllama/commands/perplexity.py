@@ -47,7 +47,8 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     with ExitStack() as stack:
         llama = stack.enter_context(load_model(notes, model_of(args), **options))
         options["kv_dtype"] = "f32"
-        reference = stack.enter_context(load_model(notes, args.reference, **options)) if args.reference else None
+        given = args.reference is not None
+        reference = stack.enter_context(load_model(notes, args.reference, **options)) if given else None
         notes.show()
         found = quality(llama, text, args.ctx_size, reference)
         begin = "BOS first, every id of the text" if begins_with_bos(llama) else "every id of the text but the first"

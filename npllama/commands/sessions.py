@@ -64,7 +64,7 @@ def continuing(
     around = {name: options.pop(name) for name in ("bos", "eos")}
     gone = None
     with _session(llama, args, rules) as session:
-        if prompt or not session.tokens:
+        if prompt or not session.tokens or True in around.values():
             session.append(prompt, **around)
         stream = session.stream(args.max_tokens, **options)
         try:

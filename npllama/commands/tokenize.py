@@ -43,6 +43,8 @@ def run(args: argparse.Namespace, notes: Notes) -> int:
     from npllama.store.direct import open_text_side
     from npllama.text.chat.encoding import chat_prompt
 
+    if args.ids and args.json:
+        raise UsageError("--ids and --json do not go together; leave one out.")
     said = _messages(args)
     prompt = prompt_of(args) if said is None else ""
     side = open_text_side(DEMO if args.model is None else args.model)
@@ -77,8 +79,9 @@ def _messages(args: argparse.Namespace) -> Any:
         if args.system is None:
             return [user]
         return [{"role": "system", "content": decoded(argument_bytes(args.system), "--system", args.escape)}, user]
-    if args.chat or args.system is not None or args.prompt_argument is not None or args.prompt or args.file:
-        raise UsageError("--messages FILE is the whole dialog; leave --chat, --system and the text out.")
+    others = (args.system, args.prompt_argument)
+    if args.chat or args.escape or any(one is not None for one in others) or args.prompt or args.file:
+        raise UsageError("--messages FILE is the whole dialog; leave --chat, --system, --escape and the text out.")
     try:
         return strict_json.parse(read_stdin() if args.messages == "-" else read_file(args.messages))
     except UsageError as error:

@@ -12,12 +12,12 @@ from itertools import zip_longest
 import numpy as np
 
 from npllama.execution.top_k import not_finite
-from npllama.generation.jobs import Job
-from npllama.generation.sampling.logprobs import Observer, TokenLogprobs
+from npllama.generation.jobs import Continued, Job
 from npllama.generation.requests import Progress, Request
 from npllama.generation.results import Piece, Result, Usage
 from npllama.generation.sampling.basic import PENALTY_WINDOW, Draw, Numbers
-from npllama.generation.sampling.sampler import Model, Sampler
+from npllama.generation.sampling.logprobs import Observer, TokenLogprobs
+from npllama.generation.sampling.sampler import Model, Sampler, SamplerState
 from npllama.generation.speculation import Lookup
 from npllama.generation.streaming import StopStrings
 from npllama.generation.structured.constraint import Constraint
@@ -86,6 +86,7 @@ class Completion(Job):
             *(model, request.sampling, request.padding_ids, len(ids), request.logits_processor),
             *(constraint, self._observer),
         )
+        self._mus: dict[int, float] | None = None  # of a session, whose text it goes on with
         self._numbers = Numbers(request.seed, index)
         self._lookup = Lookup() if model.speculation else None
         self._decoder = StreamDecoder(model.tokenizer)
@@ -105,6 +106,14 @@ class Completion(Job):
         self._sampler.ends.update(ids)
         if self._constraint is not None:
             self._constraint.end_at(ids)
+
+    def continues(self, text: Continued) -> None:
+        """Go on in a session's blocks, and with its mirostat, whose mu it gets behind each new id."""
+        self.rest = text.rest
+        if self._request.sampling.mirostat:
+            self._mus = text.mus
+            if text.mus:
+                self._sampler.state = SamplerState(text.mus[max(text.mus)])
 
     def begin(self) -> None:
         """The clock starts; the prompt's own text comes first where it is asked for."""
@@ -213,6 +222,8 @@ class Completion(Job):
         self.ids.append(token)
         self._tokens.append(token)
         self.received = len(self.ids) - 1
+        if self._mus is not None:
+            self._mus[len(self.ids)] = self._sampler.state.mu
         text, stopped = self._stops.push(self._decoder.push(token))
         self._last_at = time.perf_counter()
         self._emit(Piece(text, token, about))

@@ -135,11 +135,11 @@ class Resting(Job):
 
 
 class Continued(list[int]):
-    """The ids of a session as a prompt, and where their blocks rest."""
+    """The ids of a session as a prompt, where their blocks rest, and mirostat's mu behind so many ids."""
 
-    def __init__(self, ids: Ids[int], rest: Resting) -> None:
+    def __init__(self, ids: Ids[int], rest: Resting, mus: dict[int, float]) -> None:
         super().__init__(ids)
-        self.rest = rest
+        self.rest, self.mus = rest, mus
 
 
 class LogitsJob(Job):

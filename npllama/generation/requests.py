@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from npllama.errors import UsageError, quote, whole_number
+from npllama.errors import UsageError, checked_flag, quote, whole_number
 from npllama.generation.sampling.basic import SEEDS
 from npllama.generation.sampling.sampler import LogitsProcessor
 from npllama.generation.streaming import stop_texts
@@ -111,13 +111,6 @@ def _checked_seed(seed: int | None) -> int:
     return secrets.randbits(32) if number == -1 else number
 
 
-def checked_flag(name: str, value: bool | None, optional: bool = False) -> bool | None:
-    """True or False, or where it is optional None; UsageError for anything else."""
-    if not (isinstance(value, bool) or (value is None and optional)):
-        raise UsageError(f"{name}={quote(value)}: needs True or False.")
-    return value
-
-
 def _checked_number(name: str, value: int, low: int, high: int, what: str) -> int:
     number = whole_number(value, low, high)
     if number is None:
@@ -188,7 +181,7 @@ def new_request(
         sampling=sampling,
         seed=_checked_seed(seed),
         stop=stop_texts(stop),
-        echo=bool(echo),
+        echo=bool(checked_flag("echo", echo)),
         bos=checked_flag("bos", bos, optional=True),
         eos=checked_flag("eos", eos, optional=True),
         padding_ids=bool(checked_flag("padding_ids", padding_ids)),

@@ -5,7 +5,8 @@ However the text is cut into pieces, those that are given back add up to the tex
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from npllama.errors import UsageError, quote
 
@@ -14,7 +15,8 @@ def stop_texts(stops: str | Iterable[str] | None) -> tuple[str, ...]:
     """One stop string, several, or None for none, as a tuple. Raises UsageError for what is empty or no string."""
     if stops is None:
         return ()
-    found = (stops,) if isinstance(stops, str) or not isinstance(stops, Iterable) else tuple(stops)
+    alone = isinstance(stops, (str, Mapping)) or not isinstance(stops, Iterable)
+    found: tuple[Any, ...] = (stops,) if alone else tuple(stops)
     for stop in found:
         if not isinstance(stop, str) or not stop:
             raise UsageError(f"stop={quote(stop)}: needs text of at least one character; leave it out to stop nowhere.")

@@ -18,17 +18,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from npllama.errors import UsageError
 from npllama.inference import Llama, load
-
-DEFAULT_NEW_TOKENS = 256
-"""Tokens of an answer where a task says nothing, as in lm-eval's own models."""
-
-GENERATION = ("temperature", "top_k", "top_p", "min_p")
-"""Names that lm-eval's tasks and npllama share."""
-
-IGNORED = ("do_sample", "until", "max_gen_toks", "max_new_tokens")
-"""Keys of a task that are read here, not by `generate`."""
+from npllama.integrations.harness import continuations, log_likelihoods
 
 
 @register_model("npllama")
@@ -64,17 +55,7 @@ class NpllamaLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log probability, whether greedy) of each continuation; contexts that are too long lose their beginning."""
-        pairs = [self._fitting(before, after) for _, before, after in requests]
-        return [(score.logprob, score.is_greedy) for score in self.llama.score_many(pairs)]
-
-    def _fitting(self, before: list[int], after: list[int]) -> tuple[list[int], list[int]]:
-        left = self.max_length + 1 - len(after)  # the last id is predicted, and not read
-        if left < 1:
-            raise UsageError(
-                f"a continuation of {len(after)} tokens does not fit into the context of {self.max_length}."
-            )
-        return before[-left:], after
+        return log_likelihoods(self.llama, [(before, after) for _, before, after in requests])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log probability of each whole text, in lm-eval's windows."""
@@ -83,34 +64,9 @@ class NpllamaLM(TemplateLM):
             [make_disjoint_window(w) for w in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)]
             for ids in texts
         ]
-        scores = iter(self.llama.score_many([pair for text in pieces for pair in text]))
-        return [sum(next(scores).logprob for _ in text) for text in pieces]
+        scores = iter(log_likelihoods(self.llama, [pair for text in pieces for pair in text]))
+        return [sum(next(scores)[0] for _ in text) for text in pieces]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """A continuation of each context, up to the texts at which its task ends it."""
-        results: list[str] = [""] * len(requests)
-        groups: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
-        for members in groups.values():
-            how = dict(requests[members[0]].args[1])
-            options = self._options(how)
-            prompts = [
-                self.tok_encode(requests[i].args[0])[-(self.max_length - options["max_tokens"]) :] for i in members
-            ]
-            found: Any = self.llama.generate(prompts, **options)
-            for i, result in zip(members, found, strict=True):
-                results[i] = result.text
-        return results
-
-    def _options(self, how: dict[str, Any]) -> dict[str, Any]:
-        """The options of `generate` for a task's generation_kwargs. Raises UsageError for one that is not honoured."""
-        if unknown := sorted(how.keys() - {*GENERATION, *IGNORED}):
-            raise UsageError(f"generation_kwargs: {unknown[0]} is not supported; {', '.join(GENERATION)} are.")
-        until = how.get("until") or []
-        length = how.get("max_gen_toks") or how.get("max_new_tokens") or DEFAULT_NEW_TOKENS
-        options = {name: how[name] for name in GENERATION if name in how}
-        if not how.get("do_sample", bool(options.get("temperature"))):
-            options["temperature"] = 0.0
-        length = min(int(length), self.max_length - 1)
-        return {**options, "max_tokens": length, "stop": [until] if isinstance(until, str) else list(until), "seed": 0}
+        return continuations(self.llama, [request.args for request in requests])

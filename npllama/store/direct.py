@@ -63,6 +63,10 @@ def open_source(path: object, dtype: str | None = None, progress: Progress | Non
     """
     if not isinstance(path, (str, os.PathLike)):
         raise UsageError(f"model={quote(path)}: needs the path of a model directory or checkpoint, or None (the demo).")
+    if progress is not None and not callable(progress):
+        raise UsageError(
+            f"progress={quote(progress)}: needs a function of (bytes done, bytes in all, tensor), or None."
+        )
     if dtype is not None:
         named(dtype)
     given = Path(path)

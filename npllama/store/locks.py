@@ -29,6 +29,8 @@ MOMENT_S = 0.2
 class Lock:
     """An open lock file. Raises OSError where it is absent and cannot be made."""
 
+    _close_file = staticmethod(os.close)  # also there when the interpreter has forgotten the module os
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.works, self.descriptor = fcntl is not None, -1
@@ -83,7 +85,7 @@ class Lock:
     def close(self) -> None:
         """Let go. Closing twice is fine."""
         if self.descriptor >= 0:
-            os.close(self.descriptor)
+            self._close_file(self.descriptor)
             self.descriptor = -1
 
     def __del__(self) -> None:

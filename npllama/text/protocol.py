@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from npllama.errors import UsageError, quote
+from npllama.errors import UsageError, checked_flag, quote
 
 
 class Tokenizer(Protocol):
@@ -89,6 +89,12 @@ def special_id(names: Mapping[str, int], name: str) -> int:
         f"there is no special token {quote(name)}; this tokenizer has {len(names)}, such as {some or 'none'}. "
         f"Name one of them, or encode it as text."
     )
+
+
+def check_around(bos: bool | None, eos: bool | None) -> None:
+    """Raise UsageError unless what is to stand around a text is True, False or None."""
+    for name, asked in (("bos", bos), ("eos", eos)):
+        checked_flag(name, asked, optional=True)
 
 
 def check_text(text: object) -> str:

@@ -22,7 +22,7 @@ from npllama.errors import ModelError, UsageError, quote
 from npllama.system import signatures
 from npllama.system.regular_files import open_regular, read_up_to
 from npllama.text import decoding
-from npllama.text.protocol import check_text, out_of_range, special_id
+from npllama.text.protocol import check_around, check_text, out_of_range, special_id
 
 MAX_FILE_BYTES = 32 << 20
 """Largest tokenizer file that is read (LLaMA 2's has 500 KB; vocabularies of 256,000 pieces about 5 MB)."""
@@ -122,6 +122,7 @@ class SentencePieceTokenizer:
         time grows with the length alone, also where there are no spaces.
         """
         check_text(text)
+        check_around(bos, eos)
         ids: list[int] = (self._inside if inside else self._processor).encode(text)
         if not self.control_ids.isdisjoint(ids):
             raise UsageError(

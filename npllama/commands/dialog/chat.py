@@ -89,6 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, notes: Notes) -> int:
     """Load, then question by question until the input ends."""
+    if args.load is not None and args.system is not None:
+        raise UsageError("--load FILE is the whole dialog, what the system says included; leave --system out.")
     given = {**sampling_of(args), **forms.form_of(args)}
     how = {**execution(args), "context": args.ctx_size}
     with load_model(notes, model_of(args), dtype=args.dtype, chat_format=args.chat_format, **how) as llama:

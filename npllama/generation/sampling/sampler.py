@@ -12,9 +12,9 @@ import numpy as np
 from npllama.config import ModelConfig
 from npllama.errors import UsageError, quote
 from npllama.execution.top_k import Search, check_finite
-from npllama.generation.sampling.logprobs import Chances, Observer
 from npllama.generation.sampling.basic import PENALTY_WINDOW, Allowed, Draw, candidates, drawn, sample, uniform
 from npllama.generation.sampling.chain import Candidates, Situation, next_mu, through_steps, unsurprising
+from npllama.generation.sampling.logprobs import Chances, Observer
 from npllama.generation.structured.constraint import Constraint
 from npllama.options import SamplingOptions
 from npllama.text.protocol import Tokenizer

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from npllama.config import ModelConfig
-from npllama.errors import UsageError, quote, whole_number
+from npllama.errors import UsageError, checked_flag, quote, whole_number
 from npllama.generation.chunks import Sight
+from npllama.generation.jobs import Job
 from npllama.generation.requests import POLICIES, Prompt, is_one
 from npllama.generation.runtime import Runtime
 from npllama.generation.scoring.jobs import (
@@ -49,10 +50,21 @@ class Scores:
         return self.score_many([(prompt, continuation)])[0]
 
     def score_many(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[Score]:
-        """`score` of many pairs of prompt and continuation, in company, in order."""
-        jobs = [ScoreJob(*self._pair_ids(*pair), self.runtime.window) for pair in pairs]
-        self.runtime.run([[job] for job in jobs])
-        return [job.score for job in jobs]
+        """`score` of many pairs of prompt and continuation, in company, in order. Equal prompts are read once."""
+        texts = [self._pair_ids(*pair) for pair in _pairs(pairs)]
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, (ids, first) in enumerate(texts):
+            alike.setdefault(tuple(ids[:first]), []).append(i)
+        groups: list[list[Job]] = []
+        found: dict[int, ScoreJob] = {}
+        for members in alike.values():
+            jobs, scores = option_jobs(
+                [texts[i][0] for i in members], [texts[i][1] for i in members], self.runtime.window
+            )
+            groups.append(jobs)
+            found |= zip(members, scores, strict=True)
+        self.runtime.run(groups)
+        return [found[i].score for i in range(len(texts))]
 
     def rank(self, prompt: Prompt, options: Sequence[Prompt], normalize: str = "none") -> list[Ranked]:
         """Options that may continue a prompt, the most probable first; the prompt is read once.
@@ -60,7 +72,7 @@ class Scores:
         normalize: "none", or divide log probabilities by the option's number of "tokens" or "bytes".
         """
         checked_choice("normalize", normalize, NORMALIZATIONS)
-        if isinstance(options, str) or not len(options):
+        if isinstance(options, str) or not isinstance(options, Sequence) or not len(options):
             raise UsageError("options: needs a list of at least one text, or list of ids.")
         pairs = [self._pair_ids(prompt, option) for option in options]
         jobs, scores = option_jobs([ids for ids, _ in pairs], [first for _, first in pairs], self.runtime.window)
@@ -77,6 +89,7 @@ class Scores:
         pooling: their "mean" over all ids, BOS included, or that of the "last" id. normalize: to length 1.
         """
         checked_choice("pooling", pooling, POOLINGS)
+        checked_flag("normalize", normalize)
         one = is_one(texts)
         prompts: list[Prompt] = [texts] if one else list(texts)  # type: ignore[list-item, arg-type]
         jobs = [EmbedJob(self._fitting(self._ids(p)), self.runtime.window, pooling) for p in prompts]
@@ -126,3 +139,13 @@ class Scores:
             )
         self._fitting(ids[:-1])  # the last one is not read
         return ids, first
+
+
+def _pairs(pairs: Sequence[tuple[Prompt, Prompt]]) -> list[tuple[Prompt, Prompt]]:
+    """Pairs of prompt and continuation. Raises UsageError for what is none."""
+    if isinstance(pairs, str) or not isinstance(pairs, Sequence):
+        raise UsageError(f"pairs is {quote(pairs)}; a list of (prompt, continuation) is needed.")
+    for i, pair in enumerate(pairs):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise UsageError(f"pairs[{i}] is {quote(pair)}; (prompt, continuation) is needed.")
+    return list(pairs)

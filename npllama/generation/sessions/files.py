@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -37,7 +38,7 @@ from npllama.numbers import ArraySpec
 from npllama.store.npy import Whole, map_array, npy_header, read_small
 from npllama.store.staging import staged, sync_file, target_path
 from npllama.system import strict_json
-from npllama.system.values import show, whole
+from npllama.system.values import number, show, whole
 
 FORMAT, VERSION = "npllama-session", 1
 MANIFEST, TOKENS = "session.json", "tokens.npy"
@@ -45,6 +46,8 @@ MAX_MANIFEST_BYTES = 32 << 20
 MAX_TOKENS = 1 << 24
 MAX_DIGITS = 20  # of a seed
 SESSION = Whole("a saved session", "save the session again.")
+MIROSTAT = "mirostat"
+"""The key that only a session has that was written with mirostat."""
 CHECK = "check"
 """The key of the sha256 over all else in the manifest."""
 _FILE = re.compile(r"[kv](\.(codes|scales))?\.npy")
@@ -52,7 +55,10 @@ _FILE = re.compile(r"[kv](\.(codes|scales))?\.npy")
 
 @dataclass(frozen=True)
 class Header:
-    """What a session is bound to, and what it goes on with. model: all that keys and values depend on beside these."""
+    """What a session is bound to, and what it goes on with. model: all that keys and values depend on beside these.
+
+    mirostat: behind how many ids it has left which mu; None where it was not used.
+    """
 
     model: dict[str, Any]
     seed: int
@@ -61,6 +67,7 @@ class Header:
     n_keep: int
     window: int
     n_sink: int
+    mirostat: tuple[int, float] | None = None
 
     def kept(self, n_ids: int) -> list[tuple[int, int]]:
         """The blocks that are kept of a text of n ids, and how many rows of each."""
@@ -146,6 +153,8 @@ def _check_replaceable(out: Path) -> None:
 def _manifest(header: Header, n_ids: int, sums: dict[str, Any]) -> dict[str, Any]:
     window = None if header.window == NO_WINDOW else header.window
     manifest = {"format": FORMAT, "version": VERSION, **vars(header), "window": window, "n_tokens": n_ids}
+    if header.mirostat is None:
+        del manifest[MIROSTAT]
     manifest["sha256"] = sums
     return {**manifest, CHECK: check_of(manifest)}
 
@@ -253,11 +262,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _header(manifest: dict[str, Any]) -> tuple[Header, int]:
     """The header and the number of ids. Raises UsageError."""
     needed = {"format", "version", *Header.__dataclass_fields__, "n_tokens", "sha256", CHECK}
-    if wrong := sorted(needed.symmetric_difference(manifest)):
+    if wrong := sorted((needed - {MIROSTAT}).symmetric_difference(manifest.keys() - {MIROSTAT})):
         raise UsageError(f"{quote(wrong[0])} is missing, or is not known")
     policy, window = manifest["context_policy"], manifest["window"]
     if policy not in POLICIES or not isinstance(manifest["model"], dict):
         raise UsageError(f"context_policy is {quote(policy)}, model {show(manifest['model'])}; neither can be")
+    n_ids = whole("n_tokens", manifest["n_tokens"], 0, MAX_TOKENS)
     header = Header(
         model=manifest["model"],
         seed=whole("seed", manifest["seed"], 0, SEEDS - 1),
@@ -266,8 +276,18 @@ def _header(manifest: dict[str, Any]) -> tuple[Header, int]:
         n_keep=whole("n_keep", manifest["n_keep"], 0, 1 << 31),
         window=NO_WINDOW if window is None else whole("window", window, 1, NO_WINDOW - 1),
         n_sink=whole("n_sink", manifest["n_sink"], 0, 1 << 31),
+        mirostat=_mirostat(manifest.get(MIROSTAT), n_ids),
     )
-    return header, whole("n_tokens", manifest["n_tokens"], 0, MAX_TOKENS)
+    return header, n_ids
+
+
+def _mirostat(found: Any, n_ids: int) -> tuple[int, float] | None:
+    """Behind how many ids mirostat has left which mu. Raises UsageError."""
+    if found is None:
+        return None
+    if not isinstance(found, list) or len(found) != 2:
+        raise UsageError(f"{MIROSTAT} is {show(found)}, but a number of ids and a number are needed")
+    return whole(MIROSTAT, found[0], 0, n_ids), number(MIROSTAT, found[1], -math.inf, math.inf)
 
 
 def _check_model(folder: Path, found: dict[str, Any], needed: dict[str, Any]) -> None:

@@ -4,13 +4,15 @@ A session is its ids. The keys and values of these rest in the pool of blocks wh
 who need the blocks take them, and then the ids are read again. So a session costs nothing that somebody else needs, and
 what it says does not depend on what else runs.
 
-A draw depends on (seed, position) and a penalty on the ids before it. So a session with its seed goes on as one call
-would have done, wherever the text was cut, rewound or saved.
+A draw depends on (seed, position) and a penalty on the ids before it; mirostat's mu is kept behind each id, and saved
+as it is at the end. So a session with its seed goes on as one call would have done, wherever the text was cut, rewound
+or saved.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 import weakref
@@ -23,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from npllama.config import ModelConfig
-from npllama.errors import ContextError, ModelError, UsageError, whole_number
+from npllama.errors import ContextError, ModelError, UsageError, quote, whole_number
 from npllama.generation.jobs import Continued, LogitsJob, Resting
 from npllama.generation.pool import Sequence, seen_blocks
 from npllama.generation.requests import check_kind, checked_ids
@@ -32,7 +34,7 @@ from npllama.generation.runtime import Runtime
 from npllama.generation.scheduler import Scheduler
 from npllama.generation.sessions.files import Header, Saved, array_specs, read_session, write_session
 from npllama.system.closing import Closing
-from npllama.text.protocol import Tokenizer
+from npllama.text.protocol import Tokenizer, check_around
 
 MAX_FORKS = 1024
 MAX_TRIES = 8
@@ -90,6 +92,7 @@ class Session(Closing):
         self._ids = list(ids)
         self._saved = saved  # where its keys and values are, until they are needed first
         self._forked = 0
+        self._mus: dict[int, float] = {}  # mirostat's mu behind so many ids, where mirostat has drawn the last
         self._logits: np.ndarray | None = None
         self._scheduler: Scheduler | None = None
         self._rest = Resting(rules.window, rules.n_sink)
@@ -118,6 +121,11 @@ class Session(Closing):
         if self._closed:
             self._busy.release()
             raise UsageError("this session is closed; make a new one with session(), or load it again.")
+        self._forget(len(self._ids))  # a stream that was closed had computed more than was read
+
+    def _forget(self, n: int) -> None:
+        """Keep no mu behind more than n ids."""
+        self._mus = {at: mu for at, mu in self._mus.items() if at <= n}
 
     def _end(self) -> None:
         self._busy.release()
@@ -145,6 +153,7 @@ class Session(Closing):
         The first text gets BOS as the model says, or as bos= does; later text goes on where the last one ended. Raises
         ContextError where the context is full, UsageError for what is neither text nor ids.
         """
+        check_around(bos, eos)
         with self._using():
             if isinstance(text, str):
                 ids = self._encoded(text, bos, eos)
@@ -184,6 +193,7 @@ class Session(Closing):
                 raise UsageError(f"rewind to {n!r}: the session has {len(self._ids)} ids; it needs 0 to that many.")
             if number < len(self._ids):
                 del self._ids[number:]
+                self._forget(number)
                 self._logits = None
 
     def fork(self, k: int = 1) -> list[Session]:
@@ -202,6 +212,7 @@ class Session(Closing):
             with scheduler.between_steps():
                 for fork in forks:
                     fork._home()
+                    fork._mus = dict(self._mus)
                     if self._rest.sequence is not None:
                         scheduler.keep(fork._rest, self._rest.sequence.fork(), self._rest.ids)
             return forks
@@ -216,7 +227,7 @@ class Session(Closing):
         """Continue the text, and add to it what was generated, the ids of a stop string too.
 
         options: those of Llama.generate, but for n, bos, eos, context_policy and n_keep; seed None is the session's.
-        Mirostat begins anew in each call. When it fails the text stays as it was.
+        Mirostat goes on where it ended. When it fails the text stays as it was.
         """
         with self._using():
             result: Result = self._llm.generate(self._prompt(), max_tokens, **self._options(options))
@@ -245,7 +256,7 @@ class Session(Closing):
             raise UsageError('this session has no token yet; append text or ids first, "" for BOS alone.')
         self._home()
         self._restore()
-        return Continued(self._ids, self._rest)
+        return Continued(self._ids, self._rest, self._mus)
 
     def _options(self, given: dict[str, Any]) -> dict[str, Any]:
         if wrong := [name for name in given if name in OWN]:
@@ -269,9 +280,10 @@ class Session(Closing):
 
         Ids that were not read yet are read first. Raises ModelError where the path holds what is no session.
         """
+        _check_path(path)
         with self._using():
             runtime, config, n = self._llm.runtime, self._llm.config, len(self._ids)
-            header = Header(runtime.facts, n_forks=self._forked, **vars(self.rules))
+            header = Header(runtime.facts, n_forks=self._forked, **vars(self.rules), mirostat=self._last_mu())
             kept = header.kept(n)
             specs = array_specs(config, runtime.facts["kv_dtype"], sum(rows for _, rows in kept))
             if not kept:
@@ -280,6 +292,11 @@ class Session(Closing):
             with self._held(n - 1) as sequence:
                 blocks = ([a[:, :, :rows].transpose(2, 0, 1, 3) for a in sequence.rows(c)] for c, rows in kept)
                 write_session(path, header, self._ids, specs, blocks)
+
+    def _last_mu(self) -> tuple[int, float] | None:
+        """The last mu that mirostat has left, and behind how many ids; None where it was not used."""
+        last = max(self._mus.items(), default=None)
+        return last if last is not None and math.isfinite(last[1]) else None
 
     @contextmanager
     def _held(self, n: int) -> Iterator[Sequence]:
@@ -360,6 +377,7 @@ def load_session(path: str | os.PathLike[str], llm: Host) -> Session:
     checksum then. Raises ModelError for what is no session, damaged or of another model, ContextError where it does
     not fit.
     """
+    _check_path(path)
     saved = read_session(path, llm.config, llm.runtime.facts)
     header, n = saved.header, len(saved.ids)
     if header.context_policy == "stop" and n > llm.context:
@@ -375,7 +393,13 @@ def load_session(path: str | os.PathLike[str], llm: Host) -> Session:
             f"here they are {rules.window} and {rules.n_sink}; load the model with the context it was saved with."
         )
     session._ids, session._forked, session._saved = list(saved.ids), header.n_forks, saved
+    session._mus = dict([] if header.mirostat is None else [header.mirostat])
     return session
+
+
+def _check_path(path: object) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(f"path={quote(path)}: needs the path of a directory.")
 
 
 class SessionStream:

@@ -11,7 +11,7 @@ from npllama.errors import ModelError, UsageError
 from npllama.text import decoding
 from npllama.text.bpe.added import LeftmostLongest, LongestFirst
 from npllama.text.bpe.words import Words
-from npllama.text.protocol import check_text, out_of_range, special_id
+from npllama.text.protocol import check_around, check_text, out_of_range, special_id
 from npllama.text.vocabulary import MARK, Rules, Vocabulary, inside_rules, normalize
 
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>\Z")
@@ -62,6 +62,7 @@ class BpeTokenizer:
         self, text: str, bos: bool | None = None, eos: bool | None = None, start: bool = True, inside: bool = False
     ) -> list[int]:
         """The ids of a text, with what stands around it: see Tokenizer.encode."""
+        check_around(bos, eos)
         before = self._bos if (self.add_bos if bos is None else bos) else ()
         after = self._eos if (self.add_eos if eos is None else eos) else ()
         if (bos and not before) or (eos and not after):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from npllama.errors import UsageError, quote
+from npllama.errors import UsageError, checked_flag, quote
 from npllama.text.chat.formats import BOS, EOS, FORMATS, ChatFormat, Content, Part, Parts, Special
 from npllama.text.chat.marks import Escaped, without_marks
 from npllama.text.chat.messages import ASSISTANT, SYSTEM, USER, Message, checked_messages
@@ -29,6 +29,7 @@ def chat_prompt(name: str, tokenizer: Tokenizer, messages: object, escape: bool 
     UsageError for that, for roles in an order that the format does not have, for a character that the vocabulary cannot
     spell, and for a format whose control tokens the tokenizer does not have.
     """
+    checked_flag("escape", escape)
     chat_format = format_named(name)
     controls = control_tokens(chat_format, tokenizer)
     spelled = [special.name for special, i in controls.items() if i not in tokenizer.control_ids]
