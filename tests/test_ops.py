@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import naive
@@ -23,11 +24,13 @@ TOLERANCE = 3e-6
 
 
 def steps() -> list[Any]:
-    """The NumPy steps always, the kernels in the run of the compiled execution."""
-    found = [pytest.param(ops, id="numpy")]
+    """The NumPy steps, and the kernels in the run of the compiled execution; in that of the plain ones these alone."""
+    found = [] if os.environ.get("NPLLAMA_PLAIN_KERNELS", "0") != "0" else [pytest.param(ops, id="numpy")]
     if os.environ.get("NPLLAMA_BACKEND") != "numpy":
-        single = pytest.importorskip("npllama.execution.kernels.per_op")
-        found.append(pytest.param(type("kernels", (), {k: staticmethod(f) for k, f in single.OPS.items()}), id="numba"))
+        pytest.importorskip("numba")
+        from compiled_ops import OPS
+
+        found.append(pytest.param(SimpleNamespace(**OPS), id="numba"))
     return found
 
 
