@@ -13,6 +13,7 @@ numba = pytest.importorskip("numba", reason="compiled kernels: numba is not inst
 
 # E402: these import numba, which may not be there.
 from compiled_ops import OPS  # noqa: E402
+from helpers import as_mapped  # noqa: E402
 
 from npllama.execution.kernels.float_linear import MAX_KEPT_TOKENS, MAX_STRIP_COLUMNS, MIN_COPIED_TOKENS  # noqa: E402
 from npllama.execution.kernels.target import WIDTH  # noqa: E402
@@ -25,9 +26,9 @@ pytestmark = pytest.mark.skipif(
 
 
 FORMATS: dict[str, Callable[[np.ndarray], np.ndarray | F16 | BF16]] = {
-    "f32": lambda w: w,
-    "f16": lambda w: F16(f16_bits(w)),
-    "bf16": lambda w: BF16(bf16_bits(w)),
+    "f32": as_mapped,
+    "f16": lambda w: as_mapped(F16(f16_bits(w))),
+    "bf16": lambda w: as_mapped(BF16(bf16_bits(w))),
 }
 MANY = MAX_KEPT_TOKENS + MIN_COPIED_TOKENS + 3
 """Tokens that are multiplied in every way there is: by a copy of w and in place, in two turns where columns are cut."""
