@@ -10,12 +10,20 @@ from pathlib import Path
 
 import npllama
 
+SHARED_CPUS = "NPLLAMA_TESTS_SHARE_CPUS"
+"""The environment variable that says that OMP_NUM_THREADS was set by conftest.py."""
 COMMAND = [sys.executable, "-m", "npllama"]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment for a process that is to import the package that this one has imported."""
-    return {**os.environ, "PYTHONPATH": str(Path(npllama.__file__).parent.parent), **changes}
+    """The environment for a process that is to import the package that this one has imported.
+
+    It uses as many threads as it would without tests that run beside it.
+    """
+    own = dict(os.environ)
+    if own.pop(SHARED_CPUS, None) is not None:
+        own.pop("OMP_NUM_THREADS", None)
+    return {**own, "PYTHONPATH": str(Path(npllama.__file__).parent.parent), **changes}
 
 
 def run(*arguments: object, stdin: bytes | None = None, cwd: Path | None = None, **changes: str) -> Done:

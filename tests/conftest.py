@@ -8,15 +8,18 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_sentencepiece
-from command_line import Done
+from command_line import SHARED_CPUS, Done
 from helpers import write_safetensors_checkpoint
 from hypothesis import settings
 
 from npllama.commands import cli
+from npllama.system.machine import affinity
 
 # Seeded, and without a time limit: a busy machine is no failure.
 settings.register_profile("npllama", derandomize=True, deadline=None, database=None)
@@ -25,13 +28,23 @@ settings.load_profile("npllama")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the slow tests too")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiled code is kept for this run alone, unless a directory was given: code is loaded once it is there.
+    """Processes of tests share the CPUs: the default number of threads of each is its part of them.
+
+    Compiled code is kept for this run alone, unless a directory was given: code is loaded once it is there.
 
     What checkpoints are exported to is kept for this run in any case.
     """
     models = os.environ["NPLLAMA_MODELS_DIR"] = tempfile.mkdtemp(prefix="npllama-tests-models-")
     config.add_cleanup(lambda: shutil.rmtree(models, ignore_errors=True))
+    n_processes = len(getattr(config.option, "tx", None) or ())
+    if n_processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # before processes start: their BLAS reads it once
+        os.environ[SHARED_CPUS] = os.environ["OMP_NUM_THREADS"] = str(max(1, affinity() // n_processes))
+        config.add_cleanup(lambda: [os.environ.pop(name) for name in (SHARED_CPUS, "OMP_NUM_THREADS")])
     if "NPLLAMA_CACHE_DIR" not in os.environ:
         os.environ["NPLLAMA_CACHE_DIR"] = tempfile.mkdtemp(prefix="npllama-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("NPLLAMA_CACHE_DIR")))
@@ -42,14 +55,36 @@ def pytest_configure(config: pytest.Config) -> None:
 COMPILING = ("test_same_bits.py", "test_kernels_quantized.py", "test_verify.py", "test_ops.py", "test_engine.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what compiles the longest first."""
+LEFT_OUT = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put what compiles the longest first. Leave out the slow tests unless they are asked for: --all, or -m slow."""
     order = {name: place for place, name in enumerate(COMPILING)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    if config.getoption("all") or "slow" in config.option.markexpr:
+        return
+    slow = {item: mark.args[0] for item in items if (mark := item.get_closest_marker("slow"))}
+    items[:] = [item for item in items if item not in slow]
+    config.hook.pytest_deselected(items=list(slow))
+    config.stash[LEFT_OUT] = dict(Counter(slow.values()))
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Every process has collected all tests: what the first that ends has left out, all have."""
+    node.config.stash.setdefault(LEFT_OUT, getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which kernels the run has compiled."""
+    """Say which tests were left out, and which kernels the run has compiled."""
+    left_out = terminalreporter.config.stash.get(LEFT_OUT, {})
+    if left_out:
+        terminalreporter.write_line(f"left out: {sum(left_out.values())} slow tests; pytest --all runs them too")
+        for reason, n in left_out.items():
+            terminalreporter.write_line(f"left out [{n}]: {reason}")
     if os.environ.get("NPLLAMA_BACKEND") == "numpy" or importlib.util.find_spec("numba") is None:
         return
     from npllama.execution.kernels import amx, int8_dot, target

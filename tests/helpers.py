@@ -127,6 +127,15 @@ def quantize(w: np.ndarray, number_format: str) -> Any:
     return found.assemble(found.encode(w, "f32"), w.shape)
 
 
+def as_mapped(w: Any) -> Any:
+    """A weight whose arrays nobody may write, as mapped files are: the types that models' kernels are compiled for."""
+    if not isinstance(w, np.ndarray):
+        return type(w)(*(as_mapped(part) if isinstance(part, np.ndarray) else part for part in w))
+    view = w.view()
+    view.flags.writeable = False
+    return view
+
+
 def stacked(weights: dict[str, np.ndarray], n_layers: int) -> dict[str, np.ndarray]:
     """Weights by Meta's names -> by kind, layers stacked."""
     in_layers = {name.rpartition(".")[2]: name for name in weights if name.startswith("layers.0.")}

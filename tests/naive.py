@@ -59,12 +59,13 @@ def attention(q, k, v, pos, window, n_sink, theta, keys=None):
     far = rope(q, [min(p, n_sink + window - 1) for p in pos], theta)
     y = np.zeros((T, H * E))
     for t in range(T):
+        seen = [s for s in range(T) if pos[s] <= pos[t] and (pos[s] > pos[t] - window or pos[s] < n_sink)]
         for h in range(H):
             g = h // (H // G)
-            seen = [s for s in range(T) if pos[s] <= pos[t] and (pos[s] > pos[t] - window or pos[s] < n_sink)]
             scores = [(far if pos[s] < n_sink else near)[t, h] @ keys[s, g] / math.sqrt(E) for s in seen]
             top = max(scores)
             weights = [math.exp(score - top) for score in scores]
+            total = sum(weights)
             for s, weight in zip(seen, weights, strict=True):
-                y[t, h * E : (h + 1) * E] += weight / sum(weights) * v[s, g]
+                y[t, h * E : (h + 1) * E] += weight / total * v[s, g]
     return y

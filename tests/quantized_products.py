@@ -7,22 +7,15 @@ import json
 from typing import Any
 
 import numpy as np
-from helpers import quantize
+from helpers import as_mapped, quantize
 
 
 def multiply(x: np.ndarray, w: Any) -> np.ndarray:
-    """The compiled x @ w.T, of arrays that nobody may write, as mapped files are: one signature for each format."""
-    from npllama.execution.kernels.per_op import linear_alone
+    """The compiled x @ w.T."""
+    from compiled_ops import OPS
 
-    parts = [_read_only(part) if isinstance(part, np.ndarray) else part for part in w]
-    product: np.ndarray = linear_alone(_read_only(x), type(w)(*parts))
+    product: np.ndarray = OPS["linear"](x, as_mapped(w))
     return product
-
-
-def _read_only(array: np.ndarray) -> np.ndarray:
-    view = array.view()
-    view.flags.writeable = False
-    return view
 
 
 def products() -> dict[str, np.ndarray]:

@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 from command_line import environment
 
@@ -112,6 +114,54 @@ for number in map(int, sys.argv[2:]):
     assert run(1) == ["1", "False"]
     assert run(2, 1) == ["2", "False", "1", "True"]
     assert run(2, 1) == ["2", "True", "1", "True"]
+
+
+def test_each_step_on_its_own_is_kept_for_each_types_of_arguments(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    program = """
+import numpy as np
+from npllama.execution.disk_cache import kept_ops, open_caches
+
+step, x = kept_ops(open_caches(print))["swiglu"], np.ones((2, 3), np.float32)
+mapped = x.view()
+mapped.flags.writeable = False
+print(step(x, x).tobytes().hex(), step(mapped, mapped).tobytes().hex())
+"""
+
+    def run() -> tuple[str, dict[str, int]]:
+        env = environment(NPLLAMA_CACHE_DIR=str(tmp_path / "kept"))
+        done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+        return done.stdout, {file.name: file.stat().st_ino for file in (tmp_path / "kept").glob("op-swiglu.*")}
+
+    said, files = run()
+    assert len(files) == 2
+    assert run() == (said, files), "nothing is written anew"
+    damaged = tmp_path / "kept" / min(files)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    again, mended = run()
+    assert "its checksum does not match" in again
+    assert again.endswith(said)
+    assert [name for name in files if files[name] != mended[name]] == [damaged.name]
+
+
+class Foreign(NamedTuple):
+    """A weight of a module that no number format names."""
+
+    codes: np.ndarray
+
+
+def test_code_for_types_that_the_stamp_does_not_follow_is_not_kept() -> None:
+    numba = pytest.importorskip("numba")
+    from npllama.execution.disk_cache import _cache_for
+    from npllama.numbers.f16 import F16
+
+    def kept(*arguments: object) -> object:
+        return _cache_for(lambda name: name, "linears", tuple(map(numba.typeof, arguments)))  # type: ignore[arg-type, return-value]
+
+    x, bits = np.ones((2, 3), np.float32), np.ones((2, 3), np.uint16)
+    assert str(kept(x, (F16(bits), F16(bits)))).startswith("op-linears.")
+    assert kept(x, (F16(bits),)) != kept(x, (F16(bits), F16(bits))) != kept(x, (x, x))
+    assert kept(x, (F16(bits), Foreign(bits))) is None
 
 
 def test_the_kernels_compiled_are_those_asked_for() -> None:

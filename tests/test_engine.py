@@ -285,6 +285,7 @@ def run(folder: Path, cache: Path, **environment: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow("compile a model several times")
 @needs_numba
 def test_compiled_code_is_kept_and_damage_costs_one_compilation(opened: OpenModel, tmp_path: Path) -> None:
     cold = run(opened.path, tmp_path / "cache")

@@ -12,6 +12,7 @@ from helpers import quantize
 numba = pytest.importorskip("numba", reason="compiled kernels: numba is not installed")
 
 # E402: these import numba, which may not be there.
+from compiled_ops import OPS  # noqa: E402
 
 from npllama import ops  # noqa: E402
 from npllama.execution.kernels import amx  # noqa: E402
@@ -19,7 +20,6 @@ from npllama.execution.kernels.flags import INLINE, INNER  # noqa: E402
 from npllama.execution.kernels.formats import KERNELS  # noqa: E402
 from npllama.execution.kernels.int8_dot import dot8, load_codes, make_lookup, store_levels  # noqa: E402
 from npllama.execution.kernels.int8_linear import register_grouped  # noqa: E402
-from npllama.execution.kernels.per_op import embed_alone, linear_alone  # noqa: E402
 from npllama.numbers import format_of  # noqa: E402
 from npllama.numbers.groups import Grouped  # noqa: E402
 from npllama.numbers.q4 import Q4_CODEBOOK  # noqa: E402
@@ -85,7 +85,7 @@ def weights() -> tuple[Even, Grouped]:
 def test_a_registered_format_is_multiplied_as_its_levels_say(tokens: int) -> None:
     w, unpacked = weights()
     x = np.random.default_rng(tokens).standard_normal((tokens, 90), dtype=np.float32)
-    assert np.array_equal(linear_alone(x, w), ops.linear(x, unpacked))
+    assert np.array_equal(OPS["linear"](x, w), ops.linear(x, unpacked))
 
 
 def test_a_registered_format_is_embedded_row_by_row() -> None:
@@ -93,4 +93,4 @@ def test_a_registered_format_is_embedded_row_by_row() -> None:
     groups = unpacked.levels * unpacked.scales[:, None, :] * unpacked.factors  # (G, GROUP, N)
     expected = groups.reshape(-1, 70).T[:, :90]
     ids = np.array([0, 69, 17, 17])
-    assert np.array_equal(embed_alone(w, ids), expected[ids])
+    assert np.array_equal(OPS["embed"](w, ids), expected[ids])

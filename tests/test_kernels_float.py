@@ -12,8 +12,10 @@ import pytest
 numba = pytest.importorskip("numba", reason="compiled kernels: numba is not installed")
 
 # E402: these import numba, which may not be there.
+from compiled_ops import OPS  # noqa: E402
+from helpers import as_mapped  # noqa: E402
+
 from npllama.execution.kernels.float_linear import MAX_KEPT_TOKENS, MAX_STRIP_COLUMNS, MIN_COPIED_TOKENS  # noqa: E402
-from npllama.execution.kernels.per_op import linear_alone, linears_alone  # noqa: E402
 from npllama.execution.kernels.target import WIDTH  # noqa: E402
 from npllama.numbers.bf16 import BF16, bf16_bits  # noqa: E402
 from npllama.numbers.f16 import F16, f16_bits  # noqa: E402
@@ -24,9 +26,9 @@ pytestmark = pytest.mark.skipif(
 
 
 FORMATS: dict[str, Callable[[np.ndarray], np.ndarray | F16 | BF16]] = {
-    "f32": lambda w: w,
-    "f16": lambda w: F16(f16_bits(w)),
-    "bf16": lambda w: BF16(bf16_bits(w)),
+    "f32": as_mapped,
+    "f16": lambda w: as_mapped(F16(f16_bits(w))),
+    "bf16": lambda w: as_mapped(BF16(bf16_bits(w))),
 }
 MANY = MAX_KEPT_TOKENS + MIN_COPIED_TOKENS + 3
 """Tokens that are multiplied in every way there is: by a copy of w and in place, in two turns where columns are cut."""
@@ -69,7 +71,7 @@ def test_the_order_is_the_documented_one(columns, number_format):
     rng = np.random.default_rng(columns)  # seven bits: products are exact, and sums of them are rounded in float32 only
     x = rng.integers(-127, 128, (MIN_COPIED_TOKENS + 1, columns)) * np.exp2(rng.integers(-9, 9, columns))
     w = rng.integers(-127, 128, (7, columns)) * np.exp2(rng.integers(-6, 6, columns))
-    found = linear_alone(np.float32(x), FORMATS[number_format](np.float32(w)))
+    found = OPS["linear"](np.float32(x), FORMATS[number_format](np.float32(w)))
     assert np.array_equal(found, [[in_lanes(a, b) for b in w] for a in x])
 
 
@@ -77,28 +79,28 @@ def test_the_order_is_the_documented_one(columns, number_format):
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_a_token_has_the_same_bits_alone_and_in_company_of_any_size(rows, columns, number_format):
     x, w = problem(number_format, rows, columns, MANY)
-    alone = np.concatenate([linear_alone(x[t : t + 1], w) for t in range(MANY)])
+    alone = np.concatenate([OPS["linear"](x[t : t + 1], w) for t in range(MANY)])
     for tokens in (2, 3, 4, 5, 8, MIN_COPIED_TOKENS - 1, MIN_COPIED_TOKENS, MIN_COPIED_TOKENS + 1, MANY):
-        assert np.array_equal(linear_alone(x[:tokens], w), alone[:tokens]), tokens
+        assert np.array_equal(OPS["linear"](x[:tokens], w), alone[:tokens]), tokens
 
 
 @every
 def test_a_prompt_that_is_cut_anywhere_has_the_same_bits(number_format):
     x, w = problem(number_format, 67, 1205, MANY)
-    whole, rng = linear_alone(x, w), np.random.default_rng(1)
+    whole, rng = OPS["linear"](x, w), np.random.default_rng(1)
     for _ in range(20):
         cuts = [0, *sorted(rng.choice(np.arange(1, MANY), 5, replace=False)), MANY]
-        parts = [linear_alone(x[a:b], w) for a, b in itertools.pairwise(cuts)]
+        parts = [OPS["linear"](x[a:b], w) for a, b in itertools.pairwise(cuts)]
         assert np.array_equal(np.concatenate(parts), whole)
 
 
 @every
 def test_other_rows_in_any_order_change_no_bit(number_format):
     x, w = problem(number_format, 67, 172, MANY)
-    whole, rng = linear_alone(x, w), np.random.default_rng(2)
+    whole, rng = OPS["linear"](x, w), np.random.default_rng(2)
     for n in (3, 37, 100):
         mixed = rng.permutation(MANY)[:n]
-        assert np.array_equal(linear_alone(x[mixed], w), whole[mixed])
+        assert np.array_equal(OPS["linear"](x[mixed], w), whole[mixed])
 
 
 @every
@@ -107,8 +109,8 @@ def test_matrices_side_by_side_have_the_bits_of_each_alone(tokens, number_format
     rng = np.random.default_rng(3)
     x = rng.standard_normal((tokens, 172), dtype=np.float32)
     ws = tuple(FORMATS[number_format](rng.standard_normal((n, 172), dtype=np.float32)) for n in (300, 2, 61))
-    for y, w in zip(linears_alone(x, ws), ws, strict=True):
-        assert np.array_equal(y, linear_alone(x, w))
+    for y, w in zip(OPS["linears"](x, ws), ws, strict=True):
+        assert np.array_equal(y, OPS["linear"](x, w))
 
 
 @every
@@ -119,23 +121,23 @@ def test_one_thread_and_two_give_the_same_bits(number_format):
     found = []
     for n_threads in (1, 2):
         numba.set_num_threads(n_threads)
-        found.append(linear_alone(x, w))
+        found.append(OPS["linear"](x, w))
     assert np.array_equal(*found)
 
 
 @every
 def test_no_tokens_and_no_rows_are_nothing(number_format):
     x, w = problem(number_format, 40, 72, 3)
-    assert linear_alone(x[:0], w).shape == (0, 40)
-    assert linear_alone(x, FORMATS[number_format](np.empty((0, 72), np.float32))).shape == (3, 0)
+    assert OPS["linear"](x[:0], w).shape == (0, 40)
+    assert OPS["linear"](x, FORMATS[number_format](np.empty((0, 72), np.float32))).shape == (3, 0)
 
 
 @every
 @pytest.mark.parametrize("tokens", [6, 40])
 def test_a_row_that_is_not_finite_stays_alone(tokens, number_format):
     x, w = problem(number_format, 40, 77, tokens)
-    expected = linear_alone(x, w)
+    expected = OPS["linear"](x, w)
     x[3, 50] = np.nan
-    found, others = linear_alone(x, w), np.arange(tokens) != 3
+    found, others = OPS["linear"](x, w), np.arange(tokens) != 3
     assert np.isnan(found[3]).all()
     assert np.array_equal(found[others], expected[others])

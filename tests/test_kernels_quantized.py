@@ -232,6 +232,7 @@ if amx.USED:
     ELSEWHERE["no AMX"] = ((DOT, False), {"NUMBA_CPU_FEATURES": without("amx"), "NUMBA_NUM_THREADS": "4"})
 
 
+@pytest.mark.slow("compile the products of all formats for other instructions, each in a process of its own")
 def test_other_threads_and_other_instructions_give_the_same_bits():
     here = quantized_products.report()
     assert (here["dot"], here["amx"]) == HERE

@@ -14,6 +14,7 @@ def test_a_quota_of_cpu_time_gives_whole_threads_rounded_down(
     quota: float, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of eight threads on 7.65 processors the system stops one in turn, and the others wait for it."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(machine, "physical_cores", lambda: 16)
     monkeypatch.setattr(machine, "affinity", lambda: 16)
     monkeypatch.setattr(machine, "cpu_quota", lambda: quota)

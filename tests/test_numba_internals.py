@@ -43,6 +43,21 @@ def test_this_version_of_numba_has_every_part(tmp_path: Path) -> None:
     assert compiled(tmp_path) == (26, True, [])
 
 
+def test_each_types_of_arguments_have_their_own_cache_or_none(tmp_path: Path) -> None:
+    @numba.njit(**SERIAL)
+    def twice(x: float) -> float:
+        return x + x
+
+    said: list[str] = []
+    caches = {numba.int64: DiskCache(tmp_path / "op-twice-0-0", said.append), numba.float64: None}
+    numba_internals.compile_each_once(twice, lambda types: caches[types[0]])
+    assert twice(3) == 6
+    (kept,) = tmp_path.iterdir()
+    content = kept.read_bytes()
+    assert (twice(1.5), twice(4), kept.read_bytes()) == (3.0, 8, content)
+    assert (list(tmp_path.iterdir()), said) == ([kept], [])
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_without_a_part_code_is_compiled_and_not_kept(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -53,7 +53,7 @@ class Compiled:
 
         self.import_s = time.perf_counter() - started
         started = time.perf_counter()
-        cache_of = open_caches(report)
+        self._cache_of = cache_of = open_caches(report)
         weights: Weights = arguments[2]
         cache = cache_of(compiled_code.forward_name(weights, kv_dtype))
         if cache is None or not cache.exists:
@@ -98,6 +98,12 @@ class Compiled:
         if not finite:
             raise search.not_finite()
         return ids
+
+    def kernels_per_op(self) -> dict[str, Callable[..., Any]]:
+        """Every step of ops.py compiled on its own, or loaded, when it is first called with such arguments."""
+        from npllama.execution.disk_cache import kept_ops
+
+        return kept_ops(self._cache_of)
 
     def read(self, n_threads: int, data: np.ndarray) -> object:
         """Read (n,) float32 once through, as fast as memory allows."""

@@ -25,7 +25,7 @@ from npllama.version import __version__
 from npllama.weights import Weights
 
 PACKAGE = Path(__file__).parent.parent
-PARTS_OF_NAMES = ("forward-", "bind-threads", "top-k", "stamp-", "new-")
+PARTS_OF_NAMES = ("forward-", "op-", "bind-threads", "top-k", "stamp-", "new-")
 MAX_DAYS, MAX_BYTES = 60, 512 << 20
 """A file goes when nobody has used it for so long, or, the longest unused first, when all are larger than that."""
 UNFINISHED_S = 3600  # a file that is still being written after that never will be
@@ -79,10 +79,18 @@ def _kernels() -> list[Path]:
     return sorted((PACKAGE / "execution" / "kernels").glob("*.py"))
 
 
+def _modules_of_formats() -> list[str]:
+    return list(dict.fromkeys(name for f in FORMATS.values() for name in (type(f).__module__, f.kernel)))
+
+
+def in_stamp(module: str) -> bool:
+    """Whether the stamp follows what a module defines: one of the package, or of a number format that is registered."""
+    return module.startswith("npllama.") or module in _modules_of_formats()
+
+
 def _added() -> tuple[Path, ...]:
     """Sources of registered number formats that are not the package's: of the format and of its kernel."""
-    names = [name for f in FORMATS.values() for name in (type(f).__module__, f.kernel)]
-    specs = [importlib.util.find_spec(name) for name in dict.fromkeys(names) if not name.startswith("npllama.")]
+    specs = [importlib.util.find_spec(name) for name in _modules_of_formats() if not name.startswith("npllama.")]
     return tuple(Path(spec.origin) for spec in specs if spec is not None and spec.origin is not None)
 
 

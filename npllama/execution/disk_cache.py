@@ -6,6 +6,7 @@ these files are code. Whatever is wrong with directory or file costs one compila
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,13 @@ from typing import Any
 
 from npllama.execution import compiled_code
 from npllama.execution.kernels.compile import target
-from npllama.execution.kernels.numba_internals import Cache, pack, unpack
+from npllama.execution.kernels.numba_internals import (
+    Cache,
+    compile_each_once,
+    namedtuple_classes,
+    pack,
+    unpack,
+)
 from npllama.system import machine
 
 DIGEST_BYTES = 32
@@ -27,6 +34,24 @@ def open_caches(report: Callable[[str], None]) -> Callable[[str], DiskCache | No
         return lambda name: None
     cpu = hashlib.sha256(target().encode()).hexdigest()[:16]
     return lambda name: DiskCache(folder / f"{name}-{cpu}", report)
+
+
+def kept_ops(cache_of: Callable[[str], DiskCache | None]) -> dict[str, Callable[..., Any]]:
+    """Every function of ops.py compiled on its own (per_op.OPS), for each types of arguments once, and kept."""
+    from npllama.execution.kernels import per_op  # it imports the kernels of all formats
+
+    for step, function in per_op.OPS.items():
+        compile_each_once(function, functools.partial(_cache_for, cache_of, step))
+    return per_op.OPS
+
+
+def _cache_for(cache_of: Callable[[str], DiskCache | None], step: str, types: tuple[Any, ...]) -> DiskCache | None:
+    """The cache of a step for arguments of these types; None where code depends on more than its stamp says."""
+    classes = [(found.__module__, found.__qualname__) for found in namedtuple_classes(types)]
+    if not all(compiled_code.in_stamp(module) for module, _ in classes):
+        return None
+    digest = hashlib.sha256(repr((classes, types)).encode()).hexdigest()[:16]
+    return cache_of(compiled_code.named(f"op-{step}.{digest}"))
 
 
 class DiskCache(Cache):

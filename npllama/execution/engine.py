@@ -158,11 +158,9 @@ class Engine:
 
     def kernels_per_op(self) -> dict[str, Callable[..., np.ndarray]]:
         """Every step of ops.py compiled on its own. Raises UsageError for the NumPy execution, which has no kernels."""
-        if self.backend != "numba":
+        if self.compiled is None:
             raise UsageError("the NumPy execution has no kernels to look at; it needs numba, and backend numba.")
-        from npllama.execution.kernels import per_op
-
-        return per_op.OPS
+        return self.compiled.kernels_per_op()
 
     def run_stepwise(
         self, forward: Callable[..., np.ndarray], cache: KVCache, tokens: np.ndarray, pos: np.ndarray

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -134,6 +134,15 @@ def namedtuple_class(typ: Any) -> type | None:
     return found
 
 
+def namedtuple_classes(types: Iterable[Any]) -> Iterator[type]:
+    """The NamedTuples that Numba types stand for or consist of."""
+    for typ in types:
+        found = namedtuple_class(typ)
+        if found is not None:
+            yield found
+        yield from namedtuple_classes(getattr(typ, "types", ()))
+
+
 # ---------------------------------------------------------------- compiling once
 
 
@@ -213,17 +222,31 @@ def compile_once(function: Any, arguments: tuple[Any, ...], cache: Any) -> bool:
         try:
             function._cache = cache or usual
             with _linked_once():
-                function.compile(arguments)
+                type(function).compile(function, arguments)
             return bool(cache is not None and cache.loaded)
         except Exception as error:
-            function._cache = usual
             if not _is_private(error):
                 raise
             reason = str(error).splitlines()[0]
+        finally:
+            function._cache = usual  # the next arguments may have another cache, or none
     if cache is not None:
         cache.warn(f"compiled code is not kept: numba {numba.__version__} is not one that is known here ({reason})")
-    function.compile(arguments)
+    type(function).compile(function, arguments)
     return False
+
+
+def compile_each_once(function: Any, cache_for: Callable[[tuple[Any, ...]], Any]) -> None:
+    """Let a dispatcher compile with `compile_once` whenever it is called with arguments of other types.
+
+    cache_for: the cache for a tuple of types of arguments, or None.
+    """
+
+    def compile_kept(arguments: tuple[Any, ...]) -> Any:
+        compile_once(function, arguments, cache_for(arguments))
+        return type(function).compile(function, arguments)  # it is compiled: this gives where it begins
+
+    function.compile = compile_kept
 
 
 def _is_private(error: BaseException | None) -> bool:
