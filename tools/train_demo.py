@@ -5,9 +5,9 @@
     python tools/train_demo.py --out OUT --work FOLDER --dim 256 --hidden-dim 768 --stories 12000
                                               trains a model of another size, to measure with: see --help
 
-Everything of the demo is fixed by the constants below: the stories (story_grammar.py), the tokenizer, the initial weights, the
-order of the batches. torch runs with deterministic algorithms on one thread, so that a second run on the same
-processor with the same torch gives the same bytes; another processor may round differently, and then gives other
+Everything of the demo is fixed by the constants below: the stories (story_grammar.py), the tokenizer, the initial
+weights, the order of the batches. torch runs with deterministic algorithms on one thread, so that a second run on the
+same processor with the same torch gives the same bytes; another processor may round differently, and then gives other
 weights of the same quality.
 
 The model is LLaMA 2 with grouped-query attention, written once more in torch because training needs gradients.
