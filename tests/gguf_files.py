@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from npllama.numbers.bf16 import bf16_bits
 CODES = {"u8": 0, "i8": 1, "u16": 2, "i16": 3, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "u64": 10, "i64": 11, "f64": 12}
 FORMATS = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f"}
 FORMATS |= {"bool": "B", "u64": "Q", "i64": "q", "f64": "d"}
+PIECE_BLOCKS = 1 << 16
+"""Random blocks that are drawn at a time."""
 NAMES = {
     "tok_embeddings": "token_embd",
     "norm": "output_norm",
@@ -49,7 +51,24 @@ class Written:
 
     kind: int
     shape: tuple[int, ...]
-    data: bytes
+    data: bytes | Drawn
+
+
+@dataclass
+class Drawn:
+    """Random blocks that are drawn when they are written: for files that are larger than memory should be."""
+
+    type: BlockType
+    n: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.n * self.type.size
+
+    def pieces(self) -> Iterator[bytes]:
+        rng = np.random.Generator(np.random.SFC64(self.seed))
+        for start in range(0, self.n, PIECE_BLOCKS):
+            yield random_blocks(self.type, min(PIECE_BLOCKS, self.n - start), rng).tobytes()
 
 
 @dataclass
@@ -100,11 +119,19 @@ class File:
             at += -(-len(tensor.data) // self.alignment) * self.alignment
         return out
 
-    def bytes(self) -> bytes:
-        out = bytearray(self.head())
+    def pieces(self) -> Iterator[bytes]:
+        """The file from its beginning on."""
+        head = self.head()
+        yield head
+        written = len(head)
         for tensor in self.tensors.values():
-            out += bytes(-len(out) % self.alignment) + tensor.data
-        return bytes(out + bytes(-len(out) % self.alignment) if self.tensors else out)
+            yield bytes(-written % self.alignment)
+            written += -written % self.alignment + len(tensor.data)
+            yield from tensor.data.pieces() if isinstance(tensor.data, Drawn) else (tensor.data,)
+        yield bytes(-written % self.alignment if self.tensors else 0)
+
+    def bytes(self) -> bytes:
+        return b"".join(self.pieces())
 
 
 def floats(values: np.ndarray, dtype: str = "f32", order: str = "<") -> Written:
