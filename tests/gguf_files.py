@@ -1,11 +1,14 @@
-"""GGUF files written byte by byte: sound ones in any byte order, and ones that no writer makes."""
+"""GGUF files written byte by byte: sound ones in any byte order, and ones that no writer makes.
+
+Also by the package gguf, for what other programs are to read, and quantized by llama.cpp.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import numpy as np
 from helpers import TINY, random_weights
 
 from npllama.checkpoints.files import InputFile, Pool
-from npllama.checkpoints.gguf.blocks import BLOCK_TYPES
+from npllama.checkpoints.gguf.blocks import BLOCK_TYPES, BlockType
 from npllama.checkpoints.gguf.reader import GgufFile, read_gguf
 from npllama.config import ModelConfig
 from npllama.numbers.bf16 import bf16_bits
@@ -21,6 +24,8 @@ from npllama.numbers.bf16 import bf16_bits
 CODES = {"u8": 0, "i8": 1, "u16": 2, "i16": 3, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "u64": 10, "i64": 11, "f64": 12}
 FORMATS = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f"}
 FORMATS |= {"bool": "B", "u64": "Q", "i64": "q", "f64": "d"}
+PIECE_BLOCKS = 1 << 16
+"""Random blocks that are drawn at a time."""
 NAMES = {
     "tok_embeddings": "token_embd",
     "norm": "output_norm",
@@ -46,7 +51,24 @@ class Written:
 
     kind: int
     shape: tuple[int, ...]
-    data: bytes
+    data: bytes | Drawn
+
+
+@dataclass
+class Drawn:
+    """Random blocks that are drawn when they are written: for files that are larger than memory should be."""
+
+    type: BlockType
+    n: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.n * self.type.size
+
+    def pieces(self) -> Iterator[bytes]:
+        rng = np.random.Generator(np.random.SFC64(self.seed))
+        for start in range(0, self.n, PIECE_BLOCKS):
+            yield random_blocks(self.type, min(PIECE_BLOCKS, self.n - start), rng).tobytes()
 
 
 @dataclass
@@ -97,11 +119,19 @@ class File:
             at += -(-len(tensor.data) // self.alignment) * self.alignment
         return out
 
-    def bytes(self) -> bytes:
-        out = bytearray(self.head())
+    def pieces(self) -> Iterator[bytes]:
+        """The file from its beginning on."""
+        head = self.head()
+        yield head
+        written = len(head)
         for tensor in self.tensors.values():
-            out += bytes(-len(out) % self.alignment) + tensor.data
-        return bytes(out + bytes(-len(out) % self.alignment) if self.tensors else out)
+            yield bytes(-written % self.alignment)
+            written += -written % self.alignment + len(tensor.data)
+            yield from tensor.data.pieces() if isinstance(tensor.data, Drawn) else (tensor.data,)
+        yield bytes(-written % self.alignment if self.tensors else 0)
+
+    def bytes(self) -> bytes:
+        return b"".join(self.pieces())
 
 
 def floats(values: np.ndarray, dtype: str = "f32", order: str = "<") -> Written:
@@ -197,15 +227,28 @@ def split(file: File, parts: int) -> list[File]:
 BLOCKY = dataclasses.replace(TINY, dim=256, hidden_dim=512, head_dim=64, n_heads=4, n_kv_heads=2)
 """Widths that are whole blocks of every type."""
 
+HALVES = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q6_K": (208,),
+}
+"""Where the float16 numbers of a block stand."""
+
+
+def random_blocks(kind: BlockType, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Blocks of random bits with ordinary scales: (n, size) uint8, little-endian."""
+    raw = np.frombuffer(rng.bytes(n * kind.size), np.uint8).reshape(n, kind.size).copy()
+    for at in HALVES[kind.name]:
+        raw[:, at : at + 2] = rng.normal(0, 0.02, (n, 1)).astype("<f2").view(np.uint8)
+    return raw
+
 
 def blocks(number: int, shape: tuple[int, ...], seed: int) -> tuple[Written, np.ndarray]:
     """A tensor of random blocks, and the numbers that they stand for."""
     kind = BLOCK_TYPES[number]
-    rng = np.random.default_rng(seed)
-    raw = rng.integers(0, 256, (int(np.prod(shape)) // kind.elements, kind.size), np.uint8)
-    for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind.name, (0, 2)):
-        if at == 0 or kind.name in ("Q2_K", "Q3_K", "Q6_K", "Q4_1", "Q5_1", "Q4_K", "Q5_K"):
-            raw[:, at : at + 2] = rng.normal(0, 0.02, (len(raw), 1)).astype("<f2").view(np.uint8)
+    raw = random_blocks(kind, int(np.prod(shape)) // kind.elements, np.random.default_rng(seed))
     return Written(number, shape, raw.tobytes()), kind.decode(raw).reshape(shape)
 
 
@@ -228,6 +271,56 @@ def write_quantized(folder: Path) -> None:
     file.metadata = {key: typed for key, typed in file.metadata.items() if not key.startswith("tokenizer.")}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.gguf").write_bytes(file.bytes())
+
+
+# Other programs -------------------------------------------------------------------------------------------------------
+
+FTYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13}
+FTYPES |= {"Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30}
+"""llama.cpp's numbers of the kinds of quantized files; a kind gives matrices of one or more types of blocks."""
+
+
+def write_with_package(
+    path: Path, metadata: dict[str, Typed], tensors: Iterable[tuple[str, np.ndarray]], name: str | None = None
+) -> None:
+    """A file that the package gguf writes: tensors by Meta's names, in the float format that they have.
+
+    name: a type of blocks that the package quantizes matrices to.
+    """
+    import gguf
+
+    kind = None if name is None else gguf.GGMLQuantizationType[name]
+
+    writer = gguf.GGUFWriter(str(path), "llama")
+    add = {"u32": writer.add_uint32, "f32": writer.add_float32, "str": writer.add_string, "bool": writer.add_bool}
+    for key, (form, value) in metadata.items():
+        if key != "general.architecture":
+            (writer.add_array if form.startswith("[") else add[form])(key, value)
+    for tensor, w in tensors:
+        if kind is None or w.ndim == 1:
+            writer.add_tensor(gguf_name(tensor), w)
+        else:
+            writer.add_tensor(gguf_name(tensor), gguf.quantize(w, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def without_vocabulary(metadata: dict[str, Typed]) -> dict[str, Typed]:
+    """Metadata of a file that is fed token ids, as llama.cpp reads it."""
+    rest = {key: typed for key, typed in metadata.items() if not key.startswith("tokenizer.")}
+    return {**rest, "tokenizer.ggml.model": ("str", "no_vocab")}
+
+
+def quantize_with_llama_cpp(source: Path, path: Path, ftype: int, pure: bool = False) -> None:
+    """A float32 file as a quantized one. pure: every matrix in the one type, and not in a mix."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread, params.pure = ftype, 2, pure
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params):
+        raise RuntimeError(f"llama.cpp could not quantize {source}")
 
 
 def put(tmp_path: Path, file: File | bytes, name: str = "model.gguf") -> Path:

@@ -119,6 +119,16 @@ def test_the_tokenizer_of_the_folder_above_counts(tmp_path: Path, checkpoint: Pa
     assert name_of(checkpoint) != before
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"])
+def test_what_lies_beside_the_tokenizer_above_counts(tmp_path: Path, checkpoint: Path, name: str) -> None:
+    (checkpoint / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    before = name_of(checkpoint)
+    (tmp_path / name).write_text("{}")
+    added = name_of(checkpoint)
+    later(tmp_path / name)
+    assert len({before, added, name_of(checkpoint)}) == 3
+
+
 def test_files_that_nobody_reads_do_not_count(checkpoint: Path) -> None:
     before = name_of(checkpoint), name_of(checkpoint / "model.safetensors")
     (checkpoint / "out.txt").write_text("Once upon a time")

@@ -122,26 +122,9 @@ def test_levels_and_scales_can_be_had_themselves(tmp_path: Path) -> None:
 
 
 def test_a_file_of_the_package_gguf_is_read(tmp_path: Path) -> None:
-    package = pytest.importorskip("gguf", reason="writes with the package gguf")
+    pytest.importorskip("gguf", reason="writes with the package gguf")
     file, weights = file_of(BLOCKY)
-    writer = package.GGUFWriter(tmp_path / "model.gguf", "llama")
-    for key, (kind, value) in file.metadata.items():
-        if key.startswith("[") or key == "general.architecture":
-            continue
-        if kind.startswith("["):
-            writer.add_array(key, value)
-        else:
-            {"u32": writer.add_uint32, "f32": writer.add_float32, "str": writer.add_string, "bool": writer.add_bool}[
-                kind
-            ](key, value)
-    for name, w in weights.items():
-        q8 = package.quantize(w, package.GGMLQuantizationType.Q8_0) if w.ndim == 2 else w
-        raw = package.GGMLQuantizationType.Q8_0 if w.ndim == 2 else None
-        writer.add_tensor(gguf_files.gguf_name(name), q8, raw_dtype=raw)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf_files.write_with_package(tmp_path / "model.gguf", file.metadata, weights.items(), "Q8_0")
     with open_checkpoint(tmp_path) as opened:
         assert opened.config == BLOCKY
         for name, w in weights.items():

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import struct
 
+import gguf_files
 import numpy as np
 import pytest
+from gguf_files import HALVES
 
 from npllama.checkpoints.gguf.blocks import BLOCK_TYPES, BlockType
 
 TYPES = list(BLOCK_TYPES.values())
-HALVES = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
-    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q6_K": (208,),
-}
-"""Where the float16 numbers of a block stand."""
 WORDS = {"Q5_0": (2, 4), "Q5_1": (4, 4), "IQ4_XS": (2, 2)}
 """Where an integer of several bytes stands, and how many."""
 
 
 def random_blocks(kind: BlockType, n: int, seed: int) -> np.ndarray:
     """Blocks of random bits with ordinary scales: (n, size) uint8, little-endian."""
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (n, kind.size), dtype=np.uint8)
-    for at in HALVES[kind.name]:
-        blocks[:, at : at + 2] = rng.normal(0, 0.02, (n, 1)).astype("<f2").view(np.uint8)
-    return blocks
+    return gguf_files.random_blocks(kind, n, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("number", BLOCK_TYPES, ids=[kind.name for kind in TYPES])

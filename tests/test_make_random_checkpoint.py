@@ -1,7 +1,8 @@
-"""The random checkpoints that measurements use are what a Meta release would be."""
+"""The random checkpoints that measurements use are what a Meta release, or a file of llama.cpp, would be."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -10,8 +11,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 from conftest import ROOT
+from gguf_files import BLOCKY
 from helpers import write_tokenizer
 
+from npllama.checkpoints import open_checkpoint
 from npllama.checkpoints.configs.meta import from_meta
 from npllama.numbers import widen
 from npllama.store.export import export
@@ -48,3 +51,18 @@ def test_a_random_checkpoint_of_two_shards_exports(tmp_path: Path, tool: ModuleT
         assert (model.weights.norm == 1).all()
         spread = widen(model.weights.w1).std() * np.sqrt(config.dim)
         assert spread == pytest.approx(1, abs=0.05)
+
+
+def test_a_random_gguf_file_has_the_types_of_its_kind_and_exports(tmp_path: Path, tool: ModuleType):
+    config = dataclasses.replace(BLOCKY, vocab_size=300, n_layers=8)
+    write_tokenizer(tmp_path / "tokenizer.model", 300)
+    tool.write_gguf(tmp_path / "model.gguf", config, "Q4_K_M", 0)
+    with open_checkpoint(tmp_path) as opened:
+        assert opened.config == config
+        found = {name: tensor.stored_as for name, tensor in opened.tensors.items() if len(tensor.shape) == 2}
+    assert found["output"] == "Q6_K"
+    wide = [i for i in range(8) if found[f"layers.{i}.feed_forward.w2"] == "Q6_K"]
+    assert wide == [0, 3, 6, 7] == [i for i in range(8) if found[f"layers.{i}.attention.wv"] == "Q6_K"]
+    assert {kind for name, kind in found.items() if not name.endswith(("output", "wv", "w2"))} == {"Q4_K"}
+    formats = {kind: tensor["format"] for kind, tensor in export(tmp_path, tmp_path / "m")["tensors"].items()}
+    assert (formats["w1"], formats["w2"], formats["output"]) == ("q4_1", "q6", "q6")

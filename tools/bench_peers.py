@@ -25,15 +25,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
+from gguf_files import (  # noqa: E402
+    FTYPES,
+    metadata_of,
+    quantize_with_llama_cpp,
+    without_vocabulary,
+    write_with_package,
+)
 from markers import write_between  # noqa: E402
 from speed_chart import CHART, chart, test_of  # noqa: E402
 
@@ -42,7 +49,6 @@ from npllama.inference import DEMO  # noqa: E402
 from npllama.measure.random_model import RandomCheckpoint, shape_config, write_random_model  # noqa: E402
 
 LLAMA_CPP = {"f32": "F32", "f16": "F16", "q8": "Q8_0", "q4": "Q4_0"}
-QUANTIZED = {"q8": 7, "q4": 2}  # llama.cpp's numbers of the formats
 TORCH = {"f32": "f32", "bf16": "bf16"}
 REST_S, MIN_S = 0.1, 0.4
 """Seconds of rest before a measurement, and how long it lasts at least: a short test is repeated."""
@@ -181,66 +187,19 @@ def gguf_file(shape: str, number_format: str, scratch: Path) -> Path:
     path = scratch / f"{shape}-{LLAMA_CPP[number_format]}.gguf"
     if path.exists():
         return path
-    if number_format not in QUANTIZED:
+    if number_format not in ("q8", "q4"):
         config = shape_config(shape)
         drawn = RandomCheckpoint(config).tensors
-        tensors = ((name, tensor.rows(0, tensor.shape[0])) for name, tensor in drawn.items())
-        write_gguf(path, config, tensors, number_format)
+        tensors = ((name, stored(tensor.rows(0, tensor.shape[0]), number_format)) for name, tensor in drawn.items())
+        write_with_package(path, without_vocabulary(metadata_of(config)), tensors)
         return path
-    quantize_gguf(gguf_file(shape, "f32", scratch), path, QUANTIZED[number_format])
+    quantize_with_llama_cpp(gguf_file(shape, "f32", scratch), path, FTYPES[LLAMA_CPP[number_format]])
     return path
 
 
-def quantize_gguf(source: Path, path: Path, ftype: int) -> None:
-    """A float32 file in another format, by llama.cpp's number of it."""
-    import llama_cpp
-
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = ftype, 2
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params):
-        sys.exit(f"llama.cpp could not quantize {source}")
-
-
-GGUF_NAMES = {
-    "attention.wq": "attn_q",
-    "attention.wk": "attn_k",
-    "attention.wv": "attn_v",
-    "attention.wo": "attn_output",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w2": "ffn_down",
-    "feed_forward.w3": "ffn_up",
-    "attention_norm": "attn_norm",
-    "ffn_norm": "ffn_norm",
-    "tok_embeddings": "token_embd",
-    "norm": "output_norm",
-    "output": "output",
-}
-
-
-def write_gguf(path: Path, c: ModelConfig, tensors: Iterable[tuple[str, np.ndarray]], number_format: str) -> None:
-    """Float32 tensors under Meta's names as GGUF, f32 or f16; no vocabulary, because tests feed token ids."""
-    import gguf
-
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(c.max_seq_len)
-    writer.add_embedding_length(c.dim)
-    writer.add_block_count(c.n_layers)
-    writer.add_feed_forward_length(c.hidden_dim)
-    writer.add_head_count(c.n_heads)
-    writer.add_head_count_kv(c.n_kv_heads)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_vocab_size(c.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    for name, tensor in tensors:
-        rows = tensor.astype(np.float16) if tensor.ndim == 2 and number_format == "f16" else tensor
-        layer, _, kind = name.removeprefix("layers.").partition(".") if name.startswith("layers.") else ("", "", name)
-        prefix = f"blk.{layer}." if layer else ""
-        writer.add_tensor(f"{prefix}{GGUF_NAMES[kind]}.weight", rows)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def stored(rows: np.ndarray, number_format: str) -> np.ndarray:
+    """Float32 numbers in the float format of a file; norms stay what they are."""
+    return rows.astype(np.float16) if rows.ndim == 2 and number_format == "f16" else rows
 
 
 # Programs: a child process opens the model, then measures what it is told on its standard input.

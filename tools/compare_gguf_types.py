@@ -1,11 +1,14 @@
 """What the numbers of GGUF's types lose in formats of npllama: the measurements behind OWN in store/plan.py.
 
-    python tools/compare_gguf_types.py [MODEL] [-n 100]
+    pip install llama-cpp-python gguf torch
+    python tools/train_demo.py --out MODEL --dim 256 --hidden-dim 768 --stories 12000
+    python tools/compare_gguf_types.py MODEL [--files Q2_K Q4_K_M ...] [-n 100]
 
-The matrices of MODEL (the demo model by default) are quantized as a file of each type would have them, in levels and
-in scales of a few bits. The numbers that they stand for are the reference; what an export without --dtype stores is
-compared with it, and so are other formats: once as float32, so that nothing but weights is rounded, and once as it
-computes, with 8-bit activations. The texts are held-out stories, in NumPy.
+llama.cpp quantizes MODEL, whose widths are multiples of 256: first with every matrix in one type of blocks, then to
+the mixes that people have. The file's own numbers as float32 are the reference. For a type, formats are tried from the
+smallest one on until the KL divergence is below the bound; for every file what an export without --dtype stores is
+compared: once as float32, so that nothing but weights is rounded, and once as it computes, with 8-bit activations. The
+texts are held-out stories, in NumPy.
 """
 
 from __future__ import annotations
@@ -13,45 +16,53 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
+from bench_peers import silence_llama_cpp  # noqa: E402
 from compare_formats import predicted  # noqa: E402
-from compare_quality import Tally  # noqa: E402
+from compare_quality import Tally, float32_tensors  # noqa: E402
+from gguf_files import (  # noqa: E402
+    FTYPES,
+    metadata_of,
+    quantize_with_llama_cpp,
+    without_vocabulary,
+    write_with_package,
+)
 from story_grammar import stories  # noqa: E402
 from train_demo import HELD_OUT_SEED  # noqa: E402
 
 import npllama  # noqa: E402
-from npllama.checkpoints.gguf.blocks import BLOCK_TYPES  # noqa: E402
-from npllama.inference import DEMO  # noqa: E402
-from npllama.numbers import FORMATS, NumberFormat, widen  # noqa: E402
-from npllama.numbers.blocks import GROUP  # noqa: E402
-from npllama.numbers.formats import Levels, LevelSet  # noqa: E402
-from npllama.store.export import OpenedSource, write_model  # noqa: E402
+from npllama.checkpoints import open_checkpoint  # noqa: E402
+from npllama.numbers import FORMATS, NumberFormat  # noqa: E402
+from npllama.store.export import Source, write_model  # noqa: E402
 from npllama.store.opening import open_model  # noqa: E402
-from npllama.store.plan import OWN  # noqa: E402
+from npllama.store.plan import OWN, Formats, own_formats, title  # noqa: E402
 from npllama.store.tokenizers import stored_in  # noqa: E402
-from npllama.weights import KINDS, tensor_names  # noqa: E402
+from npllama.weights import KINDS  # noqa: E402
 
-CANDIDATES = ("q4", "iq4_nl", "q4_1", "q5_0", "q5_1", "q6", "q8")
-"""Formats that are compared besides the one of plan.OWN, the smallest first."""
+TYPES = {"Q2_K": "Q2_K", "Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "Q6_K": "Q6_K", "IQ4_XS": "IQ4_XS"}
+"""Types that are not kept as they are, and a kind of file whose matrices llama.cpp makes of them."""
 
-TYPES = {kind.name: kind for kind in BLOCK_TYPES.values()}
+MIXES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ4_XS")
+BOUNDS = {2: 0.002, 3: 0.002, 4: 0.002, 5: 0.001, 6: 0.001}
+"""The KL divergence in nats that is allowed, by the bits of a type."""
 
 
-class Tensor(NamedTuple):
-    """A matrix of a type, or a norm, with what the exporter asks of a checkpoint's tensor."""
+@dataclass
+class Numbers:
+    """A tensor in memory, with what the exporter asks of a checkpoint's."""
 
     numbers: np.ndarray
-    levels: Levels | None
-    level_set: LevelSet | None
     dtype: str = "f32"
-    source: str = "a type of GGUF"
+    source: str = "memory"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,56 +72,51 @@ class Tensor(NamedTuple):
         return self.numbers[start:stop]
 
     def encoded(self, own: NumberFormat, start: int, stop: int) -> dict[str, np.ndarray]:
-        if self.levels is None or self.level_set is None or not own.holds(self.level_set):
-            return own.encode(self.rows(start, stop), self.dtype)
-        return own.lay_out(Levels(*(None if part is None else part[start:stop] for part in self.levels)))
+        return own.encode(self.rows(start, stop), self.dtype)
 
 
-def quantized(w: np.ndarray, name: str) -> Tensor:
-    """A matrix in levels and scales of a type. Scales are fractions of a float16 for each row."""
-    kind = TYPES[name]
-    groups = w.reshape(len(w), -1, kind.group)
-    low, high = min(kind.values), max(kind.values)
-    least = np.minimum(groups.min(axis=-1), 0) if kind.minimums else np.zeros(groups.shape[:2], np.float32)
-    if kind.minimums:
-        scales = (groups.max(axis=-1) - least) / high
-    else:
-        outermost = np.take_along_axis(groups, np.abs(groups).argmax(axis=-1)[..., None], axis=-1)[..., 0]
-        scales = outermost / low
-    bits = 7 if name == "Q6_K" else 4 if name == "Q2_K" else 6 if kind.minimums else 5  # beside a sign, if there is one
-    scales, least = (in_fractions(part, bits) for part in (scales, least))
-    values, nearest = np.sort(np.array(kind.values, np.float32)), np.where(scales, scales, 1)[..., None]
-    borders = (values[1:] + values[:-1]) / 2
-    levels = values[np.searchsorted(borders, (groups - least[..., None]) / nearest)].astype(np.int8)
-    found = Levels(levels, scales, least if kind.minimums else None)
-    return Tensor(found.widen().reshape(w.shape), found, kind.level_set if kind.group == GROUP else None)
+@dataclass
+class Wide:
+    """The tensors of a model directory as float32, with what the exporter asks of a checkpoint."""
 
-
-def in_fractions(x: np.ndarray, bits: int) -> np.ndarray:
-    """Each number of a row as a whole multiple of the float16 that makes the largest 2^bits - 1."""
-    unit = (np.abs(x).max(axis=-1, keepdims=True) / (2**bits - 1)).astype(np.float16).astype(np.float32)
-    return np.rint(x / np.where(unit, unit, 1)) * unit
+    config: Any
+    folder: Path
+    tied: bool
+    tensors: Mapping[str, Numbers]
 
 
 class Experiment:
     """A model, and the stories on which versions of it are compared."""
 
     def __init__(self, model: Path, n_stories: int, scratch: Path) -> None:
-        self.model, self.scratch, self.n_written = model, scratch, 0
+        self.scratch, self.n_written = scratch, 0
         with npllama.load(model, backend="numpy", threads=1) as llm:
             bos, eos, encode = llm.tokenizer.bos_id, llm.tokenizer.eos_id, llm.tokenizer.encode
             self.stories = [[bos, *encode(text, bos=False), eos] for text in stories(HELD_OUT_SEED, 0, n_stories)]
+        with open_model(model) as opened:
+            self.tokenizer = stored_in(opened.path, opened.manifest)
+            metadata = without_vocabulary(metadata_of(opened.config))
+            write_with_package(scratch / "F32.gguf", metadata, float32_tensors(opened))
 
-    def write(self, tensors: dict[str, Any], own: NumberFormat) -> Path:
-        """A model directory of these tensors, all matrices in one format."""
+    def quantized(self, name: str, pure: bool) -> Path:
+        """The model as llama.cpp quantizes it."""
+        path = self.scratch / f"{name}{'-pure' * pure}.gguf"
+        quantize_with_llama_cpp(self.scratch / "F32.gguf", path, FTYPES[name], pure)
+        return path
+
+    def write(self, source: Source, formats: Formats) -> Path:
+        """A model directory of a checkpoint."""
         self.n_written += 1
-        with open_model(self.model) as opened:
-            source = OpenedSource(opened)
-            source.tensors = tensors
-            formats = {kind: FORMATS["f32"] if KINDS[kind].is_norm else own for kind in opened.manifest["tensors"]}
-            tokenizer = stored_in(opened.path, opened.manifest)
-            write_model(source, self.scratch / f"{self.n_written}", formats, tokenizer, False, None)
-        return self.scratch / f"{self.n_written}"
+        folder = self.scratch / f"{self.n_written}"
+        write_model(source, folder, formats, self.tokenizer, False, None)
+        return folder
+
+    def as_float32(self, folder: Path) -> Path:
+        """A model directory of the numbers that another one stands for."""
+        with open_model(folder) as opened:
+            tensors = {name: Numbers(w) for name, w in float32_tensors(opened)}
+            formats = dict.fromkeys(opened.manifest["tensors"], FORMATS["f32"])
+            return self.write(Wide(opened.config, folder, "output" not in formats, tensors), formats)
 
     def predictions(self, folder: Path) -> list[np.ndarray]:
         """What a model directory predicts after each id of the stories."""
@@ -124,44 +130,59 @@ class Experiment:
             tally.add(p, r, np.array(story[1:]))
         return tally.figures()["kl_divergence"]
 
-    def run(self, name: str) -> None:
-        """Print a line for each format that a type might be stored in, the chosen one first."""
-        tensors = {
-            tensor: quantized(w, name) if w.ndim == 2 else Tensor(w, None, None)
-            for tensor, w in float32_tensors(self.model).items()
-        }
-        reference = self.predictions(self.write(tensors, FORMATS["f32"]))
-        for own in (FORMATS[one] for one in dict.fromkeys([OWN.get(name, name.lower()), *CANDIDATES])):
-            folder = self.write(tensors, own)
-            wide = {tensor: Tensor(w, None, None) for tensor, w in float32_tensors(folder).items()}
-            weights = self.distance(self.write(wide, FORMATS["f32"]), reference)
-            both = self.distance(folder, reference)
-            print(f"{name:6} in {own.name:6} ({own.bits_per_weight():.2f} bits): weights {weights:.1e}, ", end="")
-            print(f"with activations {both:.1e}", flush=True)
+    def type_of_blocks(self, name: str) -> None:
+        """Print a line for each format that is too small for a type, then for the first that is not and for OWN's."""
+        with open_checkpoint(self.quantized(TYPES[name], pure=True)) as source:
+            stored = {tensor.stored_as for tensor in source.tensors.values() if len(tensor.shape) == 2}
+            assert stored == {name}, stored
+            kinds = own_formats(source)
+            reference = self.predictions(self.write(source, everywhere(FORMATS["f32"], kinds)))
+            bound, found = BOUNDS[int(name.strip("IQ")[0])], False
+            for own in sorted((own for own in FORMATS.values() if own.quantized), key=NumberFormat.bits_per_weight):
+                if found and own.name != OWN[name]:
+                    continue
+                folder = self.write(source, everywhere(own, kinds))
+                weights = self.distance(self.as_float32(folder), reference)
+                line = f"{name} in {own.name} ({own.bits_per_weight():.2f} bits): weights {weights:.1e}"
+                if weights < bound or own.name == OWN[name]:
+                    line += f", with activations {self.distance(folder, reference):.1e}"
+                found = found or weights < bound
+                print(f"{line}{' (bound kept)' if weights < bound else ''}", flush=True)
+                if found and own.name == OWN[name]:
+                    break
+
+    def file(self, name: str) -> None:
+        """Print what an export without --dtype makes of a file."""
+        with open_checkpoint(self.quantized(name, pure=False)) as source:
+            formats = own_formats(source)
+            reference = self.predictions(self.write(source, everywhere(FORMATS["f32"], formats)))
+            folder = self.write(source, formats)
+            weights, both = self.distance(self.as_float32(folder), reference), self.distance(folder, reference)
+            types = sorted({tensor.stored_as for tensor in source.tensors.values() if len(tensor.shape) == 2})
+            line = f"file {name} ({', '.join(types)}) in {title(formats)}: weights {weights:.1e}, "
+            print(f"{line}with activations {both:.1e}", flush=True)
 
 
-def float32_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor that a model directory stores, as float32."""
-    found = {}
-    with open_model(folder) as opened:
-        for kind in opened.manifest["tensors"]:
-            values = widen(getattr(opened.weights, kind)).copy()
-            layers = values if KINDS[kind].in_layers else [values]
-            found |= dict(zip(tensor_names(kind, opened.config.n_layers), layers, strict=True))
-    return found
+def everywhere(own: NumberFormat, kinds: Iterable[str]) -> Formats:
+    """All matrices in one format."""
+    return {kind: FORMATS["f32"] if KINDS[kind].is_norm else own for kind in kinds}
 
 
 def main() -> None:
-    """Compare every type, or those that are named."""
+    """Compare every type and every kind of file, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, nargs="?", default=DEMO)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a model directory in f32, f16 or bf16")
     parser.add_argument("-n", "--n-stories", type=int, default=100)
-    parser.add_argument("--types", nargs="+", choices=TYPES, default=[name for name in TYPES if name.endswith("_K")])
+    parser.add_argument("--types", nargs="*", choices=TYPES, default=list(TYPES))
+    parser.add_argument("--files", nargs="*", choices=FTYPES, default=MIXES)
     args = parser.parse_args()
+    silence_llama_cpp()
     with tempfile.TemporaryDirectory() as scratch:
         experiment = Experiment(args.model, args.n_stories, Path(scratch))
         for name in args.types:
-            experiment.run(name)
+            experiment.type_of_blocks(name)
+        for name in args.files:
+            experiment.file(name)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
-from bench_peers import quantize_gguf, silence_llama_cpp, version, write_gguf  # noqa: E402
+from bench_peers import silence_llama_cpp, version  # noqa: E402
+from gguf_files import (  # noqa: E402
+    FTYPES,
+    metadata_of,
+    quantize_with_llama_cpp,
+    without_vocabulary,
+    write_with_package,
+)
 
 import npllama  # noqa: E402
 from npllama.inference import Llama  # noqa: E402
@@ -43,7 +50,7 @@ from npllama.store.opening import OpenModel, open_model  # noqa: E402
 from npllama.weights import KINDS, tensor_names  # noqa: E402
 
 NPLLAMA = ("q8", "q4")
-LLAMA_CPP = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # llama.cpp's numbers of the formats
+LLAMA_CPP = ("Q8_0", "Q4_0", "Q4_K_M")
 F32_CACHE = 0  # ggml's number of float32, for keys and values
 
 Logits = Callable[[list[int]], np.ndarray]
@@ -173,11 +180,11 @@ def llama_cpp_candidates(model: Path, options: dict[str, Any], scratch: Path, st
     """Float32, then the quantized formats."""
     source = scratch / "F32.gguf"
     with open_model(model) as opened:
-        write_gguf(source, opened.config, float32_tensors(opened), "f32")
+        write_with_package(source, without_vocabulary(metadata_of(opened.config)), float32_tensors(opened))
     yield llama_cpp_candidate(source, options, stack)
-    for name, ftype in LLAMA_CPP.items():
+    for name in LLAMA_CPP:
         path = scratch / f"{name}.gguf"
-        quantize_gguf(source, path, ftype)
+        quantize_with_llama_cpp(source, path, FTYPES[name])
         yield llama_cpp_candidate(path, options, stack)
 
 

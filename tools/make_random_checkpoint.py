@@ -1,9 +1,11 @@
 """Write a checkpoint of a real model's shape with random weights, to measure with: a Meta release, in little memory.
 
     python tools/make_random_checkpoint.py 7b FOLDER [--shards 2] [--dtype f16] [--seed 0]
+    python tools/make_random_checkpoint.py 7b FOLDER --gguf Q4_0
 
 Writes consolidated.NN.pth as torch.save does (a zip of a pickle and one entry for each tensor), params.json, and a
-tokenizer.model of single characters. torch is not needed: the pickle holds nothing but names, sizes and places.
+tokenizer.model of single characters. torch is not needed: the pickle holds nothing but names, sizes and places. With
+--gguf, a model.gguf of random blocks, whose matrices have the types that llama.cpp gives them, and a tokenizer.model.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from gguf_files import Drawn, File, Written, floats, gguf_name, metadata_of, without_vocabulary  # noqa: E402
 from helpers import write_tokenizer  # noqa: E402
 
 from npllama.checkpoints.configs.meta import from_meta  # noqa: E402
+from npllama.checkpoints.gguf.blocks import BLOCK_TYPES  # noqa: E402
 from npllama.config import ModelConfig  # noqa: E402
 from npllama.numbers.bf16 import bf16_bits  # noqa: E402
 
@@ -37,6 +41,7 @@ SHAPES = {
 """Widths of the feed-forward networks follow from Meta's rule: 768, 2048, 5632, 11008."""
 
 VOCABULARY = 32000
+GGUF = {"Q4_0": "Q4_0", "Q8_0": "Q8_0", "Q4_K_M": "Q4_K"}  # a kind of file, and the type of most of its matrices
 STORAGES = {"f32": "FloatStorage", "f16": "HalfStorage", "bf16": "BFloat16Storage"}
 SPLIT_COLUMNS = ("tok_embeddings", "attention.wo", "feed_forward.w2")  # model-parallel shards split these by columns
 BLOCK = 1 << 21  # numbers drawn at a time
@@ -49,12 +54,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--dtype", choices=STORAGES, default="f16")
+    parser.add_argument("--gguf", choices=GGUF, help="a GGUF file of this kind instead")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     params = {**SHAPES[args.shape], "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1}
     args.folder.mkdir(parents=True)
     (args.folder / "params.json").write_text(json.dumps(params))
     write_tokenizer(args.folder / "tokenizer.model", VOCABULARY)
+    if args.gguf:
+        write_gguf(args.folder / "model.gguf", from_meta(params, vocab_size=VOCABULARY), args.gguf, args.seed)
+        return
     shapes = shard_shapes(from_meta(params, vocab_size=VOCABULARY), args.shards)
     for shard in range(args.shards):
         write_shard(args.folder / f"consolidated.{shard:02d}.pth", shapes, args.dtype, [args.seed, shard])
@@ -76,6 +85,33 @@ def _share(name: str, shape: tuple[int, ...], n_shards: int) -> tuple[int, ...]:
         return shape
     rows, columns = shape
     return (rows, columns // n_shards) if name.endswith(SPLIT_COLUMNS) else (rows // n_shards, columns)
+
+
+def write_gguf(path: Path, c: ModelConfig, kind: str, seed: int) -> None:
+    """A GGUF file of random blocks, written as they are drawn."""
+    numbers = {found.name: number for number, found in BLOCK_TYPES.items()}
+    tensors = {}
+    for i, (name, shape) in enumerate(shard_shapes(c, 1).items()):
+        name = name.removesuffix(".weight")
+        if len(shape) == 1:
+            tensors[gguf_name(name)] = floats(np.ones(shape, np.float32))
+        else:
+            number = numbers[blocks_of(name, kind, c.n_layers)]
+            drawn = Drawn(BLOCK_TYPES[number], math.prod(shape) // BLOCK_TYPES[number].elements, seed + i)
+            tensors[gguf_name(name)] = Written(number, shape, drawn)
+    with open(path, "xb") as file:
+        file.writelines(File(without_vocabulary(metadata_of(c)), tensors).pieces())
+
+
+def blocks_of(name: str, kind: str, n_layers: int) -> str:
+    """The type that llama.cpp gives a matrix in a kind of file (llama-quant.cpp)."""
+    if name == "output":
+        return "Q8_0" if kind == "Q8_0" else "Q6_K"
+    if kind == "Q4_K_M" and name.endswith(("attention.wv", "feed_forward.w2")):
+        layer, eighth = int(name.split(".")[1]), n_layers // 8
+        if layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2:
+            return "Q6_K"
+    return GGUF[kind]
 
 
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, seed: list[int]) -> None:

@@ -2,10 +2,12 @@
 
     python tools/train_demo.py                trains, exports to npllama/demo, prints the proofs (25 minutes of a core)
     python tools/train_demo.py --check DIR    prints the proofs of a model directory with the project's own engine
+    python tools/train_demo.py --out OUT --work FOLDER --dim 256 --hidden-dim 768 --stories 12000
+                                              trains a model of another size, to measure with: see --help
 
-Everything is fixed by the constants below: the stories (story_grammar.py), the tokenizer, the initial weights, the
-order of the batches. torch runs with deterministic algorithms on one thread, so that a second run on the same
-processor with the same torch gives the same bytes; another processor may round differently, and then gives other
+Everything of the demo is fixed by the constants below: the stories (story_grammar.py), the tokenizer, the initial
+weights, the order of the batches. torch runs with deterministic algorithms on one thread, so that a second run on the
+same processor with the same torch gives the same bytes; another processor may round differently, and then gives other
 weights of the same quality.
 
 The model is LLaMA 2 with grouped-query attention, written once more in torch because training needs gradients.
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
 DEMO = ROOT / "npllama" / "demo"
 
 TRAIN_SEED, HELD_OUT_SEED, WEIGHT_SEED = 1, 2, 3
-CYCLES = ((40_000, 4e-3), (24_000, 2e-3))
+Cycles = tuple[tuple[int, float], ...]
+CYCLES: Cycles = ((40_000, 4e-3), (24_000, 2e-3))
 """(training stories, highest learning rate). The second cycle goes on from the first one's weights with fresh
 optimizers: after it, names and things stay the same in most stories that had still mixed them up."""
 
@@ -203,7 +206,7 @@ def make_optimizers(weights: dict[str, torch.Tensor]) -> list[torch.optim.Optimi
     return [muon, torch.optim.AdamW(outer, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def train(tokenizer: Any) -> dict[str, torch.Tensor]:
+def train(tokenizer: Any, cycles: Cycles) -> dict[str, torch.Tensor]:
     """Train from random weights through all cycles."""
     import torch
 
@@ -213,7 +216,7 @@ def train(tokenizer: Any) -> dict[str, torch.Tensor]:
     n_parameters = sum(value.numel() for value in weights.values())
     print(f"{n_parameters:,} parameters, torch {torch.__version__}, {torch.get_num_threads()} thread")
     first = 0
-    for n_stories, highest in CYCLES:
+    for n_stories, highest in cycles:
         train_cycle(weights, tokenizer, first, first + n_stories, highest)
         first += n_stories
     return {name: value.detach() for name, value in weights.items()}
@@ -314,7 +317,7 @@ def perplexity(llm: Any, texts: list[str]) -> float:
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def make(out: Path, work: Path) -> None:
+def make(out: Path, work: Path, cycles: Cycles = CYCLES) -> None:
     """Train tokenizer and model, save them in `work` as a PyTorch checkpoint, and export it to `out`."""
     import torch
 
@@ -322,7 +325,7 @@ def make(out: Path, work: Path) -> None:
 
     work.mkdir(parents=True, exist_ok=True)
     train_tokenizer(work / "tokenizer.model")
-    weights = train(sentencepiece.SentencePieceProcessor(model_file=str(work / "tokenizer.model")))
+    weights = train(sentencepiece.SentencePieceProcessor(model_file=str(work / "tokenizer.model")), cycles)
     torch.save(
         {"model": weights | {"output.weight": weights["tok_embeddings.weight"]}, "model_args": MODEL}, work / "ckpt.pt"
     )
@@ -341,10 +344,18 @@ def main(argv: list[str] | None = None) -> int:
         help="folder that keeps the PyTorch checkpoint and the tokenizer (default: a temporary one)",
     )
     parser.add_argument("--check", type=Path, metavar="DIR", help="only print the proofs of this model directory")
+    parser.add_argument("--dim", type=int, default=MODEL["dim"], help="model width (default: %(default)s)")
+    parser.add_argument("--hidden-dim", type=int, default=MODEL["hidden_dim"], help="feed-forward width (%(default)s)")
+    parser.add_argument("--stories", type=int, help="train one cycle of so many stories (default: the demo's two)")
     args = parser.parse_args(argv)
+    cycles = ((args.stories, CYCLES[0][1]),) if args.stories else CYCLES
+    other = (args.dim, args.hidden_dim, cycles) != (MODEL["dim"], MODEL["hidden_dim"], CYCLES)
+    if other and not args.check and args.out == DEMO:
+        parser.error("--out is needed for a model that is not the demo")
+    MODEL.update(dim=args.dim, hidden_dim=args.hidden_dim)
     if args.check is None:
         with tempfile.TemporaryDirectory() as folder:
-            make(args.out, args.work or Path(folder))
+            make(args.out, args.work or Path(folder), cycles)
     return 0 if check(args.check or args.out) else 1
 
 

@@ -126,15 +126,16 @@ class GgmlFormat(GroupedFormat):
 
     def round_groups(self, groups: np.ndarray) -> tuple[np.ndarray, ...]:
         """As GroupedFormat.round_groups says; minimums are those of the numbers, and nothing is searched for then."""
-        flat, by_row = groups.reshape(-1, GROUP), groups.shape[:-1]
-        if not self.minimums:
+        flat = groups.reshape(-1, GROUP)
+        low = flat.min(axis=1).astype(np.float16) if self.minimums else None
+        if low is None:
             scales = best_scales(flat, self).astype(np.float16)
-            levels = self.nearest(flat, reciprocal(scales.astype(np.float32)))
-            return levels.reshape(groups.shape), _in_blocks(scales.reshape(by_row))
-        low = flat.min(axis=1).astype(np.float16)
-        scales = ((flat.max(axis=1) - low) / np.float32(max(self.values))).astype(np.float16)
-        levels = self.nearest(flat - low[:, None].astype(np.float32), reciprocal(scales.astype(np.float32)))
-        return levels.reshape(groups.shape), _in_blocks(scales.reshape(by_row), low.reshape(by_row))
+        else:
+            scales = ((flat.max(axis=1) - low) / np.float32(max(self.values))).astype(np.float16)
+            flat = flat - low[:, None].astype(np.float32)
+        levels = self.nearest(flat, reciprocal(scales.astype(np.float32)))
+        numbers = (part.reshape(groups.shape[:-1]) for part in (scales, low) if part is not None)
+        return levels.reshape(groups.shape), _in_blocks(*numbers)
 
     # Numbers that are quantized already ------------------------------------------------------------------------------
 

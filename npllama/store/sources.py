@@ -24,7 +24,8 @@ SMALL = re.compile(
 )
 """Files beside the weights that may say how they are read, or how texts are."""
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
-ABOVE = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+ABOVE = (*TOKENIZERS, *BESIDE_TOKENIZER)
 """Tokenizers may lie in the folder above, too, and with them what says how they are read."""
 COMMON_NAME = re.compile(r"(model|pytorch_model|consolidated|ckpt|checkpoint|weights)\b.*")
 HUB_REPOSITORY = re.compile(r"models--.*--([^/]+)/snapshots/[^/]+")
