@@ -407,6 +407,7 @@ def test_an_option_out_of_range_is_refused_by_name(name: str, values: list[objec
 
 
 OTHER_KEYWORDS = {"logits_processor", "max_new_tokens", "repetition_penalty"}
+OTHER_KEYWORDS |= {"logprobs", "post_sampling_probs", "choices", "regex", "json_schema", "grammar"}
 
 
 def test_every_option_beyond_the_basic_ones_is_a_keyword(llm: npllama.Llama) -> None:

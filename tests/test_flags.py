@@ -98,13 +98,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (folder / "wrong lines").write_text('{"prompt": "a", "n": 3}\n')
     (folder / "dialog").write_text('[{"role": "user", "content": "a dog"}]')
     (folder / "bytes").write_bytes(b"caf\xe9")
+    (folder / "schema").write_text('{"type": "boolean"}')
+    (folder / "lark").write_text('start: "x" | "y"\n')
     (folder / "suggests").mkdir()
     write_model_directory(folder / "suggests" / "model", dataclasses.replace(TINY, max_seq_len=96), n_pieces=290)
     manifest = json.loads((folder / "suggests" / "model" / "npllama.json").read_text())
     manifest["version"] = 2
     manifest["sampling"] = {"temperature": 0.0, "top_k": 1, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
     (folder / "suggests" / "model" / "npllama.json").write_text(json.dumps(manifest))
-    names = ("model", "other", "checkpoint", "text", "lines", "dialog", "bytes")
+    names = ("model", "other", "checkpoint", "text", "lines", "dialog", "bytes", "schema", "lark")
     return {name: folder / name for name in names} | {
         "suggests": folder / "suggests" / "model", "n_lines": folder / "wrong lines",
     }  # fmt: skip
@@ -208,8 +210,28 @@ DTYPE = {
         base=("-m", "{checkpoint}"),
     )
 }  # fmt: skip
+FORMS: dict[str, Flag] = {
+    "choice": Flag((("--choice", "a", "--regex", "b"),), ("--choice", "cat", "--choice", "dog")),
+    "regex": Flag(wrong("--regex", "", "(a", "(?=a)"), ("--regex", "[a-c]{{3}}")),
+    "json_schema": Flag(
+        wrong("-j", "", "7", "[1", '{{"not": {{}}}}', '{{"type": "strig"}}'), ("-j", '{{"type": "boolean"}}')
+    ),
+    "json_schema_file": Flag(
+        (*wrong("-jf", "/nonexistent", "{text}", "{bytes}"), ("-jf", "{schema}", "-j", "{{}}")), ("-jf", "{schema}")
+    ),
+    "grammar": Flag(wrong("--grammar", "", "start: missing"), ("--grammar", 'start: "x" | "y"')),
+    "grammar_file": Flag(wrong("--grammar-file", "/nonexistent", "{text}", "{bytes}"), ("--grammar-file", "{lark}")),
+}
 GENERATE: dict[str, Flag] = {
-    **MODEL, **SAMPLING, **CONTEXT, **EXECUTION, **DTYPE,
+    **MODEL, **SAMPLING, **CONTEXT, **EXECUTION, **DTYPE, **FORMS,
+    "logprobs": Flag(
+        (*wrong("--logprobs", *WHOLE, -1, 1001), ("!", "a", "-m", "{model}", "--logprobs", 1)), ("--logprobs", 2),
+        base=("--json",),
+    ),
+    "post_sampling_probs": Flag(
+        (*switch("--post-sampling-probs"), ("!", "a", "-m", "{model}", "--json", "--post-sampling-probs")),
+        ("--post-sampling-probs",), base=("--json", "--logprobs", 1),
+    ),
     "prompt_argument": Flag((("a", "-p", "b"),), ("a dog",), instead=("-m", "{model}", "-n", 9, *DRAWN)),
     "prompt": Flag((("-p", "a", "-p", "b"),), ("-p", "a dog"), instead=("-m", "{model}", "-n", 9, *DRAWN)),
     "file": Flag(
@@ -245,7 +267,7 @@ GENERATE: dict[str, Flag] = {
 }  # fmt: skip
 TALKS: Arguments = ("-m", "{model}", "--chat-format", "zephyr")
 CHATS: dict[str, Flag] = {
-    **MODEL, **SAMPLING, **CONTEXT, **EXECUTION, **DTYPE,
+    **MODEL, **SAMPLING, **CONTEXT, **EXECUTION, **DTYPE, **FORMS,
     "sampling": SAMPLING["sampling"]._replace(
         wrong=(*wrong("--sampling", "best"), ("!", *TALKS, "--sampling", "model")),
         instead=("-m", "{suggests}", "--chat-format", "zephyr", "-n", 9, "-s", 4),

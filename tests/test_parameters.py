@@ -80,13 +80,15 @@ class Seen(NamedTuple):
     slid_tokens: int
     n: int
     seed: int
+    logprobs: object
 
 
 def seen(result: Any) -> Seen:
     first = result[0] if isinstance(result, list) else result
     n = len(result) if isinstance(result, list) else 1
     return Seen(
-        *(first.text, first.tokens, first.finish_reason, first.usage.prompt_tokens, first.slid_tokens, n, first.seed)
+        *(first.text, first.tokens, first.finish_reason, first.usage.prompt_tokens, first.slid_tokens, n, first.seed),
+        [(one.token, round(one.logprob, 2), len(one.top), len(one.sampled_top)) for one in first.logprobs or ()],
     )
 
 
@@ -209,6 +211,12 @@ TEXT_LINES: dict[str, Line] = {
     "logit_bias": Line((7, "x", [1, 2], True, THING), ({-1: 1.0}, {300: 1.0}, {1: math.nan}, {"1": 1}), {2: 9.0}),
     "bad_words": Line(TEXTS[:-1], ([""],), ["1", "23"]),
     "samplers": Line((7, ["top_k", 1], True, THING), ("heat", "top_k;top_k"), "top_k", base={"temperature": 0.0}),
+    "logprobs": Line(WHOLE, (-1, 1001), 2, "logprobs"),
+    "post_sampling_probs": Line(FLAG, (), True, "logprobs", base={"logprobs": 1}),
+    "choices": Line((7, "yes", b"x", {}, [7], [None], True, THING), ([],), ["cat", "dog"]),
+    "regex": Line((7, b"x", ["a"], True, {}, THING), ("", "(a", "(?=a)"), "[a-c]{4}"),
+    "json_schema": Line((7, "x", [1], True, THING, int), ({"not": {}}, {"type": "strig"}), {"type": "boolean"}),
+    "grammar": Line((7, b"x", ["a"], True, {}, THING), ("", "start: missing"), 'start: "x" | "y"'),
 }
 OWN_LINES = {
     "messages": Line(
@@ -360,6 +368,7 @@ def test_an_option_of_a_line_is_refused_or_changes_its_answer(
     before, after = answered(llm, capsys, base, {**base, name: value})
     for answer in (before, after):
         answer["prompt_tokens"] = answer["usage"]["prompt_tokens"]
+        answer.setdefault("logprobs", None)
     assert before[line.changes] != after[line.changes]
 
 

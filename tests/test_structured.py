@@ -409,7 +409,7 @@ def test_two_forms_or_none_that_it_could_be_are_refused(llm: Llama, monkeypatch:
         ({"choices": ["a"], "regex": "b"}, "both say what the text is to be"),
         ({"choices": []}, "at least one text"),
         ({"choices": "yes"}, "at least one text"),
-        ({"choices": [1]}, "a str is needed"),
+        ({"choices": [1]}, "at least one text"),
         ({"regex": ""}, "needs text, a pattern"),
         ({"regex": 3}, "needs text, a pattern"),
         ({"regex": "(a"}, "regex cannot be followed"),

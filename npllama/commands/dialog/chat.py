@@ -125,8 +125,8 @@ class Chat:
         self._last: Result | None = None
 
     def check_format(self) -> None:
-        """Refuse a model without a chat format before anything is typed."""
-        self._llama.chat([{"role": "user", "content": "a"}], stream=True, max_tokens=0).close()
+        """Refuse a model without a chat format, and options that cannot be followed, before anything is typed."""
+        self._llama.chat([{"role": "user", "content": "a"}], stream=True, **self._options).close()
 
     def talk(self, editor: LineEditor) -> None:
         """Read lines, answer each, until the input ends."""

@@ -54,7 +54,7 @@ def checked_structure(given: dict[str, Any]) -> Structure | None:
     kind, value = asked[0], given[asked[0]]
     if kind == "choices":
         texts = tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict)) else ()
-        if not texts:
+        if not texts or not all(isinstance(text, str) for text in texts):
             raise UsageError(f"choices={quote(value)}: needs a list of at least one text.")
         return Structure(kind, tuple(map(check_text, texts)))
     if kind == "json_schema":
