@@ -1,8 +1,10 @@
 """Many texts at once, measured: rates, Python's share, stalls by prompts, prefixes, guesses.
 
-    python tools/bench_batches.py MODEL [--tests rates,share,stall,prefix,guesses] [--texts 1,8,32] [-n 64] [-r 3]
+    python tools/bench_batches.py MODEL [--tests rates,share,stall,prefix,guesses,peer] [--texts 1,8,32] [-n 64] [-r 3]
+                                        [--gguf FILE]
 
-MODEL: a model directory, for example of random weights (npllama.measure.random_model). Whatever is compared is measured
+MODEL: a model directory, for example of random weights (npllama.measure.random_model); FILE: of the same shape, for
+llama.cpp (tools/bench_peers.py makes both). Whatever is compared is measured
 in turn in the same run, so that what else the machine does hurts both; medians are printed. Each test is a function
 here, and says what it measures.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,19 +29,27 @@ import npllama  # noqa: E402
 from npllama.generation.completion import Completion  # noqa: E402
 from npllama.generation.jobs import Job  # noqa: E402
 from npllama.inference import Llama  # noqa: E402
+from npllama.system.machine import default_threads  # noqa: E402
 
 CONTEXT = 3072
+REST_S = 0.1
+"""Threads of the program before still spin for a while."""
 
 
 def main() -> None:
     """Measure what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--tests", default=",".join(TESTS))
+    parser.add_argument("--tests", default="rates,share,stall,prefix,guesses")
     parser.add_argument("--texts", default="1,8,32", help="how many at once, for rates")
     parser.add_argument("-n", type=int, default=64, help="ids of each text")
     parser.add_argument("-r", "--rounds", type=int, default=3)
+    parser.add_argument("--gguf", help="a file of the same shape for llama.cpp: adds the test peer")
+    parser.add_argument("--serve-llama-cpp", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve_llama_cpp:
+        serve_llama_cpp(Path(args.model), args.serve_llama_cpp, args.n)
+        return
     args.texts = [int(n) for n in args.texts.split(",")]
     with npllama.load(args.model, "numba", context=CONTEXT, parallel=max(args.texts), speculation=False) as llm:
         for name in args.tests.split(","):
@@ -85,6 +96,65 @@ def rates(llm: Llama, args: argparse.Namespace) -> None:
 
         a, b = in_turn(args.rounds, served, bare)
         print(f"{n_texts:3} texts: {statistics.median(a):8.1f} ids/s, of bare calls {ratio(a, b)}", flush=True)
+
+
+def peer(llm: Llama, args: argparse.Namespace) -> None:
+    """Ids per second of generate([...]), beside llama.cpp decoding batches of as many, without sampling."""
+    for n_texts in args.texts:
+        prompts = [random_ids(8, seed) for seed in range(n_texts)]
+        command = [sys.executable, __file__, args.gguf, "--serve-llama-cpp", str(n_texts), "-n", str(args.n)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdin is not None
+            assert child.stdout is not None
+
+            def served(prompts: list[list[int]] = prompts) -> float:
+                time.sleep(REST_S)
+                started = time.perf_counter()
+                found = llm.generate(prompts, args.n, ignore_eos=True)
+                return sum(len(r.tokens) for r in found) / (time.perf_counter() - started)
+
+            def theirs(child: subprocess.Popen[str] = child) -> float:
+                time.sleep(REST_S)
+                child.stdin.write("\n")  # type: ignore[union-attr]
+                child.stdin.flush()  # type: ignore[union-attr]
+                return float(child.stdout.readline())  # type: ignore[union-attr]
+
+            a, b = in_turn(args.rounds, served, theirs)
+            child.stdin.close()
+        ours, other = statistics.median(a), statistics.median(b)
+        print(f"{n_texts:3} texts: {ours:8.1f} ids/s, llama.cpp {other:8.1f}: {ratio(a, b)}", flush=True)
+
+
+def serve_llama_cpp(path: Path, n_texts: int, n: int) -> None:
+    """The child's side: for each line that comes, the rate of so many sequences of 8 ids and n more."""
+    import llama_cpp
+    from bench_peers import silence_llama_cpp
+
+    silence_llama_cpp()
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_seq_max, params.n_batch = n_texts * (8 + n), n_texts, max(512, 8 * n_texts)
+    params.n_threads = params.n_threads_batch = default_threads()[0]
+    state = llama_cpp.llama_init_from_model(model, params)
+    batch = llama_cpp.llama_batch_init(8 * n_texts, 0, 1)
+
+    def decode(positions: Iterable[int]) -> None:
+        rows = [(p, s) for s in range(n_texts) for p in positions]
+        for i, (p, s) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = 3 + (7 * p + s) % 30000, p, 1, s
+            batch.logits[i] = p == positions[-1]  # type: ignore[index]
+        batch.n_tokens = len(rows)
+        if llama_cpp.llama_decode(state, batch):
+            sys.exit("llama.cpp could not decode")
+        llama_cpp.llama_get_logits(state)
+
+    for _ in sys.stdin:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(state), True)
+        started = time.perf_counter()
+        decode(range(8))
+        for p in range(8, 8 + n - 1):
+            decode([p])
+        print(n_texts * n / (time.perf_counter() - started), flush=True)
 
 
 def share(llm: Llama, args: argparse.Namespace) -> None:
@@ -266,7 +336,7 @@ def row_s(llm: Llama, k: int, rounds: int) -> float:
     return statistics.median(found)
 
 
-TESTS = {"rates": rates, "share": share, "stall": stall, "prefix": prefix, "guesses": guesses}
+TESTS = {"rates": rates, "share": share, "stall": stall, "prefix": prefix, "guesses": guesses, "peer": peer}
 
 if __name__ == "__main__":
     main()
