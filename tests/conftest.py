@@ -53,8 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 # Files that take the longest, in this order before all others. Those that compile come first: while one process
 # compiles whole models for the first, which all later tests load, another has products to compile.
 LONGEST = (
-    *("test_same_bits.py", "test_kernels_quantized.py", "test_verify.py", "test_ops.py", "test_engine.py"),
-    *("test_logits_table.py", "test_registry.py", "test_sessions.py", "test_chat_command.py"),
+    *("test_same_bits.py", "test_kernels_quantized.py", "test_ops.py", "test_kernels_float.py", "test_verify.py"),
+    *("test_engine.py", "test_logits_table.py", "test_registry.py", "test_sessions.py", "test_chat_command.py"),
 )
 
 
