@@ -50,17 +50,20 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop("NPLLAMA_CACHE_DIR")))
 
 
-# Files whose tests compile the longest, in this order before all others: while one process compiles whole models for
-# the first, which all later tests load, another has products to compile.
-COMPILING = ("test_same_bits.py", "test_kernels_quantized.py", "test_verify.py", "test_ops.py", "test_engine.py")
+# Files that take the longest, in this order before all others. Those that compile come first: while one process
+# compiles whole models for the first, which all later tests load, another has products to compile.
+LONGEST = (
+    *("test_same_bits.py", "test_kernels_quantized.py", "test_ops.py", "test_kernels_float.py", "test_verify.py"),
+    *("test_engine.py", "test_logits_table.py", "test_registry.py", "test_sessions.py", "test_chat_command.py"),
+)
 
 
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put what compiles the longest first. Leave out the slow tests unless they are asked for: --all, or -m slow."""
-    order = {name: place for place, name in enumerate(COMPILING)}
+    """Put what takes the longest first. Leave out the slow tests unless they are asked for: --all, or -m slow."""
+    order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if config.getoption("all") or "slow" in config.option.markexpr:
         return

@@ -96,14 +96,16 @@ def answer(folder: Path) -> list[str]:
     return piped(folder, b"the cat\n")[0]
 
 
-def piped(folder: Path, text: bytes, *arguments: str) -> tuple[list[str], str]:
-    done = run("chat", folder, "--chat-format", FORMAT, "-n", "6", "--temp", "0", *arguments, stdin=text)
+def piped(folder: Path, text: bytes, *arguments: str, backend: str = "numpy") -> tuple[list[str], str]:
+    """Lines of stdout, and stderr; in NumPy, which starts sooner: it is the dialog that is tested."""
+    options = ("--chat-format", FORMAT, "-n", "6", "--temp", "0", "--backend", backend)
+    done = run("chat", folder, *options, *arguments, stdin=text)
     assert done.code == 0, done.err
     return done.text.splitlines(), done.err
 
 
 def test_a_line_in_gives_an_answer_out(folder: Path, llm: Llama) -> None:
-    out, err = piped(folder, b"the cat\nthe dog")
+    out, err = piped(folder, b"the cat\nthe dog", backend="auto")
     first = llm.chat([USER], max_tokens=6, temperature=0)
     second = llm.chat([USER, first.message, {"role": "user", "content": "the dog"}], max_tokens=6, temperature=0)
     assert "\n".join(out) == f"{first.message['content']}\n{second.message['content']}"

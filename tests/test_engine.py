@@ -26,6 +26,8 @@ needs_numba = pytest.mark.skipif(
     os.environ.get("NPLLAMA_BACKEND") == "numpy", reason="compiled execution: not in the run of NumPy's"
 )
 
+SLOW = pytest.mark.slow("compile a model again, several times or for another format of the cache")
+
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
@@ -218,7 +220,10 @@ def test_forward_compiles_once_and_agrees_with_numpy(dtype: str, tmp_path: Path)
 
 
 @needs_numba
-@pytest.mark.parametrize(("dtype", "kv_dtype"), [("q8", "f32"), ("q6", "f16"), ("q4", "f32"), ("q4", "q8")])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [("q8", "f32"), ("q4", "f32"), *(pytest.param(*case, marks=SLOW) for case in (("q6", "f16"), ("q4", "q8")))],
+)
 def test_quantized_models_give_the_same_bits_in_both_executions(dtype: str, kv_dtype: str, tmp_path: Path) -> None:
     helpers.write_any_model(tmp_path / "model", dtype)
     opened = open_model(tmp_path / "model")
@@ -285,7 +290,7 @@ def run(folder: Path, cache: Path, **environment: str) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.slow("compile a model several times")
+@SLOW
 @needs_numba
 def test_compiled_code_is_kept_and_damage_costs_one_compilation(opened: OpenModel, tmp_path: Path) -> None:
     cold = run(opened.path, tmp_path / "cache")
@@ -309,6 +314,7 @@ def test_compiled_code_is_kept_and_damage_costs_one_compilation(opened: OpenMode
     assert run(opened.path, tmp_path / "cache").stdout == warm.stdout, "plain kernels and others are kept side by side"
 
 
+@SLOW
 @needs_numba
 def test_a_cache_directory_that_others_can_write_to_is_not_used(opened: OpenModel, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()

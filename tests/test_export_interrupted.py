@@ -257,6 +257,7 @@ def moments(checkpoint: Path, out: Path, how: str, force: str, n: int) -> list[t
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="child processes are forked")
 
 
+@pytest.mark.slow("stop a program at each of many moments")
 @needs_fork
 def test_a_kill_at_any_moment_leaves_out_absent_or_complete(tmp_path: Path, checkpoint: Path):
     found = moments(checkpoint, tmp_path / "m", "kill", "new", 60)
@@ -267,6 +268,7 @@ def test_a_kill_at_any_moment_leaves_out_absent_or_complete(tmp_path: Path, chec
     assert set(absent) <= {0, 1}  # the next export removes what the last one left
 
 
+@pytest.mark.slow("stop a program at each of many moments")
 @needs_fork
 def test_a_kill_at_any_moment_of_a_replacement_leaves_a_complete_model(tmp_path: Path, checkpoint: Path):
     found = moments(checkpoint, tmp_path / "m", "kill", "force", 60)
@@ -274,6 +276,7 @@ def test_a_kill_at_any_moment_of_a_replacement_leaves_a_complete_model(tmp_path:
     assert max(leftovers for _, _, leftovers in found) == 1
 
 
+@pytest.mark.slow("stop a program at each of many moments")
 @needs_fork
 @pytest.mark.parametrize("force", ["new", "force"])
 def test_an_interrupt_at_any_moment_of_the_writing_leaves_nothing_behind(tmp_path: Path, checkpoint: Path, force: str):

@@ -179,6 +179,7 @@ with turn:  # also from within a call
     )
 
 
+@pytest.mark.slow("fork and compute for seconds")
 @pytest.mark.parametrize("backend", [*BACKENDS, *(["both"] if "numba" in BACKENDS else [])])
 def test_a_few_seconds_of_hammering_end_without_a_hang(backend: str) -> None:
     """The whole minute: python tools/hammer_forks.py"""

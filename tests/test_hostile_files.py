@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COUNT = int(os.environ.get("NPLLAMA_FUZZ_COUNT", "150"))
 
 
+@pytest.mark.slow("open thousands of damaged files")
 def test_damaged_files_of_every_kind_load_or_are_refused() -> None:
     command = [sys.executable, str(ROOT / "tools" / "fuzz_inputs.py"), "--count", str(COUNT)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

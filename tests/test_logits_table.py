@@ -40,7 +40,7 @@ def test_weights_have_the_bytes_that_they_had(models: dict[str, Path]) -> None:
 
 def compiled() -> list[Any]:
     """The parts of the table; what differs from another one in the format of the cache alone is slow."""
-    slow = pytest.mark.slow("compile the demo model for every format of the cache")
+    slow = pytest.mark.slow("compile a model again, several times or for another format of the cache")
     return [pytest.param(name, marks=slow if ENTRIES[name].kv_dtype != "f32" else ()) for name in COMPILED]
 
 

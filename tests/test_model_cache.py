@@ -194,6 +194,7 @@ def moments(checkpoint: Path, models: Path, how: str) -> list[list[int]]:
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="child processes are forked")
 
 
+@pytest.mark.slow("stop a program at each of many moments")
 @needs_fork
 def test_an_interrupt_at_any_moment_leaves_nothing_or_a_whole_model(checkpoint: Path, models: Path) -> None:
     found = [(names, whole) for status, names, whole in moments(checkpoint, models, "interrupt") if status]
@@ -202,6 +203,7 @@ def test_an_interrupt_at_any_moment_leaves_nothing_or_a_whole_model(checkpoint: 
     assert found.count((0, 0)) > 15
 
 
+@pytest.mark.slow("stop a program at each of many moments")
 @needs_fork
 @needs_locks
 def test_after_a_kill_at_any_moment_the_next_start_makes_the_model(checkpoint: Path, models: Path) -> None:

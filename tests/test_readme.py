@@ -79,6 +79,7 @@ def test_the_story_at_the_top_is_what_the_command_beside_it_prints() -> None:
     assert " ".join(re.sub(r"^> ", "", story, flags=re.MULTILINE).split()) == done.text.strip()
 
 
+@pytest.mark.slow("run every command of the README, or measure its table of formats again")
 @pytest.mark.skipif(os.name == "nt", reason="a shell")
 def test_the_commands_run_one_after_the_other(folder: Path) -> None:
     env = environment(NPLLAMA_BACKEND="numpy", PATH=f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
@@ -176,6 +177,7 @@ def test_the_table_of_gguf_types_is_what_exports_go_by() -> None:
     assert all(name.lower() in FORMATS for name, own in found.items() if own == "the same")
 
 
+@pytest.mark.slow("run every command of the README, or measure its table of formats again")
 def test_the_table_of_formats_measures_what_it_says() -> None:
     """A few of the stories again: the same order, and the same sizes within what so few can say."""
     texts = list(story_grammar.stories(train_demo.HELD_OUT_SEED, 0, 4))

@@ -84,7 +84,7 @@ def test_it_goes_through_export_quantize_info_and_numpy(folder: Path) -> None:
         assert (folder / "quantized" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-@pytest.mark.slow("compile a model several times")
+@pytest.mark.slow("compile a model again, several times or for another format of the cache")
 @compiled_only
 def test_its_kernel_computes_what_numpy_does_and_another_kernel_is_compiled_anew(folder: Path) -> None:
     pytest.importorskip("numba", reason="compiled kernels: numba is not installed")

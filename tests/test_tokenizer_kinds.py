@@ -417,7 +417,10 @@ FAMILY = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILY)
+SLOW = pytest.mark.slow("export and open models with large vocabularies; one of them is done in any case")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "smollm2" else SLOW) for name in FAMILY])
 def test_a_folder_of_the_family_exports_opens_and_gives_the_golden_ids(
     name: str, shared_data: Path, tmp_path: Path
 ) -> None:
