@@ -239,7 +239,7 @@ HALVES = {
 
 def random_blocks(kind: BlockType, n: int, rng: np.random.Generator) -> np.ndarray:
     """Blocks of random bits with ordinary scales: (n, size) uint8, little-endian."""
-    raw = np.frombuffer(rng.bytes(n * kind.size), np.uint8).reshape(n, kind.size).copy()
+    raw = rng.integers(0, 256, (n, kind.size), np.uint8)
     for at in HALVES[kind.name]:
         raw[:, at : at + 2] = rng.normal(0, 0.02, (n, 1)).astype("<f2").view(np.uint8)
     return raw

@@ -168,7 +168,7 @@ TYPES = {
     ),
     "types that become something else": (
         {"w1": ["Q2_K"], "w2": ["Q3_K"], "w3": ["Q6_K"], "wq": ["IQ4_XS"]},
-        {"w1": "q8", "w2": "q5_0", "w3": "q6", "wq": "iq4_nl"},
+        {"w1": "q6", "w2": "q5_0", "w3": "q6", "wq": "iq4_nl"},
         [],
     ),
 }

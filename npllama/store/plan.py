@@ -17,7 +17,7 @@ Formats = Mapping[str, NumberFormat]
 
 OWN = {
     "f64": "f32",
-    "Q2_K": "q8",
+    "Q2_K": "q6",
     "Q3_K": "q5_0",
     "Q4_K": "q4_1",
     "Q5_K": "q5_1",

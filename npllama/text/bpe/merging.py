@@ -20,8 +20,9 @@ import numpy as np
 
 BITS = 20
 """Ids, and the ids of what a merge makes, are below 2^20: a pair of them is one key, a rank and an id are one value."""
-MAX_IDS = 1 << BITS
-_MASK = MAX_IDS - 1
+MAX_IDS = 1 << 19
+"""Twice the largest vocabularies that there are; a file of more would take seconds to read."""
+_MASK = (1 << BITS) - 1
 _NONE = 1 << 62
 _DEAD = -1
 _POSITION_BITS = 40
