@@ -156,6 +156,26 @@ def test_a_line_that_never_ends_is_refused(llm: Llama, monkeypatch: pytest.Monke
         one.run(batch.BatchProgress(0))
 
 
+def test_a_line_that_ctrl_c_kept_from_beginning_has_no_answer(
+    llm: Llama, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    submit, begun = llm.submit, []
+
+    def interrupted(prompt: str, **options: Any) -> Any:
+        begun.append(prompt)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        handle = submit(prompt, **options)
+        handle.result()
+        return handle
+
+    monkeypatch.setattr(llm, "submit", interrupted)
+    one = batch.Batch(llm, io.BytesIO(lines(*[{"prompt": f"Tom {i}"} for i in range(3)])), {"max_tokens": 1}, True)
+    assert one.run(batch.BatchProgress(0)) is False
+    assert one.n_errors == 0
+    assert len(answers(capsys.readouterr().out.encode())) == 1
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals: sent as on Unix")
 def test_answers_come_while_the_pipe_is_open_and_ctrl_c_keeps_what_is_done() -> None:
     command = [sys.executable, "-m", "npllama", "generate", "--jsonl", "-m", str(DEMO), "--backend", "numpy"]

@@ -117,6 +117,7 @@ def place(sources: dict[str, Path], tmp_path: Path, models: Path, call: Any, mon
     own = tmp_path / "own"
     own.mkdir()
     monkeypatch.setenv("NPLLAMA_HISTORY", "")
+    monkeypatch.setenv("NPLLAMA_BACKEND", "numpy")
     return Place({**sources, "tmp": own}, call, monkeypatch)
 
 
@@ -195,7 +196,7 @@ EXECUTION: dict[str, Flag] = {
     "kv_dtype": Flag(wrong("--kv-dtype", "f64", "", 8), ("--kv-dtype", "q8"), "made"),
     "kv_memory": Flag(wrong("--kv-memory", "x", "", "-1", "10", "1X"), ("--kv-memory", "4M"), "made"),
     "parallel": Flag(wrong("--parallel", *WHOLE, 0, -1, 5000), ("--parallel", 3), "made"),
-    "threads": Flag(wrong("-t", *WHOLE, 0, -1, 5000), ("-t", 3), "made"),
+    "threads": Flag(wrong("-t", *WHOLE, 0, -1, 5000), ("-t", 3), "made", base=("-t", 1)),
     "backend": Flag(
         wrong("--backend", "gpu", ""),
         ("--backend", "numpy"),

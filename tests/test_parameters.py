@@ -516,7 +516,7 @@ def test_a_parameter_of_append_rewind_fork_and_save_is_refused_or_changes_the_te
 OF_LOAD: dict[str, tuple[Line, Callable[[Llama], object]]] = {
     "model": (Line((7, [], True, b"x", THING), ("", "/nonexistent"), "demo"), lambda llm: llm.config),
     "backend": (Line((7, None, ["numpy"], True), ("gpu",), "numba"), lambda llm: llm.backend),
-    "threads": (Line(WHOLE, (0, -1, 5000), 3), lambda llm: llm.engine.threads),
+    "threads": (Line(WHOLE, (0, -1, 5000), 3, base={"threads": 1}), lambda llm: llm.engine.threads),
     "context": (Line(WHOLE, (0, -1), 32), lambda llm: llm.context),
     "n_ctx": (Line(WHOLE, (0, -1), 32, names="context"), lambda llm: llm.context),
     "kv_dtype": (Line(CHOICE, ("f64",), "q8"), lambda llm: llm.score([5] * 30, [6, 9, 8]).logprob),
@@ -566,7 +566,7 @@ def test_a_parameter_of_load_is_refused_or_changes_the_model(
         npllama.load(**base).close()
     else:
         value = npllama.inference.DEMO if name == "model" else line.value
-        assert loaded(shown, **base) != loaded(shown, **{**base, name: value})
+        assert loaded(shown, **{**base, **line.base}) != loaded(shown, **{**base, name: value})
 
 
 def loaded(shown: Callable[[Llama], object], **options: Any) -> object:

@@ -116,7 +116,7 @@ class Batch:
             for line in self._lines:
                 if line.handle is not None and not line.done:
                     line.handle.cancel()
-                elif line.done:
+                elif line.handle is not None or line.error is not None:  # else Ctrl-C came before it was begun
                     self._put(line, progress)
             return False
         return True
