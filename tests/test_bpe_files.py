@@ -208,7 +208,7 @@ def test_the_arrays_of_gguf_may_be_numpys() -> None:
         ({"pre": "default"}, "pre is 'default': how text is cut into words is not known"),
         ({"pre": None}, "pre is 'None': how text"),
         ({"tokens": 7}, "tokens is no array of strings"),
-        ({"tokens": []}, "0 tokens; 1 to 524,288 are read|not one number for each token"),
+        ({"tokens": []}, "0 tokens; 1 to 393,216 are read|not one number for each token"),
         ({"tokens": ["\ud800"] * 409}, "a string that is not UTF-8"),
         ({"token_type": [1]}, "token_type has not one number for each token"),
         ({"merges": ["ab"]}, "merges has 'ab', which is no pair of tokens that make one"),

@@ -26,7 +26,7 @@ from npllama.text.protocol import check_around, check_text, out_of_range, specia
 
 MAX_FILE_BYTES = 32 << 20
 """Largest tokenizer file that is read (LLaMA 2's has 500 KB; vocabularies of 256,000 pieces about 5 MB)."""
-MAX_PIECES = 1 << 19
+MAX_PIECES = 3 << 17
 
 NO_SPACE_IN_FRONT = b"\x1a\x02\x18\x00"
 """In a model's file: normalizer_spec.add_dummy_prefix is false (fields 3 and 3 of sentencepiece_model.proto)."""

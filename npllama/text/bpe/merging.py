@@ -20,8 +20,8 @@ import numpy as np
 
 BITS = 20
 """Ids, and the ids of what a merge makes, are below 2^20: a pair of them is one key, a rank and an id are one value."""
-MAX_IDS = 1 << 19
-"""Twice the largest vocabularies that there are; a file of more would take seconds to read."""
+MAX_IDS = 3 << 17
+"""Half as many again as the largest vocabularies have (2^18); a file of more would take seconds to read."""
 _MASK = (1 << BITS) - 1
 _NONE = 1 << 62
 _DEAD = -1
