@@ -179,6 +179,8 @@ def test_json_by_a_schema_is_whole_and_valid_whatever_its_length(structures: Str
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
         ({"$ref": "http://localhost/other"}, "is not present"),
         ({"type": "strig"}, "strig"),
+        ({"enum": ["a", "b\0c"]}, r"the character \u0000"),
+        ({"properties": {"a\x1b": {}}}, r"the character \u001b"),
     ],
 )
 def test_keywords_that_cannot_be_followed_are_refused_by_name(llm: Llama, schema: dict[str, Any], said: str) -> None:

@@ -25,8 +25,8 @@ MAX_STATES = 400
 BYTES_PER_DETOUR = 8
 """A search tries one detour (a byte that is not its first choice) before so many more bytes of the path it is on."""
 
-MAX_IDS, MAX_WIDTH, MAX_LEVELS = 64, 24, 40
-"""Ids that a search by ids tries behind a state, states that it goes on from, ids: beyond that it is not exact."""
+MAX_IDS, MAX_WIDTH = 64, 24
+"""Ids that a search by ids tries behind a state, and states that it goes on from: beyond that it is not exact."""
 
 
 class ClosingSearch:
@@ -38,7 +38,8 @@ class ClosingSearch:
         order = sorted(singles, key=lambda byte: (FIRST.find(byte) if byte in FIRST else len(FIRST), byte))
         self._bytes = [bytes([byte]) for byte in order]
         self._ids = np.array([singles[byte] for byte in order], np.int64)
-        self._lengths = np.array([len(piece) for piece in vocabulary.pieces])
+        lengths = np.array([len(piece) for piece in vocabulary.pieces])
+        self._longest_first = np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths)]
 
     def text(self, matcher: LLMatcher) -> bytes | None:
         """Bytes that complete the text: the path with the fewest detours first, a long one counting as several.
@@ -89,7 +90,11 @@ class ClosingSearch:
         known = {b""}
         if matcher.is_accepting():
             return []
-        for _ in range(min(most, MAX_LEVELS)):
+        states = 0
+        for _ in range(most):
+            states += len(level)
+            if not level or states > MAX_STATES:
+                return None
             following = []
             for state, text, ids in level:
                 for token in self._promising(state):
@@ -107,11 +112,11 @@ class ClosingSearch:
 
     def _promising(self, state: LLMatcher) -> list[int]:
         """The ids that write something and may come; of many the longest ones and the single bytes."""
-        ids = ids_of(state.compute_bitmask(), len(self._lengths))
-        ids = ids[self._lengths[ids] > 0]
+        bits = np.frombuffer(mask := state.compute_bitmask(), np.uint8)
+        order = self._longest_first
+        ids = order[np.flatnonzero(bits[order >> 3] >> (order & 7) & 1)]
         if len(ids) > MAX_IDS:
-            order = ids[np.argsort(-self._lengths[ids], kind="stable")]
-            return [*order[: MAX_IDS // 4].tolist(), *ids[self._lengths[ids] == 1][:MAX_IDS].tolist()]
+            return [*ids[: MAX_IDS // 4].tolist(), *self._ids[self._next(mask, b"")][:MAX_IDS].tolist()]
         found: list[int] = ids.tolist()
         return found
 

@@ -9,6 +9,7 @@ import dataclasses
 import enum
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,9 @@ SEPARATORS = (", ", ": ")
 
 MAX_DEPTH = 32
 """References into each other that are followed to find the shortest JSON."""
+
+CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\u00(?:[01][0-9a-f]|7f)")
+"""A control character as JSON spells it, but for those that have a letter."""
 
 _SIMPLE = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 
@@ -40,22 +44,33 @@ def schema_of(source: object) -> dict[str, Any]:
     )
 
 
-def check_counts(schema: Any) -> None:
-    """Refuse the one keyword that llguidance takes for what it is not: a key that comes twice counts twice there."""
+def check_schema(schema: Any) -> None:
+    """Refuse what llguidance takes for what it is not. Raises UsageError.
+
+    A key that comes twice counts twice there; and of the ways to write a character only one is allowed here, so that no
+    key is written in two, which leaves none for most control characters.
+    """
     if isinstance(schema, list):
         for one in schema:
-            check_counts(one)
+            check_schema(one)
     if not isinstance(schema, dict):
         return
     least = schema.get("minProperties", 0)
-    if isinstance(least, (int, float)) and least > max(1, len(schema.get("required", []))):
+    required = schema.get("required", [])
+    if isinstance(least, (int, float)) and least > max(1, len(required) if isinstance(required, list) else 0):
         raise UsageError(
             f"json_schema cannot be followed: minProperties: {least} is more than the properties that are required; "
             f"change it."
         )
+    literal = [schema.get(word) for word in ("const", "enum", "required")], list(schema)
+    if found := CONTROL.search(json.dumps(literal)):
+        raise UsageError(
+            f"json_schema cannot be followed: a text in it has the character {found[0]}, which would not be written; "
+            f"leave it out."
+        )
     for word, value in schema.items():
         if word not in ("const", "enum", "default", "examples"):
-            check_counts(value)
+            check_schema(value)
 
 
 def _as_json(schema: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from npllama.errors import UsageError, quote
 from npllama.generation.structured.choices import ChoiceMatcher
 from npllama.generation.structured.constraint import Constraint
 from npllama.generation.structured.matcher import Matcher
-from npllama.generation.structured.schema import SEPARATORS, Shortest, check_counts, schema_of
+from npllama.generation.structured.schema import SEPARATORS, Shortest, check_schema, schema_of
 from npllama.generation.structured.vocabulary import Vocabulary
 from npllama.text.protocol import check_text
 
@@ -59,7 +59,7 @@ def checked_structure(given: dict[str, Any]) -> Structure | None:
         return Structure(kind, tuple(map(check_text, texts)))
     if kind == "json_schema":
         schema = schema_of(value)
-        check_counts(schema)
+        check_schema(schema)
         return Structure(kind, (json.dumps(schema),))
     if not isinstance(value, str) or not value:
         raise UsageError(
