@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,9 +37,10 @@ def test_slow_tests_run_when_they_are_asked_for(
 ) -> None:
     (tmp_path / "test_both.py").write_text(TEST)
     settings = ["-c", str(HERE.parent / "pyproject.toml"), "-p", "conftest", "--rootdir", str(tmp_path)]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *settings, *arguments, str(tmp_path)],
-        cwd=HERE, capture_output=True, text=True, check=False,
+        cwd=HERE, env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith(counts)
