@@ -95,10 +95,11 @@ class Allowed:
         beyond = {int(token): self.n_ids + i for i, token in enumerate(self._beyond)}
         return [beyond.get(i, i) for i in ids if i < self.n_ids or i in beyond]
 
-    @property
-    def ids(self) -> np.ndarray:
-        """The allowed ids (A,), ascending."""
-        return np.append(np.arange(self.n_ids), self._beyond)
+    def mask(self, vocab_size: int) -> np.ndarray:
+        """Which ids are allowed: (V,) bool."""
+        mask = np.arange(vocab_size) < self.n_ids
+        mask[self._beyond] = True
+        return mask
 
     def id(self, index: int) -> int:
         """The id at an index among the allowed ones."""

@@ -23,6 +23,7 @@ LogitsProcessor = Callable[[list[int], np.ndarray], np.ndarray]
 """Called with the ids so far and the logits (V,) of the next, its own to change; gives logits, -inf for never."""
 
 
+_LOWEST = np.float32(np.finfo(np.float32).min)
 FORBIDDING = ("bad_words", "logit_bias", "min_tokens", "ignore_eos")
 """Options that can leave no id."""
 
@@ -143,9 +144,9 @@ class Sampler:
         key, allowed = (seed, completion, len(ids)), self._allowed
         if self._plain:
             if self._constraint is not None:
-                return self._basic(logits, self._constraint.allowed(), ids, key)
+                return self._basic(logits, self._constraint.mask(), ids, key)
             if self._observer is not None and self._observer.sampled:
-                return self._basic(logits, allowed.ids, ids, key)
+                return self._basic(logits, allowed.mask(len(logits)), ids, key)
             recent = allowed.indices(ids[-PENALTY_WINDOW:])
             return allowed.id(sample(allowed.logits(logits), recent, self._options, *key, self._model.search))
         check_finite(logits)
@@ -163,17 +164,15 @@ class Sampler:
         chosen = through_steps(Candidates(left, values[left]), at)
         return allowed.id(self._draw(chosen, key))
 
-    def _basic(self, logits: np.ndarray, among: np.ndarray, ids: list[int], key: tuple[int, int, int]) -> int:
-        """An id drawn with the basic options from those among (A,), ascending; it notes what from."""
-        if len(among) == 1:
-            chosen, weights = np.zeros(1, np.int64), np.ones(1)
-        else:
-            latest = np.array(ids[-PENALTY_WINDOW:], np.int64)
-            at = np.minimum(among.searchsorted(latest), len(among) - 1)
-            recent = at[among[at] == latest].tolist()
-            chosen, weights = candidates(logits[among], recent, self._options, self._model.search)
-        self._note(among[chosen], weights)
-        return int(among[chosen[drawn(weights, uniform(*key))]])
+    def _basic(self, logits: np.ndarray, mask: np.ndarray, ids: list[int], key: tuple[int, int, int]) -> int:
+        """An id drawn with the basic options from those that a mask (V,) allows, at least one; it notes what from."""
+        check_finite(logits)
+        lowered = np.where(mask, logits, _LOWEST)
+        chosen, weights = candidates(lowered, ids[-PENALTY_WINDOW:], self._options, self._model.search)
+        left = mask[chosen]
+        chosen, weights = chosen[left], weights[left]
+        self._note(chosen, weights)
+        return int(chosen[drawn(weights, uniform(*key))])
 
     def _note(self, ids: np.ndarray, weights: np.ndarray) -> None:
         if self._observer is not None and self._observer.sampled:
@@ -203,11 +202,10 @@ class Sampler:
 
     def _constrained(self, values: np.ndarray, logits: np.ndarray, constraint: Constraint) -> np.ndarray:
         """The logits with those alone that the text's form allows. Where all of them are forbidden the form wins."""
-        ids = constraint.allowed()
-        found = np.full_like(values, -np.inf)
-        found[ids] = values[ids]
-        if not (found[ids] > -np.inf).any():
-            found[ids] = logits[ids]
+        mask = constraint.mask()
+        found = np.where(mask, values, -np.inf)
+        if not (found > -np.inf).any():
+            found = np.where(mask, logits, -np.inf)
             options, off = self._options, SamplingOptions()
             constraint.overruled.update(name for name in FORBIDDING if getattr(options, name) != getattr(off, name))
             if self._processor is not None:

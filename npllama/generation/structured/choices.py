@@ -26,13 +26,13 @@ class ChoiceMatcher:
     def is_over(self) -> bool:
         return self.left == [b""]
 
-    def allowed(self) -> np.ndarray:
+    def mask(self) -> np.ndarray:
         longest, ids = self._vocabulary.longest, self._vocabulary.ids
         pieces = {text[:n] for text in self.left for n in range(1, min(len(text), longest) + 1)}
-        found = {i for piece in pieces for i in ids.get(piece, ())}
-        if self.is_complete:
-            found.update(self._vocabulary.ends)
-        return np.array(sorted(found), np.int64)
+        found = [i for piece in pieces for i in ids.get(piece, ())]
+        mask = np.zeros(self._vocabulary.vocab_size, bool)
+        mask[found + self._vocabulary.ends if self.is_complete else found] = True
+        return mask
 
     def take(self, token: int) -> None:
         self.left = self._behind(token)

@@ -119,8 +119,3 @@ class ClosingSearch:
             return [*ids[: MAX_IDS // 4].tolist(), *self._ids[self._next(mask, b"")][:MAX_IDS].tolist()]
         found: list[int] = ids.tolist()
         return found
-
-
-def ids_of(mask: bytes, n_ids: int) -> np.ndarray:
-    """The ids (A,) int64 below n_ids whose bit is set in a mask."""
-    return np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), count=n_ids, bitorder="little"))

@@ -36,15 +36,16 @@ class Constraint:
         """These ids end the text too, where it is complete."""
         self._ends.update(ids)
 
-    def allowed(self) -> np.ndarray:
-        """The ids (A,) int64, ascending, that may come next."""
+    def mask(self) -> np.ndarray:
+        """Which ids may come next: (V,) bool."""
         if self.forced:
-            return np.array(self.forced[:1], np.int64)
-        ids = self._matcher.allowed()
+            mask = np.zeros(self._vocabulary.vocab_size, bool)
+            mask[self.forced[0]] = True
+            return mask
+        mask = self._matcher.mask()
         if self._matcher.is_complete:
-            ends = np.array(sorted(self._ends.difference(self._vocabulary.ends)), np.int64)
-            ids = np.insert(ids, ids.searchsorted(ends), ends)
-        return ids
+            mask[list(self._ends)] = True
+        return mask
 
     def take(self, token: int, left: int) -> Literal["over", "full", "stop"] | None:
         """An id comes that may, as one of at most so many; `closing` then completes the text.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from npllama.generation.structured.closing import ClosingSearch, ids_of
+from npllama.generation.structured.closing import ClosingSearch
 from npllama.generation.structured.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ class GrammarMatcher:
     def is_over(self) -> bool:
         return bool(self.state.is_stopped())
 
-    def allowed(self) -> np.ndarray:
-        return ids_of(self.state.compute_bitmask(), self._vocabulary.vocab_size)
+    def mask(self) -> np.ndarray:
+        bits = np.frombuffer(self.state.compute_bitmask(), np.uint8)
+        return np.unpackbits(bits, count=self._vocabulary.vocab_size, bitorder="little").view(bool)
 
     def take(self, token: int) -> None:
         self.state.consume_token(token)

@@ -22,8 +22,8 @@ class Matcher(Protocol):
     def is_over(self) -> bool:
         """Whether nothing may follow."""
 
-    def allowed(self) -> np.ndarray:
-        """The ids (A,) int64, ascending, that may come next; those that end a text too."""
+    def mask(self) -> np.ndarray:
+        """Which ids may come next, those that end a text too: (V,) bool, the caller's own."""
 
     def take(self, token: int) -> None:
         """An id comes, one of those that may."""
