@@ -38,7 +38,8 @@ from npllama.errors import CheckpointError, ContextError, ModelError, NpllamaErr
 from npllama.version import __version__
 
 if TYPE_CHECKING:
-    from npllama.inference import AsyncStream, Handle, Llama, Piece, Result, Session, Stream, Usage, load, load_session
+    from npllama.generation.sessions.session import Session, load_session
+    from npllama.inference import AsyncStream, Handle, Llama, Piece, Result, Stream, Usage, load
 
 __all__ = [
     "AsyncStream",
@@ -64,6 +65,10 @@ def __getattr__(name: str) -> Any:
     """Import NumPy and the rest on first use: until then the command line can already be interrupted cleanly."""
     if name not in __all__:
         raise AttributeError(f"module 'npllama' has no attribute {name!r}")
+    if name in ("Session", "load_session"):
+        from npllama.generation.sessions import session
+
+        return getattr(session, name)
     from npllama import inference
 
     return getattr(inference, name)

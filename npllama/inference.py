@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -33,20 +34,19 @@ from npllama.generation.results import ChatResult, Piece, Result, Usage
 from npllama.generation.runtime import Runtime
 from npllama.generation.sampling.sampler import Model
 from npllama.generation.scoring.calls import Scores
-from npllama.generation.sessions.session import Rules, Session, load_session
-from npllama.generation.structured.structures import Structures
-from npllama.generation.structured.vocabulary import Vocabulary
 from npllama.options import BASIC, MoreOptions, SamplingOptions
 from npllama.store.direct import open_source
 from npllama.store.opening import OpenModel, Progress
 from npllama.store.tokenizers import open_tokenizer
 from npllama.system.closing import Closing
-from npllama.text.chat.encoding import chat_prompt, checked_format
-from npllama.text.chat.formats import FORMATS
 from npllama.text.protocol import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from npllama.generation.sessions.session import Session
+    from npllama.generation.structured.constraint import Constraint
+    from npllama.generation.structured.structures import Structures
 
 __all__ = [
     "DEMO",
@@ -57,11 +57,9 @@ __all__ = [
     "Llama",
     "Piece",
     "Result",
-    "Session",
     "Stream",
     "Usage",
     "load",
-    "load_session",
 ]
 
 DEMO = Path(__file__).parent / "demo"
@@ -98,8 +96,6 @@ class Llama(Scores, Closing):
         self.runtime = Runtime(engine, opened, context, self.chunk, kv_memory, parallel)
         guess = bool(checked_flag("speculation", speculation))
         self._model = Model(self.config, tokenizer, engine.top_k, guess)
-        ends = {i for i in (*self.config.eos_token_ids, tokenizer.eos_id) if i is not None}
-        self._structures = Structures(Vocabulary(tokenizer, self.config.vocab_size, ends))
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -177,7 +173,9 @@ class Llama(Scores, Closing):
         elif left < (n_new := 0 if request.max_tokens == 0 else 1):
             raise ContextError(self._too_long(len(ids), n_new))
         n_tokens = left if request.max_tokens is None else min(request.max_tokens, left)
-        forms = self._structures.constraints(request.structure, n_tokens, request.stop, request.n)
+        forms: Sequence[Constraint | None] = [None] * request.n
+        if request.structure is not None:
+            forms = self._structures.constraints(request.structure, n_tokens, request.stop, request.n)
         jobs = [
             Completion(self._model, ids, request, n_tokens, *sight, first + i, streamed, form)
             for i, form in enumerate(forms)
@@ -188,6 +186,14 @@ class Llama(Scores, Closing):
         for job in jobs:
             job.begin()
         return jobs
+
+    @cached_property
+    def _structures(self) -> Structures:
+        from npllama.generation.structured.structures import Structures  # here, because few texts have a form
+        from npllama.generation.structured.vocabulary import Vocabulary
+
+        ends = {i for i in (*self.config.eos_token_ids, self.tokenizer.eos_id) if i is not None}
+        return Structures(Vocabulary(self.tokenizer, self.config.vocab_size, ends))
 
     def _sight(self, context_policy: str, n_keep: int) -> Sight:
         """How far back the positions of a text see."""
@@ -272,6 +278,8 @@ class Llama(Scores, Closing):
         Raises UsageError for messages that the format does not have, and for a model without a chat format.
         """
         streamed = checked_flag("stream", stream)
+        from npllama.text.chat.encoding import chat_prompt  # here, because not all programs talk
+
         prompt = chat_prompt(self._known_format(), self.tokenizer, messages, escape)
         if wrong := sorted({"echo", "bos", "eos", "n"} & options.keys()):
             raise UsageError(f"chat takes no {wrong[0]}: its chat format says what a dialog begins and ends with.")
@@ -280,6 +288,8 @@ class Llama(Scores, Closing):
 
     def _known_format(self) -> str:
         if self.chat_format is None:
+            from npllama.text.chat.formats import FORMATS
+
             raise UsageError(
                 f"this model does not say how a dialog is told to it (it may be none that talks); load it with "
                 f"chat_format=, one of {', '.join(FORMATS)}."
@@ -301,6 +311,8 @@ class Llama(Scores, Closing):
 
         seed: of all its draws, None for a random one; context_policy, n_keep: as in generate. Raises UsageError.
         """
+        from npllama.generation.sessions.session import Rules, Session  # here, because not all programs have sessions
+
         chosen, policy, kept = session_options(seed, context_policy, n_keep)
         rules = Rules(chosen, policy, kept, *self._sight(policy, kept))
         return Session(self, rules)
@@ -341,6 +353,15 @@ class Llama(Scores, Closing):
         self.runtime.close()
         self.engine.close()
         self._opened.close()
+
+
+def _format_of(opened: OpenModel, chat_format: str | None, tokenizer: Tokenizer) -> str | None:
+    """The chat format that a caller names, else the model's own."""
+    if chat_format is None:
+        return opened.chat_format
+    from npllama.text.chat.encoding import checked_format
+
+    return checked_format(chat_format, tokenizer)
 
 
 def load(
@@ -386,9 +407,17 @@ def load(
     try:
         tokenizer = _tokenizer_of(opened)
         context = _context(opened.config.max_seq_len, n_positions)
-        chat_format = opened.chat_format if chat_format is None else checked_format(chat_format, tokenizer)
         engine = Engine(opened, backend, threads, log.warning, kv_dtype, context)
-        return Llama(opened, engine, tokenizer, context, kv_memory, parallel, chat_format, speculation)
+        return Llama(
+            opened,
+            engine,
+            tokenizer,
+            context,
+            kv_memory,
+            parallel,
+            _format_of(opened, chat_format, tokenizer),
+            speculation,
+        )
     except BaseException:
         opened.close()
         raise

@@ -226,6 +226,10 @@ class SamplingOptions:
         return all(getattr(self, o.name) == o.metadata["off"] for o in OPTIONS if o.name not in BASIC)
 
 
+FORMS = ("choices", "regex", "json_schema", "grammar")
+"""Options that say what a text has to be."""
+
+
 class MoreOptions(TypedDict, total=False):
     """The options beyond the basic ones, as keywords of a call.
 

@@ -21,7 +21,8 @@ from helpers import TINY, write_model_directory, write_safetensors_checkpoint
 import npllama
 from npllama.commands import batch
 from npllama.errors import NpllamaError, UsageError
-from npllama.inference import Llama, Session
+from npllama.generation.sessions.session import Session
+from npllama.inference import Llama
 from npllama.options import MoreOptions, SamplingOptions
 
 PROMPT = "the cat"

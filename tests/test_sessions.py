@@ -15,7 +15,8 @@ from session_models import CONFIG, available, folder, ids_of, llm
 
 import npllama
 from npllama.errors import ContextError, UsageError
-from npllama.inference import Llama, Session
+from npllama.generation.sessions.session import Session
+from npllama.inference import Llama
 
 __all__ = ["folder", "llm"]  # fixtures
 

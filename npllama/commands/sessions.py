@@ -12,8 +12,8 @@ from npllama.commands.terminal import whole
 from npllama.errors import NpllamaError, UsageError
 
 if TYPE_CHECKING:
-    from npllama.generation.sessions.session import SessionStream
-    from npllama.inference import Llama, Session, Stream
+    from npllama.generation.sessions.session import Session, SessionStream
+    from npllama.inference import Llama, Stream
 
 
 def add_session(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +81,7 @@ def continuing(
 def _session(llama: Llama, args: argparse.Namespace, rules: dict[str, Any]) -> Session:
     if not os.path.lexists(args.session):
         return llama.session(args.seed, **rules)
-    from npllama.inference import load_session
+    from npllama.generation.sessions.session import load_session
 
     session = load_session(args.session, llama)
     for flag, given, own in (

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ids
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,8 +21,10 @@ from npllama.generation.sampling.logprobs import Observer, TokenLogprobs
 from npllama.generation.sampling.sampler import Model, Sampler, SamplerState
 from npllama.generation.speculation import Lookup
 from npllama.generation.streaming import StopStrings
-from npllama.generation.structured.constraint import Constraint
 from npllama.text.decoding import StreamDecoder
+
+if TYPE_CHECKING:
+    from npllama.generation.structured.constraint import Constraint
 
 MAX_UNREAD = 32
 """Pieces that a stream computes before somebody reads them."""

@@ -12,10 +12,11 @@ from npllama.generation.results import ChatResult, Piece, Result
 from npllama.generation.runtime import Runtime, raise_first_error
 from npllama.generation.scheduler import Scheduler
 from npllama.system.interrupts import Hold
-from npllama.text.chat.encoding import ChatPrompt
 
 if TYPE_CHECKING:
     import asyncio
+
+    from npllama.text.chat.encoding import ChatPrompt
 
 log = logging.getLogger("npllama")
 

@@ -7,14 +7,16 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from npllama.errors import UsageError, checked_flag, quote, whole_number
 from npllama.generation.sampling.basic import SEEDS
 from npllama.generation.sampling.sampler import LogitsProcessor
 from npllama.generation.streaming import stop_texts
-from npllama.generation.structured.structures import KINDS, Structure, checked_structure
-from npllama.options import OPTIONS, SamplingOptions, chosen_sampling
+from npllama.options import FORMS, OPTIONS, SamplingOptions, chosen_sampling
+
+if TYPE_CHECKING:
+    from npllama.generation.structured.structures import Structure
 
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int, float], object]
@@ -198,7 +200,12 @@ def _checked_more(given: dict[str, Any]) -> dict[str, Any]:
     """The fields of a request that follow from options that are not of sampling, which are taken out of those given."""
     processor = _checked_processor(given.pop("logits_processor", None))
     n_top, sampled = _checked_logprobs(given.pop("logprobs", None), given.pop("post_sampling_probs", None))
-    structure = checked_structure({kind: given.pop(kind, None) for kind in KINDS})
+    forms = {kind: value for kind in FORMS if (value := given.pop(kind, None)) is not None}
+    structure = None
+    if forms:
+        from npllama.generation.structured.structures import checked_structure  # here, because few calls need it
+
+        structure = checked_structure(forms)
     told = {"logprobs": n_top, "post_sampling_probs": sampled}
     return {"logits_processor": processor, "structure": structure, **told}
 

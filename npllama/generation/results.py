@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from npllama.generation.sampling.logprobs import TokenLogprobs
-from npllama.text.chat.marks import Escaped
+
+if TYPE_CHECKING:
+    from npllama.text.chat.marks import Escaped
 
 
 class Piece(NamedTuple):

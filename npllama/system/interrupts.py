@@ -13,11 +13,13 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import socket
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -158,6 +160,8 @@ class Ears:
 
     def _start(self) -> None:
         """A thread that listens, in each process."""
+        import socket  # here, because it imports much
+
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
         atexit.register(self._mouth.close)  # which ends the thread

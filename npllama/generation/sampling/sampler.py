@@ -6,6 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,9 +16,11 @@ from npllama.execution.top_k import Search, check_finite
 from npllama.generation.sampling.basic import PENALTY_WINDOW, Allowed, Draw, candidates, drawn, sample, uniform
 from npllama.generation.sampling.chain import Candidates, Situation, next_mu, through_steps, unsurprising
 from npllama.generation.sampling.logprobs import Chances, Observer
-from npllama.generation.structured.constraint import Constraint
 from npllama.options import SamplingOptions
 from npllama.text.protocol import Tokenizer
+
+if TYPE_CHECKING:
+    from npllama.generation.structured.constraint import Constraint
 
 LogitsProcessor = Callable[[list[int], np.ndarray], np.ndarray]
 """Called with the ids so far and the logits (V,) of the next, its own to change; gives logits, -inf for never."""

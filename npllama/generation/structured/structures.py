@@ -16,12 +16,12 @@ from npllama.generation.structured.constraint import Constraint
 from npllama.generation.structured.matcher import Matcher
 from npllama.generation.structured.schema import SEPARATORS, Shortest, check_schema, schema_of
 from npllama.generation.structured.vocabulary import Vocabulary
+from npllama.options import FORMS
 from npllama.text.protocol import check_text
 
 if TYPE_CHECKING:
     from npllama.generation.structured.grammar import GrammarMatcher
 
-KINDS = ("choices", "regex", "json_schema", "grammar")
 MAX_KEPT = 16
 """Matchers that are kept for calls to come: the least recently used go."""
 
@@ -38,15 +38,15 @@ PREFERENCES: Any = {
 
 @dataclass(frozen=True)
 class Structure:
-    """A form that a text is to have: one of KINDS, and what it was given, as text."""
+    """A form that a text is to have: one of FORMS, and what it was given, as text."""
 
     kind: str
     source: tuple[str, ...]
 
 
 def checked_structure(given: dict[str, Any]) -> Structure | None:
-    """The form that the options of a call ask for (those of KINDS that are not None). Raises UsageError."""
-    asked = [kind for kind in KINDS if given.get(kind) is not None]
+    """The form that the options of a call ask for (those of FORMS that are not None). Raises UsageError."""
+    asked = [kind for kind in FORMS if given.get(kind) is not None]
     if not asked:
         return None
     if len(asked) > 1:
@@ -76,12 +76,8 @@ class Structures:
         self._lock = threading.Lock()
         self._kept: OrderedDict[Structure, Matcher] = OrderedDict()
 
-    def constraints(
-        self, structure: Structure | None, most: int, stops: Iterable[str], n: int
-    ) -> Sequence[Constraint | None]:
-        """What n texts of at most so many ids have to be, each: see `constraint`. None: anything."""
-        if structure is None:
-            return [None] * n
+    def constraints(self, structure: Structure, most: int, stops: Iterable[str], n: int) -> Sequence[Constraint]:
+        """What n texts of at most so many ids have to be, each: see `constraint`."""
         first = self.constraint(structure, most, stops)
         return [first, *(first.copy() for _ in range(n - 1))]
 
