@@ -408,16 +408,8 @@ def load(
         tokenizer = _tokenizer_of(opened)
         context = _context(opened.config.max_seq_len, n_positions)
         engine = Engine(opened, backend, threads, log.warning, kv_dtype, context)
-        return Llama(
-            opened,
-            engine,
-            tokenizer,
-            context,
-            kv_memory,
-            parallel,
-            _format_of(opened, chat_format, tokenizer),
-            speculation,
-        )
+        told = _format_of(opened, chat_format, tokenizer)
+        return Llama(opened, engine, tokenizer, context, kv_memory, parallel, told, speculation)
     except BaseException:
         opened.close()
         raise
