@@ -41,6 +41,15 @@ class UsageError(NpllamaError, ValueError):
     """An argument is out of range or of the wrong kind."""
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def quote(foreign: object) -> str:
     """Foreign data for a message: one printable line of at most 80 characters, in quotes."""
     text = foreign if isinstance(foreign, str) else repr(foreign)

@@ -11,7 +11,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from numbers import Real
 from typing import Any, TypedDict
 
-from npllama.errors import UsageError, quote, whole_number
+from npllama.errors import UsageError, is_unicode, quote, whole_number
 
 SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
 """The steps in their order, by the names that --samplers has."""
@@ -62,7 +62,7 @@ def _texts(value: object) -> tuple[str, ...] | None:
     """Texts that are not empty; one alone may stand for a list of it."""
     value = (value,) if isinstance(value, str) else value
     found = tuple(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else (None,)
-    return found if all(isinstance(text, str) and text for text in found) else None
+    return found if all(isinstance(text, str) and text and is_unicode(text) for text in found) else None
 
 
 def _biases(value: object) -> tuple[tuple[int, float], ...] | None:

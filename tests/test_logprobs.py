@@ -63,6 +63,13 @@ def test_after_sampling_they_are_of_what_was_drawn_from(llm: Llama, options: dic
             np.testing.assert_allclose(list(chances.values()), heated / heated.sum(), atol=1e-4)
 
 
+def test_what_was_left_out_has_no_probability(llm: Llama) -> None:
+    r = llm.generate(
+        PROMPT, 6, seed=1, logprobs=40, post_sampling_probs=True, temperature=1e-4, top_k=0, top_p=1.0, min_p=0.0
+    )
+    assert all(np.isfinite([item.logprob for item in one.sampled_top]).all() for one in r.logprobs or ())
+
+
 def test_pieces_carry_them_in_a_stream_and_in_chat(llm: Llama) -> None:
     r = llm.generate(PROMPT, 10, seed=1, logprobs=1)
     pieces = [piece for piece in llm.stream(PROMPT, 10, seed=1, logprobs=1) if piece.token is not None]

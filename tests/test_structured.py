@@ -171,8 +171,13 @@ def test_json_by_a_schema_is_whole_and_valid_whatever_its_length(structures: Str
         ({"dependentRequired": {"a": ["b"]}}, "dependentRequired"),
         ({"propertyNames": {"pattern": "a"}}, "propertyNames"),
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf"),
-        ({"oneOf": [{"type": "number"}, {"type": "integer"}], "x-guidance": {"coerce_one_of": True}}, "oneOf"),
-        ({"not": {}, "x-guidance": {"lenient": True}}, '"not"'),
+        ({"oneOf": [{"type": "number"}, {"type": "integer"}], "x-guidance": {"coerce_one_of": True}}, "x-guidance"),
+        ({"items": {"x-guidance": {"lenient": True}}}, "x-guidance"),
+        ({"const": -(2**63)}, "beyond 2^53"),
+        ({"enum": [{"a": 123456789.123456789}]}, "would be written as another number"),
+        ({"const": "a\ud800"}, "half of a surrogate pair"),
+        ({"properties": {1: {}}}, "the key '1' is no text"),
+        ({"default": [[[[{"a": [[]]}]]]] * 2, "items": json.loads('{"items": ' * 120 + "{}" + "}" * 120)}, "100 deep"),
         ({"type": "string", "format": "sonnet"}, "Unknown format: sonnet"),
         ({"type": "object", "minProperties": 2, "required": ["a"]}, "minProperties: 2"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
@@ -224,6 +229,53 @@ def test_the_schema_of_a_type_is_that_of_its_fields(llm: Llama) -> None:
                 llm.generate("a", json_schema=wrong)
     with pytest.raises(UsageError, match="has no schema here"):
         llm.generate("a", json_schema=dataclasses.make_dataclass("Odd", [("x", complex)]))
+
+
+def test_what_is_no_json_or_no_schema_is_one_line(llm: Llama) -> None:
+    missing = dataclasses.make_dataclass("D", [("x", "Missing")])
+    for wrong in ({"const": float("nan")}, {"maximum": float("inf")}, {"const": 10**400}, {"const": b"x"}, missing,
+                  dataclasses.make_dataclass("D", [("x", [])]), dataclasses.make_dataclass("D", [("x", Literal[b"x"])]),
+                  type("Odd", (), {"model_json_schema": lambda: 1 / 0})):  # fmt: skip
+        with pytest.raises(UsageError, match="json_schema") as caught:
+            llm.generate("a", json_schema=wrong)
+        assert "\n" not in str(caught.value)
+    for option in ("regex", "grammar"):
+        with pytest.raises(UsageError, match="surrogate"):
+            llm.generate("a", **{option: "\ud800"})
+        with pytest.raises(UsageError, match="at most 262,144 are read"):
+            llm.generate("a", **{option: "a" * 300_000})
+    with pytest.raises(UsageError, match="more than 10,000"):
+        llm.generate("a", choices=itertools.repeat("a"))
+
+
+def test_types_of_one_name_stay_apart(llm: Llama) -> None:
+    one, other = (dataclasses.make_dataclass("Same", [(name, bool)]) for name in "xy")
+    both = dataclasses.make_dataclass("Both", [("p", one), ("q", other)])
+    found = json.loads(llm.generate("a", max_tokens=60, json_schema=both).text)
+    assert (list(found["p"]), list(found["q"])) == (["x"], ["y"])
+
+
+def test_schemas_that_refer_to_themselves_are_read_once(structures: Structures) -> None:
+    twice = {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "array", "items": {"$ref": "#/$defs/a"}}]}
+    schema = {"$ref": "#/$defs/a", "$defs": {"a": twice}}
+    for _ in range(20):
+        schema["$defs"]["a"] = {"anyOf": [schema["$defs"]["a"], {"$ref": "#/$defs/a"}]}
+    constraint = structures.constraint(checked_structure({"json_schema": schema}), 40, ())
+    assert isinstance(json.loads(walk(structures, constraint, 40, 1)), list)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"json_schema": {"type": "string", "format": "email"}},
+        {"json_schema": {"type": "string", "pattern": "^[^@]+@[a-z]+\\.com$"}},
+        {"json_schema": {"type": "array", "items": {"type": "string", "format": "date-time"}, "minItems": 2}},
+        {"regex": "(ab|ba){9}[0-9]+!"},
+        {"grammar": 'start: a "END"\na[suffix="x"]: /[a-z]+/'},
+    ],
+)
+def test_what_needs_a_search_is_found(structures: Structures, options: dict[str, Any]) -> None:
+    structures.constraint(checked_structure(options), 200, ())
 
 
 # ---------------------------------------------------------------- what fits, and what is refused
@@ -353,6 +405,13 @@ def test_what_has_to_come_is_not_asked_for(llm: Llama, monkeypatch: pytest.Monke
     assert len(r.tokens) > 12
     assert calls < 5
     assert llm.generate("Once", seed=1, json_schema=schema, logprobs=0).tokens == r.tokens
+
+
+def test_guesses_beside_what_has_to_come_leave_something_to_ask_for(llm: Llama) -> None:
+    pairs = {"type": "array", "items": {"type": "integer"}, "minItems": 2}
+    for options in ({"json_schema": pairs}, {"regex": "(ab|ba)+"}):
+        for seed in range(20):  # texts that repeat themselves, so that their next ids are guessed
+            assert llm.generate("Once", max_tokens=40, temperature=1.5, seed=seed, **options).text
 
 
 @pytest.mark.parametrize(

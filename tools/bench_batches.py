@@ -29,6 +29,7 @@ import npllama  # noqa: E402
 from npllama.generation.completion import Completion  # noqa: E402
 from npllama.generation.jobs import Job  # noqa: E402
 from npllama.inference import Llama  # noqa: E402
+from npllama.options import BASIC  # noqa: E402
 from npllama.system.machine import default_threads  # noqa: E402
 
 CONTEXT = 3072
@@ -202,7 +203,7 @@ def one_completion(
 ) -> Completion:
     """A completion as generate makes it."""
     request = npllama.generation.requests.new_request(
-        *(n, (None,) * 5, ("default", None), 1, None, False, None, None, False, (None, None))
+        *(n, dict.fromkeys(BASIC), ("default", None), 1, None, False, None, None, False)
     )
     job = kind(llm._model, prompt, request, n, llm.runtime.window, 0, index)
     job._sampler.ends.clear()

@@ -235,7 +235,8 @@ class Batching:
             self._hand(job, sequence, positions, logits[row : row + len(positions)], drawn)
             row += len(positions)
             if job.draft:
-                sequence.rewind(end - len(job.draft) + _n_right(job, end))
+                right = end - len(job.draft) + _n_right(job, end)
+                sequence.rewind(right if job.done else min(right, len(job.ids) - 1))  # logits of the last are wanted
                 job.draft = []
             sequence.written(job.ids)
             if job.cancelled:

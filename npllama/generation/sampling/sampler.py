@@ -179,6 +179,7 @@ class Sampler:
 
     def _note(self, ids: np.ndarray, weights: np.ndarray) -> None:
         if self._observer is not None and self._observer.sampled:
+            ids, weights = ids[weights > 0], weights[weights > 0]
             self.chances = Chances(ids, weights / weights.sum())
 
     def _draw(self, chosen: Candidates, key: tuple[int, int, int]) -> int:

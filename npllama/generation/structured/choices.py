@@ -46,5 +46,14 @@ class ChoiceMatcher:
 
     def closing(self, token: int | None, old: Sequence[int], most: int) -> list[int] | None:
         left = self.left if token is None else self._behind(token)
-        found = [[*ids] for ids in map(self._vocabulary.fewest, left) if ids is not None and len(ids) <= most]
-        return min(found, key=len, default=None)
+        found: list[int] | None = None
+        for text in sorted(left, key=len):
+            if found is not None and len(text) >= len(found) * self._vocabulary.longest:
+                break
+            ids = self._vocabulary.fewest(text)
+            if ids is not None and len(ids) <= most and (found is None or len(ids) < len(found)):
+                found = list(ids)
+        return found
+
+    def completes(self, ids: Sequence[int]) -> bool:
+        return b"".join([self._vocabulary.pieces[i] for i in ids]) in self.left

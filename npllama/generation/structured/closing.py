@@ -7,7 +7,7 @@ short and need not be the shortest, and what it does not find may exist. `by_ids
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -16,17 +16,28 @@ from npllama.generation.structured.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-FIRST = b'"a}]0:,'
-"""Bytes that are tried first: they close what JSON opens, or are the shortest values and letters."""
+FIRST = b'"a@.}]0:,-/ '
+"""Bytes that are tried first: they close what JSON opens, are the shortest values, or stand between parts."""
 
-MAX_STATES = 400
+MAX_STATES = 1500
 """States of the matcher that a search looks at."""
 
-BYTES_PER_DETOUR = 8
+BYTES_PER_DETOUR = 16
 """A search tries one detour (a byte that is not its first choice) before so many more bytes of the path it is on."""
 
 MAX_IDS, MAX_WIDTH = 64, 24
 """Ids that a search by ids tries behind a state, and states that it goes on from: beyond that it is not exact."""
+
+
+class _Branch(NamedTuple):
+    """A state of the matcher, the bytes up to there, the bytes that are left to try, and what came of those tried."""
+
+    cost: int
+    order: int
+    state: LLMatcher
+    text: bytes
+    left: list[int]
+    masks: set[bytes]
 
 
 class ClosingSearch:
@@ -46,36 +57,36 @@ class ClosingSearch:
 
         Of bytes behind which the same ids may come, one is tried; the same byte twice in a row comes last.
         """
-        seen: set[tuple[int, bytes]] = set()
-        parent = -1
-        state: LLMatcher | None = matcher.deep_copy()
-        text, cost, n = b"", 0, 0
-        heap: list[tuple[int, int, LLMatcher, bytes, list[int], int]] = []
-        for count in range(MAX_STATES):
-            if state is not None:
-                text += self._follow(state) or b""
-                if state.is_accepting():
-                    return text
-                key = parent, state.compute_bitmask()
-                if key not in seen and (nexts := self._next(key[1], text[-1:])):
-                    seen.add(key)
-                    heapq.heappush(heap, (cost + 1, count, state, text, nexts, 0))
+        first = matcher.deep_copy()
+        text = self._follow(first)
+        if first.is_accepting():
+            return text
+        heap = [_Branch(0, 0, first, text, self._next(first.compute_bitmask(), text[-1:]), set())]
+        for count in range(1, MAX_STATES):
             if not heap:
                 return None
-            cost, parent, before, text, nexts, n = heapq.heappop(heap)
-            if n + 1 < len(nexts):
-                heapq.heappush(heap, (cost + BYTES_PER_DETOUR, parent, before, text, nexts, n + 1))
-            state = before.deep_copy()
-            if not state.consume_token(int(self._ids[nexts[n]])):
-                state = None
-            text += self._bytes[nexts[n]]
+            branch = heapq.heappop(heap)
+            if not branch.left:
+                continue
+            n = branch.left.pop(0)
+            state, is_new = branch.state.deep_copy(), False
+            if state.consume_token(int(self._ids[n])):
+                text = branch.text + self._bytes[n] + self._follow(state)
+                if state.is_accepting():
+                    return text
+                mask = state.compute_bitmask()
+                is_new = mask not in branch.masks
+            if is_new:
+                branch.masks.add(mask)
+                heapq.heappush(heap, _Branch(branch.cost + 1, count, state, text, self._next(mask, text[-1:]), set()))
+            heapq.heappush(heap, branch._replace(cost=branch.cost + (BYTES_PER_DETOUR if is_new else 0), order=count))
         return None
 
-    def _follow(self, state: LLMatcher) -> bytes | None:
-        """Let a state go on with the bytes that have to come; None where there are none."""
+    def _follow(self, state: LLMatcher) -> bytes:
+        """Let a state go on with the bytes that have to come, which are returned."""
         forced: bytes = b"" if state.is_accepting() else state.compute_ff_bytes()
         ids = self._vocabulary.fewest(forced) if forced else None
-        return forced if ids is not None and state.consume_tokens(list(ids)) else None
+        return forced if ids is not None and state.consume_tokens(list(ids)) else b""
 
     def _next(self, mask: bytes, last: bytes) -> list[int]:
         """Which of the single bytes a mask allows, by number, in the order of trying; the latest one comes last."""
@@ -93,7 +104,7 @@ class ClosingSearch:
         states = 0
         for _ in range(most):
             states += len(level)
-            if not level or states > MAX_STATES:
+            if not level or states > MAX_STATES // 3:
                 return None
             following = []
             for state, text, ids in level:

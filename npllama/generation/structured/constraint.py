@@ -22,7 +22,8 @@ class Constraint:
         self._stops = [stop.encode("utf-8", "surrogatepass") for stop in stops]
         self._reach = max(map(len, self._stops), default=1) - 1
         self._tail = b""
-        self.forced = list(matcher.forced())
+        self.forced: list[int] = []
+        self._look_ahead()
 
     def copy(self) -> Constraint:
         """The same for another text, before anything was taken."""
@@ -62,13 +63,25 @@ class Constraint:
                 self._check_stops()
                 return "stop"
             self.overruled.add("stop")
-        closing = self._matcher.closing(token, self.closing, left - 1)
+        closing = self._closing_behind(token, left - 1)
         if closing is None:
             return "full"
         self._matcher.take(token)
         self.closing, self._tail = closing, tail[len(tail) - min(len(tail), self._reach) :]
-        self.forced = self.forced[1:] or list(self._matcher.forced())
+        self.forced = self.forced[1:]
+        if not self.forced:
+            self._look_ahead()
         return "over" if self._matcher.is_over else None
+
+    def _closing_behind(self, token: int, most: int) -> list[int] | None:
+        if self.forced and self._forced_closes and len(self.forced) - 1 <= most:
+            return self.forced[1:]
+        return self._matcher.closing(token, self.closing, most)
+
+    def _look_ahead(self) -> None:
+        """Which ids have to come next, and whether they complete the text."""
+        self.forced = list(self._matcher.forced())
+        self._forced_closes = bool(self.forced) and self._matcher.completes(self.forced)
 
     def _check_stops(self) -> None:
         """Say so where what closes the text has a stop string in it."""

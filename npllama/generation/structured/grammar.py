@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from npllama.errors import UsageError
 from npllama.generation.structured.closing import ClosingSearch
 from npllama.generation.structured.vocabulary import Vocabulary
 
@@ -36,7 +37,8 @@ class GrammarMatcher:
         return np.unpackbits(bits, count=self._vocabulary.vocab_size, bitorder="little").view(bool)
 
     def take(self, token: int) -> None:
-        self.state.consume_token(token)
+        if not self.state.consume_token(token):
+            raise UsageError(f"the form of the text cannot be followed: {reason(self.state)}; change it.")
 
     def forced(self) -> Sequence[int]:
         if self.state.is_accepting():  # it may end instead
@@ -45,7 +47,6 @@ class GrammarMatcher:
         return ids if ids and self.state.validate_tokens(ids) == len(ids) else ()
 
     def completes(self, ids: Sequence[int]) -> bool:
-        """Whether the text is complete with these ids behind it."""
         ended = [*ids, self._vocabulary.ends[0]]
         return bool(self.state.validate_tokens(ended) == len(ended))
 
@@ -71,6 +72,12 @@ class GrammarMatcher:
         if ids is not None and len(ids) <= most and self.completes([*before, *ids]):
             return list(ids)
         return None
+
+
+def reason(state: LLMatcher) -> str:
+    """What a matcher says is wrong, in one short line; nothing where nothing is."""
+    said: str = state.get_error() or "; ".join(state.get_grammar_warnings())
+    return " ".join(said.split())[:300]
 
 
 def new_tokenizer(vocabulary: Vocabulary) -> LLTokenizer:

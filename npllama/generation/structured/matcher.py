@@ -31,6 +31,9 @@ class Matcher(Protocol):
     def forced(self) -> Sequence[int]:
         """The ids that write what has to come next in any case, perhaps none."""
 
+    def completes(self, ids: Sequence[int]) -> bool:
+        """Whether the text is complete with these ids behind it."""
+
     def closing(self, token: int | None, old: Sequence[int], most: int) -> list[int] | None:
         """At most so many ids that complete the text behind an id (None: as it is), or None where none are found.
 

@@ -8,13 +8,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from npllama.errors import UsageError, quote
 from npllama.generation.structured.choices import ChoiceMatcher
 from npllama.generation.structured.constraint import Constraint
 from npllama.generation.structured.matcher import Matcher
-from npllama.generation.structured.schema import SEPARATORS, Shortest, check_schema, schema_of
+from npllama.generation.structured.schema import SEPARATORS, Shortest, literals, schema_of
 from npllama.generation.structured.vocabulary import Vocabulary
 from npllama.options import FORMS
 from npllama.text.protocol import check_text
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 MAX_KEPT = 16
 """Matchers that are kept for calls to come: the least recently used go."""
+
+MAX_CHOICES, MAX_LITERALS, MAX_SOURCE = 10_000, 1000, 1 << 18
+"""Texts to choose from; numbers with a fraction that are looked at; characters of a pattern, grammar or schema."""
 
 PREFERENCES: Any = {
     "whitespace_flexible": False,
@@ -53,19 +57,39 @@ def checked_structure(given: dict[str, Any]) -> Structure | None:
         raise UsageError(f"{asked[0]}= and {asked[1]}= both say what the text is to be; give one of them.")
     kind, value = asked[0], given[asked[0]]
     if kind == "choices":
-        texts = tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict)) else ()
+        listed = isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict))
+        texts = tuple(islice(value, MAX_CHOICES + 1)) if listed else ()
+        if len(texts) > MAX_CHOICES:
+            raise UsageError(f"choices: are more than {MAX_CHOICES:,}; a regex or a grammar says the same shorter.")
         if not texts or not all(isinstance(text, str) for text in texts):
             raise UsageError(f"choices={quote(value)}: needs a list of at least one text.")
-        return Structure(kind, tuple(map(check_text, texts)))
+        _short(kind, "".join(map(check_text, texts)))
+        return Structure(kind, texts)
     if kind == "json_schema":
-        schema = schema_of(value)
-        check_schema(schema)
-        return Structure(kind, (json.dumps(schema),))
+        return Structure(kind, (_short(kind, json.dumps(schema_of(value))),))
     if not isinstance(value, str) or not value:
         raise UsageError(
             f"{kind}={quote(value)}: needs text, {'a Lark grammar' if kind == 'grammar' else 'a pattern'}."
         )
-    return Structure(kind, (value,))
+    return Structure(kind, (_short(kind, check_text(value)),))
+
+
+def _short(kind: str, source: str) -> str:
+    """The same text; UsageError for one that would take long to read."""
+    if len(source) > MAX_SOURCE:
+        raise UsageError(f"{kind}: has {len(source):,} characters; at most {MAX_SOURCE:,} are read.")
+    return source
+
+
+def _of_schema(source: str) -> str:
+    """A schema as llguidance's grammar. Raises UsageError for JSON that its reader does not bear."""
+    from llguidance import LLMatcher
+
+    try:
+        found: str = LLMatcher.grammar_from_json_schema(source, overrides=PREFERENCES)
+    except ValueError as error:
+        raise UsageError(f"json_schema cannot be followed: {quote(str(error))}; change it.") from error
+    return found
 
 
 class Structures:
@@ -88,12 +112,12 @@ class Structures:
         text that fits into so many ids was found.
         """
         with self._lock:
-            matcher = self._kept.pop(structure, None)
-            matcher = self._kept[structure] = matcher or self._matcher(structure)
+            kept = self._kept.pop(structure, None) or self._matcher(structure)
+            self._kept[structure] = kept
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
-            matcher = matcher.copy()
-            found = matcher.closing(None, (), most), self._shortest(structure, matcher)
+            matcher = kept.copy()
+        found = matcher.closing(None, (), most), self._shortest(structure, matcher)
         closing = min((ids for ids in found if ids is not None), key=len, default=None)
         if closing is None or len(closing) > most:
             raise UsageError(
@@ -117,7 +141,7 @@ class Structures:
             raise UsageError("this model has no id that ends a text; a regex, schema or grammar needs one.")
         return new_tokenizer(self._vocabulary), ClosingSearch(self._vocabulary)
 
-    def _of_llguidance(self, structure: Structure) -> GrammarMatcher:
+    def _of_llguidance(self, structure: Structure, check: bool = True) -> GrammarMatcher:
         kind, source = structure.kind, structure.source[0]
         try:
             from llguidance import LLMatcher  # here, because it is an extra
@@ -125,20 +149,30 @@ class Structures:
             raise UsageError(
                 f"{kind}= needs the package llguidance, which is not here: pip install 'npllama[structured]'."
             ) from error
-        from npllama.generation.structured.grammar import GrammarMatcher
+        from npllama.generation.structured.grammar import GrammarMatcher, reason
 
         tokenizer, search = self._tools
-        if kind == "regex":
-            compiled = LLMatcher.grammar_from_regex(source)
-        elif kind == "grammar":
-            compiled = LLMatcher.grammar_from_lark(source)
-        else:
-            compiled = LLMatcher.grammar_from_json_schema(source, overrides=PREFERENCES)
-        state = LLMatcher(tokenizer, compiled, log_level=0)
-        said = state.get_error() or "; ".join(state.get_grammar_warnings())
+        make = {"regex": LLMatcher.grammar_from_regex, "grammar": LLMatcher.grammar_from_lark}.get(kind, _of_schema)
+        state = LLMatcher(tokenizer, make(source), log_level=0)
+        probe = state.deep_copy()
+        probe.compute_bitmask()  # some limits show only here
+        said = reason(state) or reason(probe)
         if said:
-            raise UsageError(f"{kind} cannot be followed: {' '.join(said.split())[:300]}; change it.")
-        return GrammarMatcher(self._vocabulary, search, state)
+            raise UsageError(f"{kind} cannot be followed: {said}; change it.")
+        matcher = GrammarMatcher(self._vocabulary, search, state)
+        if kind == "json_schema" and check:
+            self._check_literals(json.loads(source))
+        return matcher
+
+    def _check_literals(self, schema: Any) -> None:
+        """Refuse numbers that would be written as others."""
+        for value in islice(literals(schema), MAX_LITERALS):
+            alone = self._of_llguidance(Structure("json_schema", (json.dumps({"enum": [value, None]}),)), False)
+            ids = self._vocabulary.fewest(json.dumps(value, ensure_ascii=False, separators=SEPARATORS).encode())
+            if ids is None or not alone.completes(ids):
+                raise UsageError(
+                    f"json_schema cannot be followed: {quote(value)} would be written as another number; change it."
+                )
 
     def _shortest(self, structure: Structure, matcher: Matcher) -> list[int] | None:
         """The closing of an empty text that follows from a schema alone."""
