@@ -248,6 +248,11 @@ def test_what_is_no_json_or_no_schema_is_one_line(llm: Llama) -> None:
         llm.generate("a", choices=itertools.repeat("a"))
 
 
+def test_numbers_with_a_fraction_are_written_as_they_are(llm: Llama) -> None:
+    for value in (-2.0, 0.1, [1.5, {"a": 3.0}]):
+        assert json.loads(llm.generate("a", json_schema={"enum": [value]}).text) == value
+
+
 def test_types_of_one_name_stay_apart(llm: Llama) -> None:
     one, other = (dataclasses.make_dataclass("Same", [(name, bool)]) for name in "xy")
     both = dataclasses.make_dataclass("Both", [("p", one), ("q", other)])

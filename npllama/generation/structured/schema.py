@@ -120,6 +120,15 @@ def literals(schema: Any) -> Iterator[Any]:
                 yield from literals(value)
 
 
+def whole(value: Any) -> Any:
+    """The same value, 2.0 as 2."""
+    if isinstance(value, dict):
+        return {key: whole(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [whole(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 

@@ -15,7 +15,7 @@ from npllama.errors import UsageError, quote
 from npllama.generation.structured.choices import ChoiceMatcher
 from npllama.generation.structured.constraint import Constraint
 from npllama.generation.structured.matcher import Matcher
-from npllama.generation.structured.schema import SEPARATORS, Shortest, literals, schema_of
+from npllama.generation.structured.schema import SEPARATORS, Shortest, literals, schema_of, whole
 from npllama.generation.structured.vocabulary import Vocabulary
 from npllama.options import FORMS
 from npllama.text.protocol import check_text
@@ -168,8 +168,9 @@ class Structures:
         """Refuse numbers that would be written as others."""
         for value in islice(literals(schema), MAX_LITERALS):
             alone = self._of_llguidance(Structure("json_schema", (json.dumps({"enum": [value, None]}),)), False)
-            ids = self._vocabulary.fewest(json.dumps(value, ensure_ascii=False, separators=SEPARATORS).encode())
-            if ids is None or not alone.completes(ids):
+            texts = [json.dumps(one, ensure_ascii=False, separators=SEPARATORS) for one in (value, whole(value))]
+            found = [self._vocabulary.fewest(text.encode()) for text in texts]
+            if not any(ids is not None and alone.completes(ids) for ids in found):
                 raise UsageError(
                     f"json_schema cannot be followed: {quote(value)} would be written as another number; change it."
                 )
