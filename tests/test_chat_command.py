@@ -57,7 +57,7 @@ def test_the_formats_stop_ids_end_an_answer(llm: Llama, monkeypatch: pytest.Monk
     tokens = llm.chat([USER], max_tokens=12, temperature=0).result.tokens
     prompt = chat_prompt(FORMAT, llm.tokenizer, [USER])
     ends = dataclasses.replace(prompt, stop_ids=frozenset({tokens[5]}))
-    monkeypatch.setattr("npllama.inference.chat_prompt", lambda *rest: ends)
+    monkeypatch.setattr("npllama.text.chat.encoding.chat_prompt", lambda *rest: ends)
     answer = llm.chat([USER], max_tokens=12, temperature=0)
     assert answer.finish_reason == "stop"
     assert answer.result.tokens == tokens[: tokens.index(tokens[5])]
