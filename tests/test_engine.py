@@ -233,6 +233,7 @@ def test_quantized_models_give_the_same_bits_in_both_executions(dtype: str, kv_d
 
 
 @needs_numba
+@SLOW
 @pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
 def test_a_narrow_cache_gives_the_same_in_both_executions(kv_dtype: str, opened: OpenModel) -> None:
     compiled, plain = (Engine(opened, backend, kv_dtype=kv_dtype) for backend in ("numba", "numpy"))

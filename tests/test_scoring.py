@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,18 @@ def test_many_scores_are_those_of_each_alone(llm: Llama) -> None:
         np.testing.assert_allclose(found.logprobs, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "count"), [("f32", 300), ("q8", 1000), ("q4", 300)])
+# Compiled these are slow; NumPy has nothing to compile.
+SLOW = (
+    ()
+    if os.environ.get("NPLLAMA_BACKEND") == "numpy"
+    else (pytest.mark.slow("compile a model again, several times or for another format of the cache"),)
+)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count"),
+    [("f32", 300), pytest.param("q8", 1000, marks=SLOW), pytest.param("q4", 300, marks=SLOW)],
+)
 def test_many_prompts_in_company_give_what_each_gives_alone(dtype: str, count: int, tmp_path: Path) -> None:
     """To the bit with quantized weights, whose products do not depend on how many rows there are."""
     write_any_model(tmp_path / "model", dtype)
