@@ -93,7 +93,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_safetensors_checkpoint(folder / "checkpoint")
     (folder / "text").write_text("a dog\nthe cat")
     (folder / "lines").write_text(
-        '{"prompt": "a", "max_tokens": 50, "temperature": 0}\n{"prompt": "b", "max_tokens": 1}\n'
+        # The first takes long enough to end after the second, whatever else the machine does.
+        '{"prompt": "a", "max_tokens": 600, "temperature": 0, "context_policy": "slide", "logit_bias": {"2": -99}}\n'
+        '{"prompt": "b", "max_tokens": 1}\n'
     )
     (folder / "wrong lines").write_text('{"prompt": "a", "n": 3}\n')
     (folder / "dialog").write_text('[{"role": "user", "content": "a dog"}]')
