@@ -231,6 +231,17 @@ def test_the_schema_of_a_type_is_that_of_its_fields(llm: Llama) -> None:
         llm.generate("a", json_schema=dataclasses.make_dataclass("Odd", [("x", complex)]))
 
 
+@pytest.mark.parametrize("step", [lambda to: to, lambda to: {"type": "array", "items": to}], ids=["alone", "nested"])
+def test_a_chain_of_references_is_read_or_refused(llm: Llama, step: Callable[[Any], Any]) -> None:
+    def chain(n: int) -> dict[str, Any]:
+        steps = {f"a{i}": step({"$ref": f"#/$defs/a{i + 1}"}) for i in range(n)}
+        return {"$ref": "#/$defs/a0", "$defs": {**steps, f"a{n}": {"const": 1}}}
+
+    assert llm.generate("a", max_tokens=60, json_schema=chain(25)).text
+    with pytest.raises(UsageError, match="with its references it is nested more than 100 deep"):
+        llm.generate("a", json_schema=chain(3000))
+
+
 def test_what_is_no_json_or_no_schema_is_one_line(llm: Llama) -> None:
     missing = dataclasses.make_dataclass("D", [("x", "Missing")])
     for wrong in ({"const": float("nan")}, {"maximum": float("inf")}, {"const": 10**400}, {"const": b"x"}, missing,

@@ -21,7 +21,7 @@ SEPARATORS = (", ", ": ")
 """Between items, and behind a key: those of Python's json, which models have read most often."""
 
 MAX_DEPTH = 100
-"""How deep a schema may be nested: llguidance's reader of JSON bears 128."""
+"""How deep a schema may be nested, with its references too: llguidance reads 128, and its stack bears some hundreds."""
 
 MAX_SHORTEST = 1 << 14
 """Bytes of the shortest JSON; what is longer is left to a search."""
@@ -63,6 +63,7 @@ def _checked(schema: object) -> dict[str, Any]:
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
         _check(schema, 0)
+        _check_references(schema, schema, 0, set())
     except (TypeError, ValueError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise
@@ -105,6 +106,33 @@ def _check(schema: Any, depth: int) -> None:
         raise _refused(f"a text in it has the character {found[0]}, which would not be written")
     for value in schema.values():
         _check(value, depth + 1)
+
+
+def _check_references(root: dict[str, Any], schema: Any, depth: int, known: set[str]) -> None:
+    """Refuse what is nested too deep with its references, each followed where it comes first, as llguidance does."""
+    if depth > MAX_DEPTH:
+        raise _refused(f"with its references it is nested more than {MAX_DEPTH} deep")
+    if isinstance(schema, list):
+        for one in schema:
+            _check_references(root, one, depth + 1, known)
+    if not isinstance(schema, dict):
+        return
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference not in known:
+        known.add(reference)
+        _check_references(root, referred(root, reference), depth + 1, known)
+    for word, value in schema.items():
+        if word not in ("$defs", "definitions"):
+            _check_references(root, value, depth + 1, known)
+
+
+def referred(root: dict[str, Any], reference: str) -> Any:
+    """What a reference into the same schema means; None for any other."""
+    found: Any = root if reference.startswith("#") else None
+    for step in reference[1:].split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        found = found.get(step) if isinstance(found, dict) else None
+    return found
 
 
 def literals(schema: Any) -> Iterator[Any]:
@@ -227,18 +255,9 @@ class Shortest:
             if word in schema and (word != "allOf" or len(schema[word]) == 1):
                 return self._best(self._of(one) for one in schema[word])
         if "$ref" in schema:
-            return self._of(self._resolved(schema["$ref"]))
+            return self._of(referred(self._root, schema["$ref"]))
         kinds = schema.get("type", list(_WRITERS))
         return self._best(_WRITERS[kind](self, schema) for kind in ([kinds] if isinstance(kinds, str) else kinds))
-
-    def _resolved(self, reference: object) -> Any:
-        found: Any = self._root
-        if not isinstance(reference, str) or not reference.startswith("#"):
-            return None
-        for step in reference[1:].split("/")[1:]:
-            step = step.replace("~1", "/").replace("~0", "~")
-            found = found.get(step) if isinstance(found, dict) else None
-        return found
 
     def _object(self, schema: dict[str, Any]) -> str | None:
         properties, required = schema.get("properties", {}), schema.get("required", [])
