@@ -277,9 +277,9 @@ class Llama(Scores, Closing):
         `generate` but echo, bos, eos and n. A next turn reads only what is new.
         Raises UsageError for messages that the format does not have, and for a model without a chat format.
         """
-        streamed = checked_flag("stream", stream)
         from npllama.text.chat.encoding import chat_prompt  # here, because not all programs talk
 
+        streamed = checked_flag("stream", stream)
         prompt = chat_prompt(self._known_format(), self.tokenizer, messages, escape)
         if wrong := sorted({"echo", "bos", "eos", "n"} & options.keys()):
             raise UsageError(f"chat takes no {wrong[0]}: its chat format says what a dialog begins and ends with.")

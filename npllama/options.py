@@ -226,6 +226,7 @@ class SamplingOptions:
         return all(getattr(self, o.name) == o.metadata["off"] for o in OPTIONS if o.name not in BASIC)
 
 
+MAX_LOGPROBS = 1000
 FORMS = ("choices", "regex", "json_schema", "grammar")
 """Options that say what a text has to be."""
 

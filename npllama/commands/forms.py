@@ -9,18 +9,15 @@ from typing import TYPE_CHECKING, Any
 from npllama.commands.terminal import say, text, whole
 from npllama.commands.texts import argument_bytes, decoded, of_a_file, read_file
 from npllama.errors import UsageError
+from npllama.options import MAX_LOGPROBS
 
 if TYPE_CHECKING:
     from npllama.generation.sampling.logprobs import TokenLogprobs
     from npllama.inference import Result
 
-TEXTS = {
-    **dict.fromkeys(("--choice",), "--choice"),
-    **dict.fromkeys(("--regex",), "--regex"),
-    **dict.fromkeys(("-j", "--json-schema"), "--json-schema"),
-    **dict.fromkeys(("--grammar",), "--grammar"),
-}
+TEXTS = {name: name for name in ("--choice", "--regex", "--json-schema", "--grammar")} | {"-j": "--json-schema"}
 """Options whose value is text, also where it begins with a dash, and their long names."""
+MAX_SCHEMA_BYTES = 1 << 24
 
 
 def add_forms(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +34,8 @@ def add_forms(parser: argparse.ArgumentParser) -> None:
 def add_logprobs(parser: argparse.ArgumentParser) -> None:
     """The options that ask how probable the tokens of a text were."""
     parser.add_argument(
-        "--logprobs", metavar="K", type=whole(0, 1000), help="with --json or --jsonl: tell how probable each token "
-        "was, and the K most probable ones"
+        "--logprobs", metavar="K", type=whole(0, MAX_LOGPROBS), help="with --json or --jsonl: tell how probable each "
+        "token was, and the K most probable ones"
     )  # fmt: skip
     parser.add_argument(
         "--post-sampling-probs", action="store_true", help="with --logprobs: after the steps of sampling too"
@@ -47,9 +44,6 @@ def add_logprobs(parser: argparse.ArgumentParser) -> None:
 
 def form_of(args: argparse.Namespace, escape: bool = False) -> dict[str, Any]:
     """The options of a call that the arguments ask for. Raises UsageError for two forms, or a schema that is none."""
-    from npllama.generation.structured.structures import checked_structure
-    from npllama.system import strict_json
-
     found: dict[str, Any] = {}
     for name in ("json_schema", "grammar"):
         given, file = getattr(args, name), getattr(args, f"{name}_file")
@@ -60,16 +54,18 @@ def form_of(args: argparse.Namespace, escape: bool = False) -> dict[str, Any]:
         elif file is not None:
             found[name] = decoded(of_a_file(read_file(file)), file, False)
     if "json_schema" in found:
-        found["json_schema"] = strict_json.parse_object(found["json_schema"].encode(), MAX_SCHEMA_BYTES)
+        from npllama.system.strict_json import parse_object
+
+        found["json_schema"] = parse_object(found["json_schema"].encode(), MAX_SCHEMA_BYTES)
     if args.choice is not None:
         found["choices"] = [decoded(argument_bytes(one), "--choice", escape) for one in args.choice]
     if args.regex is not None:
         found["regex"] = decoded(argument_bytes(args.regex), "--regex", False)
-    checked_structure(found)
+    if found:
+        from npllama.generation.structured.structures import checked_structure  # here, because few calls need it
+
+        checked_structure(found)
     return found
-
-
-MAX_SCHEMA_BYTES = 1 << 24
 
 
 def logprobs_of(args: argparse.Namespace) -> dict[str, Any]:

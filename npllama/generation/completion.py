@@ -123,8 +123,7 @@ class Completion(Job):
         self._started = time.perf_counter()
         before = "".join([self._decoder.push(i) for i in self.ids])  # the text depends on what it continues
         if self._constraint is not None:  # but one of a given form begins with whatever that says, a space too
-            before += self._decoder.finish()
-            self._decoder = self._decoder.behind()
+            before += self._decoder.finish(inside=True)
         if self._request.echo and before:
             self._emit(Piece(before, None))
 

@@ -13,7 +13,7 @@ from npllama.errors import UsageError, checked_flag, quote, whole_number
 from npllama.generation.sampling.basic import SEEDS
 from npllama.generation.sampling.sampler import LogitsProcessor
 from npllama.generation.streaming import stop_texts
-from npllama.options import FORMS, OPTIONS, SamplingOptions, chosen_sampling
+from npllama.options import FORMS, MAX_LOGPROBS, OPTIONS, SamplingOptions, chosen_sampling
 
 if TYPE_CHECKING:
     from npllama.generation.structured.structures import Structure
@@ -24,7 +24,6 @@ Progress = Callable[[int, int, float], object]
 POLICIES = ("stop", "slide")
 """What happens where the context is full."""
 MAX_COMPLETIONS = 1024
-MAX_LOGPROBS = 1000
 
 
 @dataclass(frozen=True)

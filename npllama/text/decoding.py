@@ -19,11 +19,10 @@ class StreamDecoder:
     long the text is.
     """
 
-    def __init__(self, tokenizer: Tokenizer, inside: bool = False) -> None:
-        """inside: the ids go on right behind other text."""
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._breaks = tokenizer.breaks
-        self._at_start = not inside
+        self._at_start = True
         self._utf8 = _Utf8(_errors(tokenizer))
 
     def push(self, token: int) -> str:
@@ -33,14 +32,10 @@ class StreamDecoder:
             piece, self._at_start = self._tokenizer.first_piece(token)
         return self._text(piece, final=token in self._breaks)
 
-    def finish(self) -> str:
-        """What was held back; the next push starts another text."""
-        self._at_start = True
+    def finish(self, inside: bool = False) -> str:
+        """What was held back; the next push starts another text, which may stand right behind this one: inside."""
+        self._at_start = not inside
         return self._text(b"", final=True)
-
-    def behind(self) -> StreamDecoder:
-        """One for ids that go on right behind this text, and whose own text does not depend on it."""
-        return StreamDecoder(self._tokenizer, inside=True)
 
     def _text(self, data: bytes, final: bool) -> str:
         return _replaced(self._utf8.decode(data, final))

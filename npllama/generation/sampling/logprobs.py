@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ class TokenLogprobs:
 
 
 class Chances(NamedTuple):
-    """What an id was drawn from: ids (C,) and their probabilities (C,)."""
+    """What an id was drawn from: ids (C,) and their probabilities (C,), none of them 0."""
 
     ids: np.ndarray
     probabilities: np.ndarray
@@ -59,11 +59,10 @@ class Observer:
         if chances is None or not self.sampled:
             return found
         order = np.argsort(-chances.probabilities, kind="stable")[: self._n_top]
-        with np.errstate(divide="ignore"):
-            kept = np.log(chances.probabilities)
+        kept = np.log(chances.probabilities)
         chosen = float(kept[np.flatnonzero(chances.ids == token)[0]])
         top = self._alternatives(chances.ids[order], kept[order])
-        return TokenLogprobs(found.token, found.text, found.bytes, found.logprob, found.top, chosen, top)
+        return replace(found, sampled_logprob=chosen, sampled_top=top)
 
     def unasked(self, token: int) -> TokenLogprobs:
         """Of an id that the model was not asked about."""

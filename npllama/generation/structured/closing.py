@@ -25,8 +25,8 @@ MAX_STATES = 1500
 BYTES_PER_DETOUR = 16
 """A search tries one detour (a byte that is not its first choice) before so many more bytes of the path it is on."""
 
-MAX_IDS, MAX_WIDTH = 64, 24
-"""Ids that a search by ids tries behind a state, and states that it goes on from: beyond that it is not exact."""
+MAX_IDS, MAX_WIDTH, MAX_BY_IDS = 64, 24, 500
+"""Of a search by ids: ids behind a state, states it goes on from (beyond these it is not exact), states in all."""
 
 
 class _Branch(NamedTuple):
@@ -90,9 +90,7 @@ class ClosingSearch:
 
     def _next(self, mask: bytes, last: bytes) -> list[int]:
         """Which of the single bytes a mask allows, by number, in the order of trying; the latest one comes last."""
-        bits = np.frombuffer(mask, np.uint8)
-        found: list[int] = np.flatnonzero(bits[self._ids >> 3] >> (self._ids & 7) & 1).tolist()
-        return sorted(found, key=lambda n: self._bytes[n] == last)
+        return sorted(_allowed(mask, self._ids).tolist(), key=lambda n: self._bytes[n] == last)
 
     def by_ids(self, matcher: LLMatcher, most: int) -> list[int] | None:
         """The fewest ids that complete the text, at most so many: of all that may come where those are few."""
@@ -104,7 +102,7 @@ class ClosingSearch:
         states = 0
         for _ in range(most):
             states += len(level)
-            if not level or states > MAX_STATES // 3:
+            if not level or states > MAX_BY_IDS:
                 return None
             following = []
             for state, text, ids in level:
@@ -123,10 +121,15 @@ class ClosingSearch:
 
     def _promising(self, state: LLMatcher) -> list[int]:
         """The ids that write something and may come; of many the longest ones and the single bytes."""
-        bits = np.frombuffer(mask := state.compute_bitmask(), np.uint8)
-        order = self._longest_first
-        ids = order[np.flatnonzero(bits[order >> 3] >> (order & 7) & 1)]
+        mask = state.compute_bitmask()
+        ids = self._longest_first[_allowed(mask, self._longest_first)]
         if len(ids) > MAX_IDS:
             return [*ids[: MAX_IDS // 4].tolist(), *self._ids[self._next(mask, b"")][:MAX_IDS].tolist()]
         found: list[int] = ids.tolist()
         return found
+
+
+def _allowed(mask: bytes, ids: np.ndarray) -> np.ndarray:
+    """Which of some ids, by their index, a mask of a bit for each id allows."""
+    bits = np.frombuffer(mask, np.uint8)
+    return np.flatnonzero(bits[ids >> 3] >> (ids & 7) & 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from typing import Literal
 
 import numpy as np
@@ -27,8 +28,7 @@ class Constraint:
 
     def copy(self) -> Constraint:
         """The same for another text, before anything was taken."""
-        twin = Constraint.__new__(Constraint)
-        twin.__dict__.update(self.__dict__)
+        twin = copy(self)
         twin._matcher, twin.overruled = self._matcher.copy(), set()
         twin.closing, twin.forced, twin._ends = list(self.closing), list(self.forced), set(self._ends)
         return twin

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from npllama.generation.structured.grammar import GrammarMatcher
 
 MAX_KEPT = 16
-"""Matchers that are kept for calls to come: the least recently used go."""
+"""Matchers, and closings of empty texts, that are kept for calls to come: the least recently used go."""
 
 MAX_CHOICES, MAX_LITERALS, MAX_SOURCE = 10_000, 1000, 1 << 18
 """Texts to choose from; numbers with a fraction that are looked at; characters of a pattern, grammar or schema."""
@@ -98,7 +97,8 @@ class Structures:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Structure, Matcher] = OrderedDict()
+        self._matcher = lru_cache(MAX_KEPT)(self._new_matcher)
+        self._closing = lru_cache(MAX_KEPT)(self._first_closing)
 
     def constraints(self, structure: Structure, most: int, stops: Iterable[str], n: int) -> Sequence[Constraint]:
         """What n texts of at most so many ids have to be, each: see `constraint`."""
@@ -111,25 +111,30 @@ class Structures:
         Raises UsageError for what is no regular expression, schema or grammar or is not supported, and where no
         text that fits into so many ids was found.
         """
-        with self._lock:
-            kept = self._kept.pop(structure, None) or self._matcher(structure)
-            self._kept[structure] = kept
-            while len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
-            matcher = kept.copy()
-        found = matcher.closing(None, (), most), self._shortest(structure, matcher)
-        closing = min((ids for ids in found if ids is not None), key=len, default=None)
-        if closing is None or len(closing) > most:
+        closing = self._closing(structure, most)
+        if closing is None:
             raise UsageError(
                 f"{structure.kind}: no text that fits was found in {most} tokens; raise max_tokens (or the context), "
                 f"or ask for less."
             )
-        return Constraint(self._vocabulary, matcher, closing, stops)
+        return Constraint(self._vocabulary, self._copy(structure), closing, stops)
 
-    def _matcher(self, structure: Structure) -> Matcher:
+    def _copy(self, structure: Structure) -> Matcher:
+        """A matcher at the beginning of a text."""
+        with self._lock:
+            return self._matcher(structure).copy()
+
+    def _new_matcher(self, structure: Structure) -> Matcher:
         if structure.kind == "choices":
             return ChoiceMatcher(self._vocabulary, [text.encode() for text in structure.source])
         return self._of_llguidance(structure)
+
+    def _first_closing(self, structure: Structure, most: int) -> list[int] | None:
+        """The fewest ids found, at most so many, that write a whole text."""
+        matcher = self._copy(structure)
+        found = matcher.closing(None, (), most), self._shortest(structure, matcher)
+        closing = min((ids for ids in found if ids is not None), key=len, default=None)
+        return closing if closing is not None and len(closing) <= most else None
 
     @cached_property
     def _tools(self) -> tuple[Any, Any]:
@@ -177,14 +182,12 @@ class Structures:
 
     def _shortest(self, structure: Structure, matcher: Matcher) -> list[int] | None:
         """The closing of an empty text that follows from a schema alone."""
-        from npllama.generation.structured.grammar import GrammarMatcher
-
-        if structure.kind != "json_schema" or not isinstance(matcher, GrammarMatcher):
+        if structure.kind != "json_schema":
             return None
 
         def cost(text: str) -> float:
-            return len(self._vocabulary.fewest(text.encode("utf-8", "replace")) or text)
+            return len(self._vocabulary.fewest(text.encode()) or text)
 
         text = Shortest(json.loads(structure.source[0]), cost).text()
-        ids = None if text is None else self._vocabulary.fewest(text.encode("utf-8", "replace"))
+        ids = None if text is None else self._vocabulary.fewest(text.encode())
         return list(ids) if ids is not None and matcher.completes(ids) else None
