@@ -307,18 +307,23 @@ def write_with_package(
     writer.close()
 
 
+def write_for_ids(path: Path, config: ModelConfig, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """A file that the package gguf writes for a model that is fed token ids: tensors by Meta's names."""
+    write_with_package(path, without_vocabulary(metadata_of(config)), tensors)
+
+
 def without_vocabulary(metadata: dict[str, Typed]) -> dict[str, Typed]:
     """Metadata of a file that is fed token ids, as llama.cpp reads it."""
     rest = {key: typed for key, typed in metadata.items() if not key.startswith("tokenizer.")}
     return {**rest, "tokenizer.ggml.model": ("str", "no_vocab")}
 
 
-def quantize_with_llama_cpp(source: Path, path: Path, ftype: int, pure: bool = False) -> None:
-    """A float32 file as a quantized one. pure: every matrix in the one type, and not in a mix."""
+def quantize_with_llama_cpp(source: Path, path: Path, name: str, pure: bool = False) -> None:
+    """A float32 file as a quantized one, of one of FTYPES. pure: every matrix in the one type, and not in a mix."""
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread, params.pure = ftype, 2, pure
+    params.ftype, params.nthread, params.pure = FTYPES[name], 2, pure
     if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params):
         raise RuntimeError(f"llama.cpp could not quantize {source}")
 

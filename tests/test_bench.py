@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from command_line import run, share_compiled
 from helpers import write_model_directory
+from slow import COMPILES_AGAIN
 
 import npllama
 from npllama.errors import ContextError
@@ -149,7 +150,7 @@ def test_a_profile_has_every_step_and_about_the_time_of_the_whole(folder: Path) 
 
 
 @needs_numba
-@pytest.mark.slow("compile a model again, several times or for another format of the cache")
+@COMPILES_AGAIN
 def test_what_was_warmed_up_starts_without_compiling(folder: Path, tmp_path: Path) -> None:
     first = run("warmup", folder, "--kv-dtype", "q8", NPLLAMA_CACHE_DIR=str(tmp_path))
     assert first.code == 0, first.err

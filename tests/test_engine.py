@@ -13,6 +13,7 @@ from pathlib import Path
 import helpers
 import numpy as np
 import pytest
+from slow import COMPILES_AGAIN
 
 from npllama import model, ops
 from npllama.errors import ModelError, UsageError
@@ -25,8 +26,6 @@ from npllama.system import machine
 needs_numba = pytest.mark.skipif(
     os.environ.get("NPLLAMA_BACKEND") == "numpy", reason="compiled execution: not in the run of NumPy's"
 )
-
-SLOW = pytest.mark.slow("compile a model again, several times or for another format of the cache")
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +221,11 @@ def test_forward_compiles_once_and_agrees_with_numpy(dtype: str, tmp_path: Path)
 @needs_numba
 @pytest.mark.parametrize(
     ("dtype", "kv_dtype"),
-    [("q8", "f32"), ("q4", "f32"), *(pytest.param(*case, marks=SLOW) for case in (("q6", "f16"), ("q4", "q8")))],
+    [
+        ("q8", "f32"),
+        ("q4", "f32"),
+        *(pytest.param(*case, marks=COMPILES_AGAIN) for case in (("q6", "f16"), ("q4", "q8"))),
+    ],
 )
 def test_quantized_models_give_the_same_bits_in_both_executions(dtype: str, kv_dtype: str, tmp_path: Path) -> None:
     helpers.write_any_model(tmp_path / "model", dtype)
@@ -233,7 +236,7 @@ def test_quantized_models_give_the_same_bits_in_both_executions(dtype: str, kv_d
 
 
 @needs_numba
-@SLOW
+@COMPILES_AGAIN
 @pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
 def test_a_narrow_cache_gives_the_same_in_both_executions(kv_dtype: str, opened: OpenModel) -> None:
     compiled, plain = (Engine(opened, backend, kv_dtype=kv_dtype) for backend in ("numba", "numpy"))
@@ -291,7 +294,7 @@ def run(folder: Path, cache: Path, **environment: str) -> subprocess.CompletedPr
     )
 
 
-@SLOW
+@COMPILES_AGAIN
 @needs_numba
 def test_compiled_code_is_kept_and_damage_costs_one_compilation(opened: OpenModel, tmp_path: Path) -> None:
     cold = run(opened.path, tmp_path / "cache")
@@ -315,7 +318,7 @@ def test_compiled_code_is_kept_and_damage_costs_one_compilation(opened: OpenMode
     assert run(opened.path, tmp_path / "cache").stdout == warm.stdout, "plain kernels and others are kept side by side"
 
 
-@SLOW
+@COMPILES_AGAIN
 @needs_numba
 def test_a_cache_directory_that_others_can_write_to_is_not_used(opened: OpenModel, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()

@@ -16,10 +16,8 @@ from gguf_files import (
     BLOCKY,
     FTYPES,
     gguf_name,
-    metadata_of,
     quantize_with_llama_cpp,
-    without_vocabulary,
-    write_with_package,
+    write_for_ids,
 )
 from helpers import random_weights, write_tokenizer
 
@@ -41,8 +39,7 @@ CONFIG = dataclasses.replace(BLOCKY, hidden_dim=768, n_layers=3, max_seq_len=128
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of float32 that the package gguf has written, with a tokenizer beside it."""
     folder = tmp_path_factory.mktemp("llama.cpp")
-    metadata = without_vocabulary(metadata_of(CONFIG))
-    write_with_package(folder / "F32.gguf", metadata, random_weights(CONFIG, 7).items())
+    write_for_ids(folder / "F32.gguf", CONFIG, random_weights(CONFIG, 7).items())
     write_tokenizer(folder / "tokenizer.model", CONFIG.vocab_size)
     return folder / "F32.gguf"
 
@@ -111,7 +108,7 @@ def test_the_logits_are_those_of_transformers_on_the_numbers_of_the_package_gguf
     if name == "F32":
         path.write_bytes(source.read_bytes())
     else:
-        quantize_with_llama_cpp(source, path, FTYPES[name])
+        quantize_with_llama_cpp(source, path, name)
     numbers = numbers_of(path)
     with open_checkpoint(path) as opened:
         for tensor, found in opened.tensors.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slow import COMPILES_AGAIN
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
@@ -40,8 +41,7 @@ def test_weights_have_the_bytes_that_they_had(models: dict[str, Path]) -> None:
 
 def compiled() -> list[Any]:
     """The parts of the table; what differs from another one in the format of the cache alone is slow."""
-    slow = pytest.mark.slow("compile a model again, several times or for another format of the cache")
-    return [pytest.param(name, marks=slow if ENTRIES[name].kv_dtype != "f32" else ()) for name in COMPILED]
+    return [pytest.param(name, marks=COMPILES_AGAIN if ENTRIES[name].kv_dtype != "f32" else ()) for name in COMPILED]
 
 
 @only_compiled

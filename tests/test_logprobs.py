@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,8 @@ from npllama.generation.sampling.logprobs import TokenLogprobs
 from npllama.inference import DEMO, Llama
 
 PROMPT = "Once upon a time"
+TOLERANCE = 1e-4 if os.environ.get("NPLLAMA_BACKEND") == "numpy" else 1e-6
+"""NumPy's products round otherwise where they have another number of rows; compiled ones do not."""
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +41,10 @@ def test_they_are_the_models_own_whatever_the_sampling(llm: Llama, options: dict
     all_of_them = expected(llm, r.tokens)
     for one, row in zip(r.logprobs, all_of_them, strict=True):
         assert one.bytes == llm.tokenizer.piece(one.token)
-        assert one.logprob == pytest.approx(row[one.token], abs=1e-4)
+        assert one.logprob == pytest.approx(row[one.token], abs=TOLERANCE)
         best = np.argsort(-row, kind="stable")[:3]
         assert [item.token for item in one.top] == best.tolist()
-        np.testing.assert_allclose([item.logprob for item in one.top], row[best], atol=1e-4)
+        np.testing.assert_allclose([item.logprob for item in one.top], row[best], atol=TOLERANCE)
         assert one.sampled_logprob is None
         assert one.sampled_top == ()
     assert b"".join(one.bytes for one in r.logprobs).decode() == r.text
@@ -60,7 +63,7 @@ def test_after_sampling_they_are_of_what_was_drawn_from(llm: Llama, options: dic
             assert one.sampled_logprob == 0
         elif "regex" not in options:
             heated = np.exp(np.sort(row)[::-1][:5] / 0.7)
-            np.testing.assert_allclose(list(chances.values()), heated / heated.sum(), atol=1e-4)
+            np.testing.assert_allclose(list(chances.values()), heated / heated.sum(), atol=TOLERANCE)
 
 
 def test_what_was_left_out_has_no_probability(llm: Llama) -> None:
@@ -88,7 +91,7 @@ def test_in_company_they_are_those_alone(llm: Llama) -> None:
     for handle, one in zip(handles, alone, strict=True):
         for found, wanted in zip(handle.result(60).logprobs or (), one.logprobs or (), strict=True):
             assert found.token == wanted.token
-            assert found.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+            assert found.logprob == pytest.approx(wanted.logprob, abs=TOLERANCE)
 
 
 def test_what_closes_a_text_was_not_asked_for(llm: Llama) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import TINY, write_any_model, write_model_directory
+from slow import COMPILES_AGAIN
 
 import npllama
 from npllama.inference import Llama
 
 COMPILED = os.environ.get("NPLLAMA_BACKEND") != "numpy"
 CONTEXT = 256
-SLOW = pytest.mark.slow("compile a model again, several times or for another format of the cache")
 
 
 def config(**changes: int) -> object:
@@ -213,7 +213,7 @@ def test_policies_that_are_none_are_refused(llm: Llama, options: dict[str, objec
 
 
 @pytest.mark.skipif(not COMPILED, reason="compiled execution: not in the run of NumPy's")
-@pytest.mark.parametrize("kv_dtype", ["f32", pytest.param("q8", marks=SLOW)])
+@pytest.mark.parametrize("kv_dtype", ["f32", pytest.param("q8", marks=COMPILES_AGAIN)])
 def test_company_prefixes_and_pools_change_no_bit(kv_dtype: str, tmp_path: Path) -> None:
     write_any_model(tmp_path / "model", "q4")
     texts: list[list[str]] = []

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from command_line import environment
 from helpers import write_safetensors_checkpoint
+from slow import COMPILES_AGAIN
 
 HERE = Path(__file__).resolve().parent
 compiled_only = pytest.mark.skipif(
@@ -84,7 +85,7 @@ def test_it_goes_through_export_quantize_info_and_numpy(folder: Path) -> None:
         assert (folder / "quantized" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-@pytest.mark.slow("compile a model again, several times or for another format of the cache")
+@COMPILES_AGAIN
 @compiled_only
 def test_its_kernel_computes_what_numpy_does_and_another_kernel_is_compiled_anew(folder: Path) -> None:
     pytest.importorskip("numba", reason="compiled kernels: numba is not installed")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import TINY, write_any_model, write_model_directory
+from slow import COMPILES_AGAIN
 
 import npllama
 from npllama.inference import Llama
@@ -74,11 +75,7 @@ def test_many_scores_are_those_of_each_alone(llm: Llama) -> None:
 
 
 # Compiled these are slow; NumPy has nothing to compile.
-SLOW = (
-    ()
-    if os.environ.get("NPLLAMA_BACKEND") == "numpy"
-    else (pytest.mark.slow("compile a model again, several times or for another format of the cache"),)
-)
+SLOW = () if os.environ.get("NPLLAMA_BACKEND") == "numpy" else (COMPILES_AGAIN,)
 
 
 @pytest.mark.parametrize(

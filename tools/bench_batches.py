@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -105,8 +106,9 @@ def peer(llm: Llama, args: argparse.Namespace) -> None:
         prompts = [random_ids(8, seed) for seed in range(n_texts)]
         command = [sys.executable, __file__, args.gguf, "--serve-llama-cpp", str(n_texts), "-n", str(args.n)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdin is not None
-            assert child.stdout is not None
+            ask, answers = child.stdin, child.stdout
+            assert ask is not None
+            assert answers is not None
 
             def served(prompts: list[list[int]] = prompts) -> float:
                 time.sleep(REST_S)
@@ -114,14 +116,14 @@ def peer(llm: Llama, args: argparse.Namespace) -> None:
                 found = llm.generate(prompts, args.n, ignore_eos=True)
                 return sum(len(r.tokens) for r in found) / (time.perf_counter() - started)
 
-            def theirs(child: subprocess.Popen[str] = child) -> float:
+            def theirs(ask: IO[str] = ask, answers: IO[str] = answers) -> float:
                 time.sleep(REST_S)
-                child.stdin.write("\n")  # type: ignore[union-attr]
-                child.stdin.flush()  # type: ignore[union-attr]
-                return float(child.stdout.readline())  # type: ignore[union-attr]
+                ask.write("\n")
+                ask.flush()
+                return float(answers.readline())
 
             a, b = in_turn(args.rounds, served, theirs)
-            child.stdin.close()
+            ask.close()
         ours, other = statistics.median(a), statistics.median(b)
         print(f"{n_texts:3} texts: {ours:8.1f} ids/s, llama.cpp {other:8.1f}: {ratio(a, b)}", flush=True)
 
@@ -139,11 +141,11 @@ def serve_llama_cpp(path: Path, n_texts: int, n: int) -> None:
     state = llama_cpp.llama_init_from_model(model, params)
     batch = llama_cpp.llama_batch_init(8 * n_texts, 0, 1)
 
-    def decode(positions: Iterable[int]) -> None:
+    def decode(positions: Sequence[int]) -> None:
         rows = [(p, s) for s in range(n_texts) for p in positions]
         for i, (p, s) in enumerate(rows):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = 3 + (7 * p + s) % 30000, p, 1, s
-            batch.logits[i] = p == positions[-1]  # type: ignore[index]
+            batch.logits[i] = p == positions[-1]
         batch.n_tokens = len(rows)
         if llama_cpp.llama_decode(state, batch):
             sys.exit("llama.cpp could not decode")

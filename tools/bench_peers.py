@@ -34,13 +34,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
-from gguf_files import (  # noqa: E402
-    FTYPES,
-    metadata_of,
-    quantize_with_llama_cpp,
-    without_vocabulary,
-    write_with_package,
-)
+from gguf_files import quantize_with_llama_cpp, write_for_ids  # noqa: E402
 from markers import write_between  # noqa: E402
 from speed_chart import CHART, chart, test_of  # noqa: E402
 
@@ -191,9 +185,9 @@ def gguf_file(shape: str, number_format: str, scratch: Path) -> Path:
         config = shape_config(shape)
         drawn = RandomCheckpoint(config).tensors
         tensors = ((name, stored(tensor.rows(0, tensor.shape[0]), number_format)) for name, tensor in drawn.items())
-        write_with_package(path, without_vocabulary(metadata_of(config)), tensors)
+        write_for_ids(path, config, tensors)
         return path
-    quantize_with_llama_cpp(gguf_file(shape, "f32", scratch), path, FTYPES[LLAMA_CPP[number_format]])
+    quantize_with_llama_cpp(gguf_file(shape, "f32", scratch), path, LLAMA_CPP[number_format])
     return path
 
 

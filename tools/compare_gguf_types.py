@@ -29,13 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 from bench_peers import silence_llama_cpp  # noqa: E402
 from compare_formats import predicted  # noqa: E402
 from compare_quality import Tally, float32_tensors  # noqa: E402
-from gguf_files import (  # noqa: E402
-    FTYPES,
-    metadata_of,
-    quantize_with_llama_cpp,
-    without_vocabulary,
-    write_with_package,
-)
+from gguf_files import FTYPES, quantize_with_llama_cpp, write_for_ids  # noqa: E402
 from story_grammar import stories  # noqa: E402
 from train_demo import HELD_OUT_SEED  # noqa: E402
 
@@ -95,13 +89,12 @@ class Experiment:
             self.stories = [[bos, *encode(text, bos=False), eos] for text in stories(HELD_OUT_SEED, 0, n_stories)]
         with open_model(model) as opened:
             self.tokenizer = stored_in(opened.path, opened.manifest)
-            metadata = without_vocabulary(metadata_of(opened.config))
-            write_with_package(scratch / "F32.gguf", metadata, float32_tensors(opened))
+            write_for_ids(scratch / "F32.gguf", opened.config, float32_tensors(opened))
 
     def quantized(self, name: str, pure: bool) -> Path:
         """The model as llama.cpp quantizes it."""
         path = self.scratch / f"{name}{'-pure' * pure}.gguf"
-        quantize_with_llama_cpp(self.scratch / "F32.gguf", path, FTYPES[name], pure)
+        quantize_with_llama_cpp(self.scratch / "F32.gguf", path, name, pure)
         return path
 
     def write(self, source: Source, formats: Formats) -> Path:

@@ -33,13 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
 from bench_peers import silence_llama_cpp, version  # noqa: E402
-from gguf_files import (  # noqa: E402
-    FTYPES,
-    metadata_of,
-    quantize_with_llama_cpp,
-    without_vocabulary,
-    write_with_package,
-)
+from gguf_files import quantize_with_llama_cpp, write_for_ids  # noqa: E402
 
 import npllama  # noqa: E402
 from npllama.inference import Llama  # noqa: E402
@@ -180,11 +174,11 @@ def llama_cpp_candidates(model: Path, options: dict[str, Any], scratch: Path, st
     """Float32, then the quantized formats."""
     source = scratch / "F32.gguf"
     with open_model(model) as opened:
-        write_with_package(source, without_vocabulary(metadata_of(opened.config)), float32_tensors(opened))
+        write_for_ids(source, opened.config, float32_tensors(opened))
     yield llama_cpp_candidate(source, options, stack)
     for name in LLAMA_CPP:
         path = scratch / f"{name}.gguf"
-        quantize_with_llama_cpp(source, path, FTYPES[name])
+        quantize_with_llama_cpp(source, path, name)
         yield llama_cpp_candidate(path, options, stack)
 
 
