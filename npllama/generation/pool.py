@@ -31,7 +31,8 @@ class PoolFullError(UsageError):
 class Pool:
     """The blocks of one engine's cache. Not for several threads at once: the scheduler's lock guards it.
 
-    capacity: blocks in all; identity: names all that keys and values depend on beside ids, window and sinks.
+    capacity: blocks in all; identity: names all that keys and values depend on beside ids, window and sinks
+    (runtime._facts).
     """
 
     def __init__(self, engine: Engine, capacity: int, identity: bytes) -> None:

@@ -128,7 +128,7 @@ def quantize_model(
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write the model directory `out` from another one, whose matrices are f32, f16 or bf16, in "q8", "q6" or "q4".
+    """Write the model directory `out` from another one, whose matrices are f32, f16 or bf16, in a quantized format.
 
     The result is the same as an export of the checkpoint with this dtype, up to what the first export rounded.
     Raises ModelError for a model that cannot be read or is quantized already, UsageError for another dtype.

@@ -12,6 +12,6 @@ Files, in the order in which to read them:
     readers/          the files of other programs that hold one
     chat/             messages to ids: the chat formats
 
-A new tokenizer is a class with the members of `protocol.Tokenizer`, and its kind a line in store/tokenizers.py; which
-file of a checkpoint is taken for it, store/find_tokenizer.py decides.
+A new tokenizer is a class with the members of `protocol.Tokenizer`; store/tokenizers.py has its kind in `KINDS`,
+and how it is opened and stored; which file of a checkpoint is taken for it, store/find_tokenizer.py decides.
 """

@@ -3,13 +3,14 @@
 The path of one product, q = wq x in q4, from ops.linear to the instruction:
 
     compile.py       model.forward is compiled; model.attention calls ops.linears, which linear.py overloads
-    linear.py        the type Q4 selects kernels
-    formats.py       those that q4.py has registered
+    linear.py        `_linears`: the type Q4 selects kernels
+    formats.py       `kernels_of`: those that q4.py has registered
     fused_inputs.py  wq, wk and wv together: three matrices share x, and one parallel loop
     int8_input.py    x is rounded to 8 bits as activations.quantize_rows does, in the order of the tiles
-    int8_linear.py   threads take blocks: 16 rows of w; a tile is a block times 8 tokens, or times 1
-    q4.py            a group of a tile: 64 bytes of codes -> levels, looked up in the codebook
-    int8_dot.py      the dot product: llvm.x86.avx512.vpdpbusd, or what this CPU has instead
+    int8_linear.py   `make_linears`, `make_multiply_blocks`: threads take blocks, 16 rows of w; a tile is a block times
+                     8 tokens, or times 1
+    q4.py            `make_four_bits`, a group of a tile: 64 bytes of codes -> levels, looked up in the codebook
+    int8_dot.py      `dot8`, `dot_small`: the dot product, llvm.x86.avx512.vpdpbusd, or what this CPU has instead
 
 Why the bits of a result do not depend on the number of threads:
 
