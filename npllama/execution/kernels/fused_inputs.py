@@ -7,12 +7,10 @@ number. A parallel loop of Numba takes no tuples in tuples, so it gets a tuple o
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.core import imputils
 from numba.extending import intrinsic, register_jitable
 
-from npllama.execution.kernels.abandon import abandoned
-from npllama.execution.kernels.flags import INNER
 from npllama.execution.kernels.formats import n_rows, no_rows
 
 MAX_FUSED = 3
@@ -42,21 +40,8 @@ def outputs(T, weights):
     )
 
 
-def unless_abandoned(linears):
-    """`linears`, but nothing is computed in a call that was abandoned."""
-
-    @njit(**INNER)
-    def look_first(x, ws):
-        if abandoned():
-            return outputs(x.shape[0], ws)
-        return linears(x, ws)
-
-    return look_first
-
-
 def padded_to_max(linears, n_weights):
     """A function (x, ws) that gives n_weights of one format to `linears`, which takes MAX_FUSED."""
-    linears = unless_abandoned(linears)
     if n_weights == 1:
         return lambda x, ws: linears(x, (ws[0], no_rows(ws[0]), no_rows(ws[0])))[:1]
     if n_weights == 2:

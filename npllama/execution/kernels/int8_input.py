@@ -1,7 +1,7 @@
 """The input of a quantized product, rounded to 8 bits as activations.quantize_rows does it, in the order of the tiles.
 
-Tokens stand in wide tiles of TOKEN_TILE, then alone. The groups of a tile's tokens stand together: group g of token
-first + m of a tile of M has the index first * n_groups + g * M + m.
+Tokens stand in wide tiles of TOKEN_TILE, and what is left in a tile of 1, 2 or 4. The groups of a tile's tokens stand
+together: group g of token first + m of a tile of M has the index first * n_groups + g * M + m.
 """
 
 from __future__ import annotations
@@ -55,20 +55,29 @@ def n_wide_tiles(T):
 
 
 @njit(**INNER)
+def tile_tokens(T, first):
+    """Tokens of the tile that begins with one: behind the wide tiles 0, 1, 2 or 4. Three are filled up with zeros."""
+    if first < n_wide_tiles(T) * TOKEN_TILE:
+        return TOKEN_TILE
+    return 4 if T - first == 3 else max(0, T - first)
+
+
+@njit(**INNER)
 def n_tiles(T):
-    """The tiles of T tokens: wide ones, then single tokens."""
-    return n_wide_tiles(T) + max(0, T - n_wide_tiles(T) * TOKEN_TILE)
+    """The tiles of T tokens: wide ones, then the last."""
+    wide = n_wide_tiles(T)
+    return wide + (1 if wide * TOKEN_TILE < T else 0)
 
 
 @njit(**INNER)
 def quantize_tiles(x, lowest, into, begin, stop):
     """activations.quantize_rows for the tiles begin .. stop-1. lowest: what code 0 of w stands for."""
     T, K = x.shape
-    whole, G, wide = K // GROUP, (K + GROUP - 1) // GROUP, n_wide_tiles(T)
+    whole, G = K // GROUP, (K + GROUP - 1) // GROUP
     rest = np.zeros((1, GROUP), np.float32)
     for i in range(begin, stop):
-        M = TOKEN_TILE if i < wide else 1
-        first = i * TOKEN_TILE if i < wide else wide * TOKEN_TILE + i - wide
+        first = i * TOKEN_TILE
+        M = tile_tokens(T, first)
         for m in range(M):
             n_groups = whole if first + m < T else 0
             for g in range(n_groups):
@@ -93,7 +102,8 @@ def quantize_in_threads(x, lowest, into, n_threads):
 def quantize_input(x, lowest, n_groups, n_threads):
     """Quantized input for x (T, K), whose rows have so many groups."""
     T = x.shape[0]
-    n = max(T, n_wide_tiles(T) * TOKEN_TILE) * n_groups
+    wide = n_wide_tiles(T) * TOKEN_TILE
+    n = (wide + tile_tokens(T, wide)) * n_groups
     into = QuantizedInput(np.empty(n * GROUP, np.int8), np.empty(n, np.float32), np.empty(n, np.int32))
     if n * GROUP < SERIAL_BELOW:
         quantize_tiles(x, lowest, into, np.int64(0), n_tiles(T))

@@ -45,13 +45,16 @@ from npllama.execution.kernels.int8_dot import (
     store_tile,
     zeros,
 )
-from npllama.execution.kernels.int8_input import n_wide_tiles, quantize_input
+from npllama.execution.kernels.int8_input import n_wide_tiles, quantize_input, tile_tokens
 from npllama.execution.kernels.simd import bf16_to_f32, noinline, num_threads
 from npllama.execution.kernels.target import NO_PREFETCH, PREFETCH_LINES, REGISTERS
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP, SCALES
 
 TILES_AT_ONCE = 2 if REGISTERS >= 32 else 1
-"""Wide tiles that unpacked codes meet at the same time, as many as registers hold the sums of."""
+"""Wide tiles that codes meet at the same time, as many as registers hold the sums of."""
+
+UNPACKS = amx.USED or TILES_AT_ONCE == 1
+"""Whether codes are unpacked once for many tokens; else each time for two wide tiles, which costs no more."""
 
 STRIP_BYTES = 1 << 18
 """Bytes of codes that are used for all tokens before the next: they stay in L2, unpacked (twice as many) too."""
@@ -199,13 +202,13 @@ def make_multiply_amx(scaling):
 
 def make_multiply_simd(scaling, dot_unpacked):
     """The same with vector instructions."""
-    tile = make_tile(dot_unpacked, LEVELS_BYTES, TILES_AT_ONCE * TOKEN_TILE, False, scaling)
+    tile = make_tile(dot_unpacked, LEVELS_BYTES, TOKEN_TILE, False, scaling)
 
     @njit(**INNER)
     def multiply(w, levels, x, y, begin, stop, n):
         noinline()
         G = w.scales.shape[1]
-        for first in range(0, n * TOKEN_TILE, TILES_AT_ONCE * TOKEN_TILE):
+        for first in range(0, n * TOKEN_TILE, TOKEN_TILE):
             for b in range(begin, stop):
                 tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, first, y)
 
@@ -242,11 +245,11 @@ def make_unpacked_strip(unpack_group, group_bytes, scaling, dot_unpacked):
 
     It returns how many wide tiles it has done: none where there are few, or where there is nothing to unpack.
     """
-    if not amx.USED and group_bytes >= LEVELS_BYTES:
+    if not UNPACKS or (group_bytes >= LEVELS_BYTES and not amx.USED):
         return nothing_unpacked
     unpack = make_unpack(unpack_group, group_bytes)
     multiply = make_multiply_unpacked(scaling, dot_unpacked)
-    at_once = AMX_TOKENS // TOKEN_TILE if amx.USED else TILES_AT_ONCE
+    at_once = AMX_TOKENS // TOKEN_TILE if amx.USED else 1
 
     @njit(**INNER)
     def strip(x, w, y, begin, stop):
@@ -265,27 +268,57 @@ def nothing_unpacked(x, w, y, begin, stop):
     return 0
 
 
+def make_multiply_packed(dot_group, code_bits, scaling):
+    """A function (x, w, y, begin, stop, first): one tile of the tokens from `first` on, of the blocks begin .. stop-1.
+
+    Codes are unpacked for all its tokens at once. It returns how many these are.
+    """
+    group_bytes, prefetches = BLOCK_ROWS * GROUP * code_bits // 8, code_bits < 8 or not NO_PREFETCH
+    widest, wide, four, two, one = (
+        make_tile(dot_group, group_bytes, M, prefetches, scaling)
+        for M in (TILES_AT_ONCE * TOKEN_TILE, TOKEN_TILE, 4, 2, 1)
+    )
+
+    @njit(**INNER)
+    def multiply(x, w, y, begin, stop, first):
+        noinline()
+        T, block_bytes = y.shape[0], w.codes.shape[1] * w.codes.shape[2]
+        n = tile_tokens(T, first)
+        if TILES_AT_ONCE == 2 and first + TOKEN_TILE < n_wide_tiles(T) * TOKEN_TILE:
+            n = TILES_AT_ONCE * TOKEN_TILE
+        for b in range(begin, stop):
+            at = b * block_bytes
+            if n == 1:
+                one(w, b, w.codes, at, x, first, y)
+            elif n == 2:
+                two(w, b, w.codes, at, x, first, y)
+            elif n == 4:
+                four(w, b, w.codes, at, x, first, y)
+            elif TILES_AT_ONCE == 1 or n == TOKEN_TILE:
+                wide(w, b, w.codes, at, x, first, y)
+            else:
+                widest(w, b, w.codes, at, x, first, y)
+        return n
+
+    return multiply
+
+
 def make_multiply_blocks(dot_group, unpack_group, code_bits, scaling, dot_unpacked):
     """A function (x, w, y, begin, stop): the rows of y of the blocks begin .. stop-1, strip by strip."""
-    group_bytes, prefetches = BLOCK_ROWS * GROUP * code_bits // 8, code_bits < 8 or not NO_PREFETCH
-    wide_tile, single_tile = (make_tile(dot_group, group_bytes, M, prefetches, scaling) for M in (TOKEN_TILE, 1))
-    unpacked_strip = make_unpacked_strip(unpack_group, group_bytes, scaling, dot_unpacked)
+    unpacked_strip = make_unpacked_strip(unpack_group, BLOCK_ROWS * GROUP * code_bits // 8, scaling, dot_unpacked)
+    multiply_packed = make_multiply_packed(dot_group, code_bits, scaling)
 
     @njit(**INNER)
     def multiply_blocks(x, w, y, begin, stop):
         noinline()
-        T, block_bytes = y.shape[0], w.codes.shape[1] * w.codes.shape[2]
-        strip = max(1, STRIP_BYTES // block_bytes)
+        strip = max(1, STRIP_BYTES // (w.codes.shape[1] * w.codes.shape[2]))
         for low in range(begin, stop, strip):
             high = min(low + strip, stop)
             if abandoned():
                 return
-            for i in range(unpacked_strip(x, w, y, low, high), n_wide_tiles(T)):
-                for b in range(low, high):
-                    wide_tile(w, b, w.codes, b * block_bytes, x, i * TOKEN_TILE, y)
-            for first in range(n_wide_tiles(T) * TOKEN_TILE, T):
-                for b in range(low, high):
-                    single_tile(w, b, w.codes, b * block_bytes, x, first, y)
+            first = unpacked_strip(x, w, y, low, high) * TOKEN_TILE
+            while first < y.shape[0]:
+                first += multiply_packed(x, w, y, low, high, first)
 
     return multiply_blocks
 
@@ -317,12 +350,13 @@ def make_linears(share, share_in_threads, lowest, factors_part):
     @njit(**INNER)
     def linears(x, ws):
         T, G = x.shape[0], ws[0].scales.shape[1]
-        n_threads = num_threads()
+        n_threads, ys = num_threads(), outputs(T, ws)
+        if abandoned():
+            return ys
         into = quantize_input(x, np.int32(lowest), G, n_threads)
         rows = 0
         for w in ws:
             rows += w.rows
-        ys = outputs(T, ws)
         codes, scales, factors = part_of_each(ws, 0), part_of_each(ws, 1), part_of_each(ws, factors_part)
         if into.codes.shape[0] * rows < SERIAL_BELOW:
             share(into, codes, scales, factors, ys, np.int64(0), np.int64(1))
