@@ -20,6 +20,8 @@ from npllama.errors import ModelError, UsageError
 from npllama.execution import compiled, compiled_code
 from npllama.execution import engine as engine_module
 from npllama.execution.engine import Engine, choose_backend
+from npllama.generation.sampling.basic import Allowed, Draw, draw_rows
+from npllama.options import SamplingOptions
 from npllama.store.opening import OpenModel, open_model
 from npllama.system import machine
 
@@ -412,6 +414,28 @@ def test_the_largest_logits_of_several_rows_are_those_of_each(engine: Engine, n_
     logits[-1, 4999] = np.nan
     with pytest.raises(ModelError, match="the logits are not all finite"):
         engine.top_k(logits, 40)
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 9])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_ids_are_drawn_as_numpy_draws_them(engine: Engine, n_rows: int, rounded: bool) -> None:
+    rng = np.random.default_rng(n_rows)
+    logits = (3 * rng.standard_normal((n_rows, 5000))).astype(np.float32)
+    logits = logits.round() if rounded else logits  # many ties
+    extremes = [SamplingOptions(temperature=t, min_p=0.0, top_p=1.0) for t in (1e-300, 1e-3, 1e300)]
+    limits = [
+        SamplingOptions(top_k=k, top_p=p, min_p=m) for k in (1, 2, 64) for p in (0.0, 0.6, 1.0) for m in (0.0, 1.0)
+    ]
+    for options in (SamplingOptions(), SamplingOptions(repeat_penalty=1.3), *extremes, *limits):
+        for _ in range(20):
+            numbers = [0.0, *rng.random(n_rows)][:n_rows] if options.top_p < 1 else rng.random(n_rows).tolist()
+            draws = [Draw(Allowed(5000), [1, 2, 3], options, number) for number in numbers]
+            assert draw_rows(logits, draws, engine.top_k, engine.draw) == draw_rows(logits, draws), options
+    assert (engine.draw(logits, 40, (0.9, 0.0, 1.0), [0.5] * n_rows) is None) == (engine.backend == "numpy")
+    draws = [Draw(Allowed(5000), (), SamplingOptions(), 1 - 2.0**-53) for _ in range(n_rows)]
+    logits[-1, 4999] = np.nan
+    expected = [*draw_rows(logits[:-1], draws[:-1]), None] if n_rows > 1 else [None]
+    assert draw_rows(logits, draws, engine.top_k, engine.draw) == expected
 
 
 @pytest.mark.parametrize("n_logits", [64, 1000, 32001])

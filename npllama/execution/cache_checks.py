@@ -85,9 +85,8 @@ def check_rows(cache: KVCache, seqs: np.ndarray, firsts: np.ndarray, lasts: np.n
     """
     blocks, limit = _slots(cache) // BLOCK_SLOTS, cache.table.shape[1] * BLOCK_SLOTS
     table = cache.table.view(np.uint32)  # NO_BLOCK becomes the largest number
-    maximum = np.maximum.reduce  # what max() calls, in less time
-    for n, first, last in zip(seqs.tolist(), firsts.tolist(), lasts.tolist(), strict=True):
-        window, n_sink, length = int(cache.window[n]), int(cache.n_sink[n]), int(cache.length[n])
+    told = (cache.window[seqs], cache.n_sink[seqs], cache.length[seqs], seqs, firsts, lasts)
+    for window, n_sink, length, n, first, last in zip(*[part.tolist() for part in told], strict=True):
         if window < 1 or n_sink < 0:
             raise UsageError(f"sequence {n} has a window of {window} and {n_sink} sinks; it needs at least 1 and 0.")
         if first > length:
@@ -100,7 +99,7 @@ def check_rows(cache: KVCache, seqs: np.ndarray, firsts: np.ndarray, lasts: np.n
             )
         oldest, end = max(0, first - window + 1) // BLOCK_SLOTS, last // BLOCK_SLOTS + 1
         sinks = min(n_blocks(n_sink), oldest) if n_sink else 0
-        if maximum(table[n, oldest:end]) >= blocks or (sinks and maximum(table[n, :sinks]) >= blocks):
+        if max(table[n, oldest:end].tolist()) >= blocks or (sinks and max(table[n, :sinks].tolist()) >= blocks):
             raise UsageError(
                 f"position {first} of sequence {n} cannot be fed: it sees or writes positions that have no block of "
                 f"the cache, because they were given back or none was taken; clear the sequence and feed it from 0 on."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,13 @@ from npllama.weights import Weights
 MAX_KEPT = 64  # logits that the compiled search keeps in order as it goes; it would pay for a few hundred
 
 Report = Callable[[str], None]
+_NO_NUMBERS, _NO_IDS = np.empty(0, np.float64), np.empty(0, np.int64)
+
+
+@functools.lru_cache(maxsize=256)
+def _as_array(chances: tuple[float, float, float]) -> np.ndarray:
+    """Numbers as compiled code takes them: most texts have the same."""
+    return np.array(chances, np.float64)
 
 
 class Compiled:
@@ -62,7 +69,7 @@ class Compiled:
 
         self._affinity = ThreadAffinity(functools.partial(_compile_pin_threads, cache_of), numba.threading_layer)
         self._make_top_k = functools.cache(functools.partial(_compile_top_k, cache_of))
-        self._block = compiler.top_k.BLOCK_LOGITS
+        self._block, self.threaded_rows = compiler.top_k.BLOCK_LOGITS, compiler.top_k.SERIAL_BELOW
         if cache is None or not cache.loaded:
             self._affinity.prepare()  # rarely needed, but when it is the machine is busy
             self._make_top_k()
@@ -81,8 +88,7 @@ class Compiled:
         if k > min(MAX_KEPT, len(logits) // self._block):
             return search.top_k(logits, k)
         ids = np.empty((1, k), np.int64)
-        if not self._make_top_k()(np.ascontiguousarray(logits)[None], ids):  # few rows: in this thread alone
-            raise search.not_finite()
+        self._search(np.ascontiguousarray(logits)[None], ids)  # few rows: in this thread alone
         return ids[0]
 
     def top_k_rows(self, n_threads: int, logits: np.ndarray, k: int) -> np.ndarray:
@@ -92,12 +98,45 @@ class Compiled:
         ids = np.empty((len(logits), k), np.int64)
         before = threads.use(n_threads)
         try:
-            finite = self._make_top_k()(np.ascontiguousarray(logits), ids)
+            self._search(np.ascontiguousarray(logits), ids)
         finally:
             threads.put_back(before, n_threads)
-        if not finite:
-            raise search.not_finite()
         return ids
+
+    def draw(
+        self, n_threads: int, logits: np.ndarray, k: int, chances: tuple[float, float, float], numbers: Sequence[float]
+    ) -> list[int] | None:
+        """An id of each row (R, V), drawn as sampling.basic says: kernels.top_k.top_k. None where k is too large.
+
+        chances: top_p, min_p and temperature, above 0; numbers: R from [0, 1).
+        """
+        if k > min(MAX_KEPT, logits.shape[1] // self._block):
+            return None
+        R = len(logits)
+        ids, drawn = np.empty((R, k), np.int64), np.empty(R, np.int64)
+        arguments = np.ascontiguousarray(logits), ids, _as_array(chances), np.array(numbers), drawn
+        if self.threaded_rows > R:
+            self._search(*arguments)
+        else:
+            before = threads.use(n_threads)
+            try:
+                self._search(*arguments)
+            finally:
+                threads.put_back(before, n_threads)
+        found: list[int] = drawn.tolist()
+        return found
+
+    def _search(
+        self,
+        logits: np.ndarray,
+        ids: np.ndarray,
+        chances: np.ndarray = _NO_NUMBERS,
+        numbers: np.ndarray = _NO_NUMBERS,
+        drawn: np.ndarray = _NO_IDS,
+    ) -> None:
+        """kernels.top_k.top_k. Raises ModelError for logits that are not finite."""
+        if not self._make_top_k()(logits, ids, chances, numbers, drawn):
+            raise search.not_finite()
 
     def kernels_per_op(self) -> dict[str, Callable[..., Any]]:
         """Every step of ops.py compiled on its own, or loaded, when it is first called with such arguments."""
@@ -127,15 +166,13 @@ def _compile_pin_threads(cache_of: Callable[[str], Any]) -> Callable[[np.ndarray
     return pin
 
 
-def _compile_top_k(cache_of: Callable[[str], Any]) -> Callable[[np.ndarray, np.ndarray], bool]:
-    """The kernel that searches for the largest logits, compiled or loaded."""
+def _compile_top_k(cache_of: Callable[[str], Any]) -> Callable[..., bool]:
+    """The kernel that searches for the largest logits and draws, compiled or loaded."""
     from npllama.execution.kernels import compile as compiler
 
     with threads.COMPILING:
-        search: Callable[[np.ndarray, np.ndarray], bool] = compiler.compile_top_k(
-            cache_of(compiled_code.named("top-k"))
-        )
-    return search
+        found: Callable[..., bool] = compiler.compile_top_k(cache_of(compiled_code.named("top-k")))
+    return found
 
 
 def compiled_execution() -> dict[str, str]:

@@ -36,7 +36,7 @@ TABULATED = 8192  # positions whose angles are kept; of later ones they are comp
 MAX_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
 MAX_THREADS = 4096
 BACKENDS = ("auto", "numpy", "numba")
-_FIRST = np.zeros(1, np.int64)
+FEW_ROWS = 64  # up to so many numbers are looked at faster one by one
 
 
 def say_nothing(message: str) -> None:
@@ -220,7 +220,7 @@ class Engine:
         that addresses memory is checked here; a violation is a UsageError. call: by which another thread may abandon
         it where it is compiled, which is an AbandonedError.
         """
-        batch = [np.ascontiguousarray(a, np.int64) for a in (tokens, pos, seq, out)]
+        batch = [np.array(a, np.int64, ndmin=1) for a in (tokens, pos, seq, out)]
         with self._lock:
             seqs, stops = self._begin_writing(cache, *batch)
             arguments = self._arguments(cache, *batch)
@@ -267,12 +267,22 @@ class Engine:
         with self._lock:
             return self.compiled.top_k_rows(self.threads, logits, k)
 
+    def draw(
+        self, logits: np.ndarray, k: int, chances: tuple[float, float, float], numbers: Sequence[float]
+    ) -> list[int] | None:
+        """An id of each row, drawn by compiled code: see Compiled.draw. None where there is none for it."""
+        if self.compiled is None:
+            return None
+        turn = self._lock if len(logits) >= self.compiled.threaded_rows else contextlib.nullcontext()
+        with turn:
+            return self.compiled.draw(self.threads, logits, k, chances, numbers)
+
     def _begin_writing(
         self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Check a batch. The sequences, and how many positions of each count as written once the call has ended."""
         firsts = self._check(cache, tokens, pos, seq, out)
-        if len(pos) == len(firsts):  # one row each
+        if firsts is None:
             seqs, first, last = seq, pos, pos
         else:
             seqs, first, last = seq[firsts], pos[firsts], pos[np.append(firsts[1:], len(pos)) - 1]
@@ -290,7 +300,7 @@ class Engine:
     def _rotation(self, cache: KVCache, pos: np.ndarray, seq: np.ndarray) -> model.Rotation:
         """Cosines and sines of the batch's positions, and of the nearer ones from which the sinks are seen."""
         cos, sin = self._angles(pos)
-        if not cache.n_sink.any():
+        if not np.count_nonzero(cache.n_sink):
             return model.Rotation(cos, sin, cos, sin)
         return model.Rotation(cos, sin, *self._angles(np.minimum(pos, cache.n_sink[seq] + cache.window[seq] - 1)))
 
@@ -304,8 +314,8 @@ class Engine:
 
     def _check(
         self, cache: KVCache, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, out: np.ndarray
-    ) -> np.ndarray:
-        """The rows with which sequences begin; UsageError for a batch or a cache that is none."""
+    ) -> np.ndarray | None:
+        """The rows with which sequences begin, None for all; UsageError for a batch or a cache that is none."""
         c = self.config
         if cache is None or cache is not self._fitting:
             check_fits(cache, c.n_layers, c.n_kv_heads, c.head_dim, self.kv_dtype)
@@ -320,8 +330,8 @@ class Engine:
         _check_range("seq", seq, cache.table.shape[0])
         if len(out):
             _check_range("out", out, T)
-        if T == 1:
-            return _FIRST
+        if T <= FEW_ROWS and len(set(seq.tolist())) == T:  # the usual case when texts are written
+            return None
         same = seq[1:] == seq[:-1]
         firsts = np.append(0, 1 + np.flatnonzero(~same))
         if not (pos[1:][same] == pos[:-1][same] + 1).all() or len(set(seq[firsts].tolist())) != len(firsts):
@@ -354,8 +364,9 @@ def stepwise(steps: dict[str, Callable[..., np.ndarray]]) -> Callable[..., np.nd
 
 
 def _check_range(what: str, numbers: np.ndarray, end: int) -> None:
-    """Raise UsageError unless all numbers are 0 to end - 1. One number, the usual case, is checked without NumPy."""
-    least, most = (numbers[0], numbers[0]) if len(numbers) == 1 else (numbers.min(), numbers.max())
+    """Raise UsageError unless all numbers are 0 to end - 1."""
+    few = numbers.tolist() if len(numbers) <= FEW_ROWS else (numbers.min(), numbers.max())
+    least, most = min(few), max(few)
     if least < 0 or most >= end:
         raise UsageError(f"{what} must be 0 to {end - 1}; got {least} to {most}.")
 

@@ -5,7 +5,7 @@ Axes: R rows of logits, V ids of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,6 +16,9 @@ BLOCK_LOGITS = 64
 
 Search = Callable[[np.ndarray, int], np.ndarray]
 """A function like `top_k`: the compiled execution has one of its own."""
+
+Drawing = Callable[[np.ndarray, int, tuple[float, float, float], Sequence[float]], list[int] | None]
+"""A function that draws an id of each row of logits from its k largest (engine.draw), or gives None if it cannot."""
 
 
 def not_finite() -> ModelError:

@@ -7,7 +7,6 @@ aside, and read again later: what it had computed is often still there. So nothi
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ids
@@ -120,14 +119,17 @@ class Batching:
 
     def _choose(self) -> list[Part]:
         """The jobs of this step and how many ids of each, with blocks reserved for them."""
-        able = self._of_one_kind([job for job in self._active if not job.paused])
+        able = [job for job in self._active if not job.paused]
+        if len(able) > 1:
+            able = self._of_one_kind(able)
         pending = [job.pending for job in able]
-        written = [n for n in pending if n <= MAX_WRITTEN]
         left = self._chunk
-        if written and len(written) < len(pending):
-            left = self._pace.part(sum(written), self._chunk)
-        if written:
+        if max(pending, default=0) <= MAX_WRITTEN:
             self._guess(able, pending)
+        elif written := [n for n in pending if n <= MAX_WRITTEN]:
+            left = self._pace.part(sum(written), self._chunk)
+            for job in able:
+                job.draft = []
         parts: list[Part] = []
         for job, n in zip(able, pending, strict=True):
             if n > MAX_WRITTEN:
@@ -139,18 +141,20 @@ class Batching:
         return [(job, s, n) for job, s, n in parts if s is job.sequence]  # later ones may have displaced earlier ones
 
     def _guess(self, jobs: list[Job], pending: list[int]) -> None:
-        """Let jobs guess as many of their next ids as it pays to check: not beside a prompt, nor for others' blocks."""
-        alone = max(pending) <= MAX_WRITTEN
-        chances = [job.chances() if alone and n == 1 else [] for job, n in zip(jobs, pending, strict=True)]
-        n_each = how_many(chances, sum(pending), self._pace) if any(chances) else [0] * len(jobs)
-        for job, n in zip(jobs, n_each, strict=True):
+        """Let jobs guess as many of their next ids as it pays to check: not at the cost of others' blocks."""
+        chances = [job.chances() if n == 1 else [] for job, n in zip(jobs, pending, strict=True)]
+        if not any(chances):
+            for job in jobs:
+                job.draft = []
+            return
+        for job, n in zip(jobs, how_many(chances, sum(pending), self._pace), strict=True):
             job.draft = []
             if n and job.sequence is not None and job.sequence.needed(1 + n) <= self.pool.available:
                 job.draft = job.guesses(n)
 
     def _of_one_kind(self, jobs: list[Job]) -> list[Job]:
         """Those that want logits, or those that want hidden states: in turn where there are both."""
-        if len({job.hidden for job in jobs}) > 1:
+        if any(job.hidden != jobs[0].hidden for job in jobs):
             self._hidden = not self._hidden
             return [job for job in jobs if job.hidden == self._hidden]
         return jobs
@@ -249,14 +253,13 @@ class Batching:
         """The same for a step of one text without guesses, the usual case, in which each microsecond counts."""
         end = sequence.length
         positions = job.wanted(end - n, end)
-        self._receive(job, lambda: job.progressed(end))
+        self._receive(job, job.progressed, end)
         if positions:
             draws = job.draws()
             if draws:
-                ids = draw_rows(logits, draws, self._engine.top_k)
-                self._receive(job, lambda: job.take(ids))
+                self._receive(job, job.take, draw_rows(logits, draws, self._engine.top_k, self._engine.draw))
             else:
-                self._receive(job, lambda: job.receive(positions, logits))
+                self._receive(job, job.receive, positions, logits)
         sequence.written(job.ids)
         if job.cancelled:
             self._swept = False
@@ -281,7 +284,7 @@ class Batching:
         if not draws:
             return {}
         every = len(rows) == row and not any(job.followers for job, _, _ in parts)
-        ids = draw_rows(logits if every else logits[rows], draws, self._engine.top_k)
+        ids = draw_rows(logits if every else logits[rows], draws, self._engine.top_k, self._engine.draw)
         return {one: ids[first : first + 1 + len(one.draft)] for one, first in takers}
 
     def _hand(self, job: Job, sequence: Sequence, positions: Ids[int], logits: np.ndarray, drawn: Drawn) -> None:
@@ -289,8 +292,11 @@ class Batching:
 
         Followers go on from the prompt in blocks that all share until they write.
         """
-        self._receive(job, lambda: job.progressed(sequence.length))
+        self._receive(job, job.progressed, sequence.length)
         if not positions:
+            return
+        if not job.followers and job in drawn:
+            self._receive(job, job.take, drawn[job])
             return
         followers, job.followers = job.followers, []
         for one in (*followers, job):
@@ -300,21 +306,20 @@ class Batching:
                     continue
                 one.sequence, one.cached = sequence.fork(), sequence.length
                 self._active.append(one)
-            ids = drawn.get(one)
-            give = (
-                functools.partial(one.receive, positions, logits) if ids is None else functools.partial(one.take, ids)
-            )
-            self._receive(one, give)
+            if one in drawn:
+                self._receive(one, one.take, drawn[one])
+            else:
+                self._receive(one, one.receive, positions, logits)
             if one is not job:
                 one.tell()
 
     @staticmethod
-    def _receive(job: Job, receive: Callable[[], None]) -> None:
+    def _receive(job: Job, receive: Callable[..., None], *what: object) -> None:
         """Let a job take something, unless it has ended. Whatever goes wrong there is told to its owner alone."""
         if job.done or job.cancelled:
             return
         try:
-            receive()
+            receive(*what)
         except Exception as error:  # noqa: BLE001 (a function that the owner gave may raise anything)
             job.fail(error)
 

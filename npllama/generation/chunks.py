@@ -58,8 +58,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._latest: dict[int, deque[float]] = {}
-        self._rows: list[int] = []
-        self._seconds: list[float] = []
+        self._rows: list[int] = []  # of which steps were measured, ascending
         self._id_s = 0.0
 
     def record(self, n_written: int, n_read: int, seconds: float) -> None:
@@ -75,28 +74,30 @@ class Pace:
         latest = self._latest.get(n)
         if latest is None:
             latest = self._latest[n] = deque(maxlen=REMEMBERED)
-            at = bisect.bisect_left(self._rows, n)
-            self._rows.insert(at, n)
-            self._seconds.insert(at, seconds)
+            bisect.insort(self._rows, n)
         latest.append(seconds)
-        self._seconds[bisect.bisect_left(self._rows, n)] = sorted(latest)[len(latest) // 2]
+
+    def _median(self, n: int) -> float:
+        latest = self._latest[n]
+        return sorted(latest)[len(latest) // 2]
 
     def seconds(self, n: int) -> float:
         """Of a step of n rows: measured, or on the line through the nearest that were; without end far beyond these.
 
         So twice as many rows as ever are tried, and no more at once.
         """
-        rows, seconds = self._rows, self._seconds
+        rows = self._rows
         at = bisect.bisect_left(rows, n)
         if at < len(rows) and (rows[at] == n or at == 0):
-            return seconds[at]
+            return self._median(rows[at])
         if not rows or n > 2 * rows[-1]:
             return math.inf
         if len(rows) == 1:
-            return seconds[0]
+            return self._median(rows[0])
         b = min(at, len(rows) - 1)
-        slope = max(0.0, seconds[b] - seconds[b - 1]) / (rows[b] - rows[b - 1])
-        return seconds[b - 1] + slope * (n - rows[b - 1])
+        fewer_s, more_s = self._median(rows[b - 1]), self._median(rows[b])
+        slope = max(0.0, more_s - fewer_s) / (rows[b] - rows[b - 1])
+        return fewer_s + slope * (n - rows[b - 1])
 
     def part(self, n_written: int, most: int) -> int:
         """How many ids of prompts a step may read beside n rows that are written; none before a step was measured."""

@@ -63,7 +63,8 @@ class Completion(Job):
     """A generation under way. `pieces` holds what has come and was not read yet.
 
     max_tokens: what the request asks for, at most what the context has room for. index: which of several completions
-    of the same prompt. streamed: it pauses while its reader is behind. constraint: what the text has to be.
+    of the same prompt. streamed: its pieces are read as they come, and it pauses while its reader is behind; else ids
+    become text when somebody asks for the result. constraint: what the text has to be.
     """
 
     def __init__(
@@ -91,12 +92,14 @@ class Completion(Job):
         )
         self._mus: dict[int, float] | None = None  # of a session, whose text it goes on with
         self._numbers = Numbers(request.seed, index)
+        self._late = not (streamed or request.stop or constraint or self._observer)  # is text made at the end?
         self._lookup = Lookup() if model.speculation else None
         self._decoder = StreamDecoder(model.tokenizer)
         self._stops = StopStrings(request.stop if constraint is None else ())
         self.pieces: deque[Piece] = deque()
         self._text: list[str] = []
         self._tokens: list[int] = []
+        self._n_decoded = 0  # of the tokens, those whose text has come
         self._logprobs: list[TokenLogprobs] = []
         self._finish_reason = "length"
         self._started = self._read_at = self._last_at = 0.0
@@ -150,9 +153,11 @@ class Completion(Job):
 
     def draws(self) -> list[Draw]:
         """The draw of the next id, and of those behind each guess, as if the guesses before were right."""
-        if not self._sampler.is_basic:
-            return []
         n, left = len(self.ids), self._max_tokens - len(self._tokens)
+        if not self._sampler.is_basic or left == 0:
+            return []
+        if not self.draft:
+            return [self._sampler.draw(self.ids, self._numbers.at(n))]
         ids = [*self.ids[-PENALTY_WINDOW:], *self.draft]
         start = len(ids) - len(self.draft)
         some = range(min(left, 1 + len(self.draft)))
@@ -203,6 +208,10 @@ class Completion(Job):
         """Add the next id, and those behind it for as long as the guess before each was right; finish at the end."""
         if not self._read_at:
             self._read_at = self._last_at = time.perf_counter()
+        if not self.draft:
+            for token in ids:
+                self._add(token)
+            return
         for token, guess in zip_longest(ids, self.draft):
             self._add(token)
             if self.done or token != guess:
@@ -226,9 +235,16 @@ class Completion(Job):
         self.received = len(self.ids) - 1
         if self._mus is not None:
             self._mus[len(self.ids)] = self._sampler.state.mu
-        text, stopped = self._stops.push(self._decoder.push(token))
         self._last_at = time.perf_counter()
-        self._emit(Piece(text, token, about))
+        return not self._late and self._decode(about)
+
+    def _decode(self, about: TokenLogprobs | None = None) -> bool:
+        """Make pieces of the tokens that are none yet; whether a stop string ends the text."""
+        stopped = False
+        for token in self._tokens[self._n_decoded :]:
+            text, stopped = self._stops.push(self._decoder.push(token))
+            self._emit(Piece(text, token, about))
+        self._n_decoded = len(self._tokens)
         return stopped
 
     def chances(self) -> list[float]:
@@ -242,6 +258,7 @@ class Completion(Job):
 
     def _finish(self, reason: str) -> None:
         """The text that was held back comes, now that no id follows; it too ends at a stop string."""
+        self._decode()
         text, stopped = self._stops.push(self._decoder.finish())
         if not stopped:
             text += self._stops.finish()
@@ -254,6 +271,7 @@ class Completion(Job):
     @property
     def result(self) -> Result:
         """What has come so far; complete once it is done."""
+        self._decode()
         read_at = self._read_at or self._started
         slid = max(0, len(self.ids) - self.window - self.n_sink) if self._request.context_policy == "slide" else 0
         return Result(

@@ -67,5 +67,7 @@ def compile_pin_threads(cache: Any) -> Any:
 
 def compile_top_k(cache: Any) -> Any:
     """top_k.top_k, compiled or from the cache (see compile_forward)."""
-    compile_once(top_k.top_k, (types.Array(types.float32, 2, "C"), types.Array(types.int64, 2, "C")), cache)
+    ids, numbers = types.Array(types.int64, 2, "C"), types.Array(types.float64, 1, "C")
+    drawn = types.Array(types.int64, 1, "C")
+    compile_once(top_k.top_k, (types.Array(types.float32, 2, "C"), ids, numbers, numbers, drawn), cache)
     return top_k.top_k

@@ -22,18 +22,16 @@ from npllama.execution.kernels import llvm
 from npllama.execution.kernels.flags import INLINE, INNER
 from npllama.execution.kernels.ir_math import multiply_add, widen_bf16, widen_f16
 from npllama.execution.kernels.llvm import f32, i16, i64
+from npllama.execution.kernels.prefetch import halves_ahead
 from npllama.execution.kernels.simd import bits16, floats, load, load_last, noinline, store
 from npllama.execution.kernels.strided_rows import row_pointers
-from npllama.execution.kernels.target import NO_PREFETCH, REGISTERS, WIDTH
+from npllama.execution.kernels.target import REGISTERS, WIDTH
 
 TILE_ROWS, TILE_TOKENS = (4, 4) if REGISTERS >= 32 else (3, 4)
 """Rows of w of a tile, and its tokens, at most: sums, rows and one vector of x just fit into 16 registers."""
 
 SINGLE_ROWS = 4
 """Rows of w for a token alone."""
-
-PREFETCH_BYTES = 4096
-"""How far ahead of the numbers that are read memory is prefetched."""
 
 
 # ---------------------------------------------------------------- reading
@@ -59,12 +57,10 @@ def _read_bf16(builder, pointer):
 
 
 def _with_prefetch(read):
-    """The same reading, with memory prefetched; not where this CPU is faster without."""
-    if NO_PREFETCH:
-        return read
+    """The same reading, with memory prefetched."""
 
     def read_and_prefetch(builder, pointer):
-        llvm.prefetch(builder, pointer, PREFETCH_BYTES)
+        halves_ahead(builder, pointer)
         return read(builder, pointer)
 
     return read_and_prefetch

@@ -28,15 +28,15 @@ from npllama.execution.kernels.int8_dot import (
     make_lookup,
     map_tokens,
     opaque_count,
-    prefetch_line,
     scaled,
     store_levels,
     to_unsigned,
     token_pointer,
 )
-from npllama.execution.kernels.int8_linear import PREFETCH_BYTES, Scaling, register_grouped
+from npllama.execution.kernels.int8_linear import Scaling, register_grouped
 from npllama.execution.kernels.ir_math import widen_f16
 from npllama.execution.kernels.llvm import address, broadcast, constant, f32, i8, i16, i32
+from npllama.execution.kernels.prefetch import packed_line
 from npllama.execution.kernels.q4 import make_four_bits
 from npllama.execution.kernels.q8 import dot_group as dot_bytes
 from npllama.execution.kernels.q8 import unpack_group as unpack_bytes
@@ -134,7 +134,7 @@ low_nibbles, high_nibbles = make_lookup(range(16))
 def dot_iq4(dots, codes, begin, x, at, tile_stride):
     """Levels of iq4_nl span more than dot8 takes, so they are multiplied as those of q8."""
     for v in range(opaque_count(GROUP // 8)):
-        prefetch_line(codes, begin + v * 64 + PREFETCH_BYTES, 64)
+        packed_line(codes, begin + v * 64)
         pairs = load_codes(codes, begin + v * 64)
         dots = dot4_signed(dots, to_unsigned(look_up_low(pairs)), x, at + v * 8, tile_stride)
         dots = dot4_signed(dots, to_unsigned(look_up_high(pairs)), x, at + v * 8 + 4, tile_stride)
@@ -144,7 +144,7 @@ def dot_iq4(dots, codes, begin, x, at, tile_stride):
 @njit(**INLINE)
 def unpack_iq4(codes, begin, levels, at):
     for v in range(opaque_count(GROUP // 8)):
-        prefetch_line(codes, begin + v * 64 + PREFETCH_BYTES, 64)
+        packed_line(codes, begin + v * 64)
         pairs = load_codes(codes, begin + v * 64)
         store_levels(levels, at + v * 128, look_up_low(pairs), 0)
         store_levels(levels, at + v * 128 + 64, look_up_high(pairs), 0)
@@ -176,9 +176,9 @@ def load_fives(codes, begin, v):
 
 @njit(**INLINE)
 def dot_fives(dots, codes, begin, x, at, tile_stride):
-    prefetch_line(codes, begin + NIBBLE_BYTES + PREFETCH_BYTES, 64)
+    packed_line(codes, begin + NIBBLE_BYTES)
     for v in range(opaque_count(GROUP // 8)):
-        prefetch_line(codes, begin + v * 64 + PREFETCH_BYTES, 64)
+        packed_line(codes, begin + v * 64)
         low, high = load_fives(codes, begin, v)
         dots = dot8(dots, low, high, x, at + v * 8, tile_stride)
     return dots
@@ -190,9 +190,9 @@ def make_five_bits(lowest):
 
     @njit(**INLINE)
     def unpack_group(codes, begin, levels, at):
-        prefetch_line(codes, begin + NIBBLE_BYTES + PREFETCH_BYTES, 64)
+        packed_line(codes, begin + NIBBLE_BYTES)
         for v in range(opaque_count(GROUP // 8)):
-            prefetch_line(codes, begin + v * 64 + PREFETCH_BYTES, 64)
+            packed_line(codes, begin + v * 64)
             low, high = load_fives(codes, begin, v)
             store_levels(levels, at + v * 128, low, lowest_unpacked)
             store_levels(levels, at + v * 128 + 64, high, lowest_unpacked)

@@ -19,7 +19,7 @@ from npllama.execution.kernels.flags import PLAIN
 from npllama.execution.kernels.ir_math import widen_bf16, widen_f16
 from npllama.execution.kernels.llvm import address, broadcast, call, constant, f32, i8, i16, i32, i64, shuffle
 from npllama.execution.kernels.simd import VectorType
-from npllama.execution.kernels.target import ARM64, PREFETCH_LINES, has
+from npllama.execution.kernels.target import ARM64, SHORT_LOOPS, has
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
 
 int8x64 = VectorType(i8, 4 * BLOCK_ROWS)
@@ -254,34 +254,15 @@ def store_levels(typingctx, array, offset, value, lowest):
     return types.void(array, types.intp, int8x64, lowest), generate
 
 
-# ---------------------------------------------------------------- prefetching
-
-
-def _prefetches(used, locality):
-    """Makes an operation that prefetches where this is how it is done, and does nothing elsewhere."""
-
-    def operation(typingctx, array, offset, n_bytes):
-        def generate(context, builder, signature, args):
-            start = address(context, builder, signature.args[0], *args[:2])
-            for line in range(0, n_bytes.literal_value if used else 0, 64):
-                llvm.prefetch(builder, start, line, locality)
-            return llvm.nothing(context)
-
-        return types.void(array, types.intp, n_bytes), generate
-
-    operation.__doc__ = "Prefetch so many bytes of array[offset ...]. They may lie outside of it."
-    return intrinsic(prefer_literal=True)(operation)
-
-
-prefetch_group, prefetch_line = _prefetches(not PREFETCH_LINES, 3), _prefetches(PREFETCH_LINES, 2)
+# ---------------------------------------------------------------- loops
 
 
 @intrinsic
 def opaque_count(typingctx, n):
-    """n, hidden from the compiler where it is to keep a loop and not unroll it (PREFETCH_LINES)."""
+    """n, hidden from the compiler where it is to keep a loop and not unroll it (SHORT_LOOPS)."""
 
     def generate(context, builder, signature, args):
-        if not PREFETCH_LINES:
+        if not SHORT_LOOPS:
             return args[0]
         return builder.asm(ir.FunctionType(i64, [i64]), "", "=r,0", [args[0]], side_effect=True)
 

@@ -40,14 +40,14 @@ from npllama.execution.kernels.int8_dot import (
     load_codes,
     load_corrections,
     load_scales,
-    prefetch_group,
     scale_rows,
     store_tile,
     zeros,
 )
 from npllama.execution.kernels.int8_input import n_wide_tiles, quantize_input, tile_tokens
+from npllama.execution.kernels.prefetch import bytes_group, packed_group
 from npllama.execution.kernels.simd import bf16_to_f32, noinline, num_threads
-from npllama.execution.kernels.target import NO_PREFETCH, PREFETCH_LINES, REGISTERS
+from npllama.execution.kernels.target import REGISTERS
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP, SCALES
 
 TILES_AT_ONCE = 2 if REGISTERS >= 32 else 1
@@ -61,9 +61,6 @@ STRIP_BYTES = 1 << 18
 
 SERIAL_BELOW = 1 << 18
 """Below so many products, starting threads costs more than it saves."""
-
-PREFETCH_BYTES = 4096 if PREFETCH_LINES else 8192
-"""How far ahead of the codes that a tile reads memory is prefetched."""
 
 MIN_TILES_UNPACKED = 4
 """Wide tiles from which on it pays to unpack codes once for all."""
@@ -119,10 +116,10 @@ EIGHT_BIT = Scaling(load_corrections, add_8_bit, times_factors, scale_8_bit, 2)
 """8-bit scales, and a bfloat16 factor for each row: q8, q6, q4."""
 
 
-def make_tile(dot_group, group_bytes, M, prefetches, scaling):
+def make_tile(dot_group, group_bytes, M, prefetch_group, scaling):
     """The tile of block b and the M tokens from `first` on. The block's codes, packed or not, begin at codes[begin].
 
-    prefetches: whether the tile prefetches whole groups.
+    prefetch_group: one of prefetch.py, or stays_in_cache.
     """
     start, add, finish = scaling.start, scaling.add, scaling.finish
 
@@ -132,8 +129,7 @@ def make_tile(dot_group, group_bytes, M, prefetches, scaling):
         total, tile_stride = zeros(M), G * TOKEN_TILE
         for g in range(G):
             here, at = begin + g * group_bytes, first * G + g * min(M, TOKEN_TILE)
-            if prefetches:
-                prefetch_group(codes, here + PREFETCH_BYTES, group_bytes)
+            prefetch_group(codes, here, group_bytes)
             dots = start(x.corrections, at, tile_stride, M)
             dots = dot_group(dots, codes, here, x.codes, at * GROUP, tile_stride)
             total = add(total, dots, w, b * G + g, x, at, tile_stride)
@@ -142,6 +138,16 @@ def make_tile(dot_group, group_bytes, M, prefetches, scaling):
         store_tile(y, first * N + b * BLOCK_ROWS, N, total, T - first, N - b * BLOCK_ROWS)
 
     return tile
+
+
+@njit(**INLINE)
+def stays_in_cache(codes, begin, n_bytes):
+    """In the place of prefetch_group, for what was unpacked a moment ago."""
+
+
+def group_prefetch(code_bits):
+    """How groups of packed codes, or of those of 8 bits, are prefetched."""
+    return packed_group if code_bits < 8 else bytes_group
 
 
 @njit(**INLINE)
@@ -202,7 +208,7 @@ def make_multiply_amx(scaling):
 
 def make_multiply_simd(scaling, dot_unpacked):
     """The same with vector instructions."""
-    tile = make_tile(dot_unpacked, LEVELS_BYTES, TOKEN_TILE, False, scaling)
+    tile = make_tile(dot_unpacked, LEVELS_BYTES, TOKEN_TILE, stays_in_cache, scaling)
 
     @njit(**INNER)
     def multiply(w, levels, x, y, begin, stop, n):
@@ -221,8 +227,9 @@ def make_multiply_unpacked(scaling, dot_unpacked):
     return make_multiply_amx(scaling) if amx.USED else make_multiply_simd(scaling, dot_unpacked)
 
 
-def make_unpack(unpack_group, group_bytes):
+def make_unpack(unpack_group, code_bits):
     """A function (w, begin, stop): the levels of the blocks begin .. stop-1, from the start of a cache line on."""
+    group_bytes, prefetch_group = BLOCK_ROWS * GROUP * code_bits // 8, group_prefetch(code_bits)
 
     @njit(**INNER)
     def unpack(w, begin, stop):
@@ -233,21 +240,21 @@ def make_unpack(unpack_group, group_bytes):
         levels = buffer[bytes_to_line(buffer) :]
         for group in range(n_groups):
             at = (begin * G + group) * group_bytes
-            prefetch_group(w.codes, at + PREFETCH_BYTES, group_bytes)
+            prefetch_group(w.codes, at, group_bytes)
             unpack_group(w.codes, at, levels, group * LEVELS_BYTES)
         return levels
 
     return unpack
 
 
-def make_unpacked_strip(unpack_group, group_bytes, scaling, dot_unpacked):
+def make_unpacked_strip(unpack_group, code_bits, scaling, dot_unpacked):
     """A function (x, w, y, begin, stop) that unpacks the codes of some blocks once and multiplies them with all tokens.
 
     It returns how many wide tiles it has done: none where there are few, or where there is nothing to unpack.
     """
-    if not UNPACKS or (group_bytes >= LEVELS_BYTES and not amx.USED):
+    if not UNPACKS or (code_bits >= 8 and not amx.USED):
         return nothing_unpacked
-    unpack = make_unpack(unpack_group, group_bytes)
+    unpack = make_unpack(unpack_group, code_bits)
     multiply = make_multiply_unpacked(scaling, dot_unpacked)
     at_once = AMX_TOKENS // TOKEN_TILE if amx.USED else 1
 
@@ -273,9 +280,9 @@ def make_multiply_packed(dot_group, code_bits, scaling):
 
     Codes are unpacked for all its tokens at once. It returns how many these are.
     """
-    group_bytes, prefetches = BLOCK_ROWS * GROUP * code_bits // 8, code_bits < 8 or not NO_PREFETCH
+    group_bytes, prefetch_group = BLOCK_ROWS * GROUP * code_bits // 8, group_prefetch(code_bits)
     widest, wide, four, two, one = (
-        make_tile(dot_group, group_bytes, M, prefetches, scaling)
+        make_tile(dot_group, group_bytes, M, prefetch_group, scaling)
         for M in (TILES_AT_ONCE * TOKEN_TILE, TOKEN_TILE, 4, 2, 1)
     )
 
@@ -305,7 +312,7 @@ def make_multiply_packed(dot_group, code_bits, scaling):
 
 def make_multiply_blocks(dot_group, unpack_group, code_bits, scaling, dot_unpacked):
     """A function (x, w, y, begin, stop): the rows of y of the blocks begin .. stop-1, strip by strip."""
-    unpacked_strip = make_unpacked_strip(unpack_group, BLOCK_ROWS * GROUP * code_bits // 8, scaling, dot_unpacked)
+    unpacked_strip = make_unpacked_strip(unpack_group, code_bits, scaling, dot_unpacked)
     multiply_packed = make_multiply_packed(dot_group, code_bits, scaling)
 
     @njit(**INNER)
@@ -393,7 +400,7 @@ def register_grouped(
     what is to be added to the codes that `dot_group` multiplies by, minus their zero point.
 
     dot_group(dots, codes, begin, x, at, tile_stride): dots plus, for each token, its codes from x[at] on times the
-    group at codes[begin]; prefetches PREFETCH_BYTES ahead with int8_dot.prefetch_line.
+    group at codes[begin]; prefetches line by line what lies ahead (prefetch.py).
     unpack_group(codes, begin, levels, at): the group unpacked to levels[at ...], four columns of its 16 rows to 64
     bytes: signed for AMX, else as dot_unpacked takes them, for dot_unsigned less the lowest.
     level(codes, b, g, r, k): one weight's integer as float32.

@@ -7,8 +7,9 @@ from numba import njit
 
 from npllama.execution.kernels import amx
 from npllama.execution.kernels.flags import INLINE, INNER
-from npllama.execution.kernels.int8_dot import dot8, load_codes, make_lookup, opaque_count, prefetch_line, store_levels
-from npllama.execution.kernels.int8_linear import PREFETCH_BYTES, register_grouped
+from npllama.execution.kernels.int8_dot import dot8, load_codes, make_lookup, opaque_count, store_levels
+from npllama.execution.kernels.int8_linear import register_grouped
+from npllama.execution.kernels.prefetch import packed_line
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
 from npllama.numbers.q4 import Q4, Q4_CODEBOOK
 
@@ -22,7 +23,7 @@ def make_four_bits(codebook):
     @njit(**INLINE)
     def dot_group(dots, codes, begin, x, at, tile_stride):
         for v in range(opaque_count(GROUP // 8)):
-            prefetch_line(codes, begin + v * 64 + PREFETCH_BYTES, 64)
+            packed_line(codes, begin + v * 64)
             pairs = load_codes(codes, begin + v * 64)
             dots = dot8(dots, look_up_low(pairs), look_up_high(pairs), x, at + v * 8, tile_stride)
         return dots
@@ -30,7 +31,7 @@ def make_four_bits(codebook):
     @njit(**INLINE)
     def unpack_group(codes, begin, levels, at):
         for v in range(opaque_count(GROUP // 8)):
-            prefetch_line(codes, begin + v * 64 + PREFETCH_BYTES, 64)
+            packed_line(codes, begin + v * 64)
             pairs = load_codes(codes, begin + v * 64)
             store_levels(levels, at + v * 128, look_up_low(pairs), lowest_unpacked)
             store_levels(levels, at + v * 128 + 64, look_up_high(pairs), lowest_unpacked)

@@ -7,8 +7,9 @@ from numba import njit
 
 from npllama.execution.kernels import amx
 from npllama.execution.kernels.flags import INLINE, INNER
-from npllama.execution.kernels.int8_dot import dot8, load_codes, opaque_count, prefetch_line, store_levels, unpack_6bit
-from npllama.execution.kernels.int8_linear import PREFETCH_BYTES, register_grouped
+from npllama.execution.kernels.int8_dot import dot8, load_codes, opaque_count, store_levels, unpack_6bit
+from npllama.execution.kernels.int8_linear import register_grouped
+from npllama.execution.kernels.prefetch import packed_line
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
 from npllama.numbers.q6 import NIBBLE_BYTES, Q6, Q6_LOWEST
 
@@ -18,8 +19,9 @@ LOWEST_UNPACKED = Q6_LOWEST if amx.USED else 0
 @njit(**INLINE)
 def load_columns(codes, begin, v):
     """Unsigned codes of the columns 16 v on of the group at codes[begin ...]: four vectors."""
-    prefetch_line(codes, begin + v * 128 + PREFETCH_BYTES, 128)
-    prefetch_line(codes, begin + NIBBLE_BYTES + v * 64 + PREFETCH_BYTES, 64)
+    packed_line(codes, begin + v * 128)
+    packed_line(codes, begin + v * 128 + 64)
+    packed_line(codes, begin + NIBBLE_BYTES + v * 64)
     tops = load_codes(codes, begin + NIBBLE_BYTES + v * 64)
     low, high = load_codes(codes, begin + v * 128), load_codes(codes, begin + v * 128 + 64)
     return unpack_6bit(low, tops, 0), unpack_6bit(low, tops, 1), unpack_6bit(high, tops, 2), unpack_6bit(high, tops, 3)

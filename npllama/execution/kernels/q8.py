@@ -11,11 +11,11 @@ from npllama.execution.kernels.int8_dot import (
     dot4_signed,
     load_codes,
     opaque_count,
-    prefetch_line,
     store_levels,
     to_unsigned,
 )
-from npllama.execution.kernels.int8_linear import PREFETCH_BYTES, register_grouped
+from npllama.execution.kernels.int8_linear import register_grouped
+from npllama.execution.kernels.prefetch import bytes_line
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
 from npllama.numbers.q8 import Q8
 
@@ -23,7 +23,7 @@ from npllama.numbers.q8 import Q8
 @njit(**INLINE)
 def dot_group(dots, codes, begin, x, at, tile_stride):
     for v in range(opaque_count(GROUP // 4)):
-        prefetch_line(codes, begin + v * 64 + PREFETCH_BYTES, 64)
+        bytes_line(codes, begin + v * 64)
         dots = dot4_signed(dots, to_unsigned(load_codes(codes, begin + v * 64)), x, at + v * 4, tile_stride)
     return dots
 
@@ -31,7 +31,7 @@ def dot_group(dots, codes, begin, x, at, tile_stride):
 @njit(**INLINE)
 def unpack_group(codes, begin, levels, at):
     for v in range(opaque_count(GROUP // 4)):
-        prefetch_line(codes, begin + v * 64 + PREFETCH_BYTES, 64)
+        bytes_line(codes, begin + v * 64)
         store_levels(levels, at + v * 64, load_codes(codes, begin + v * 64), 0)
 
 

@@ -1,4 +1,4 @@
-"""The CPU that kernels are compiled for: what its vector units can do, and how it likes its memory prefetched.
+"""The CPU that kernels are compiled for: what its vector units can do, and how it may like its memory prefetched.
 
 Chosen by the features of Numba's target, NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included. Without fused multiply-add
 `llvm.fma` would be a slow call, without float16 conversion a crash.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from npllama.execution.kernels.flags import PLAIN
 from npllama.execution.kernels.numba_internals import target_machine
+from npllama.execution.prefetching import BYTES, HALVES, NONE, PACKED, Prefetch
 
 TRIPLE, CPU, FEATURES = target_machine()
 ARM64 = TRIPLE.startswith(("aarch64", "arm64"))
@@ -31,8 +32,14 @@ WIDTH64 = WIDTH // 2
 REGISTERS = 32 if AVX512 else 16
 """Vector registers that a tile may fill with its sums."""
 
-PREFETCH_LINES = not CPU.startswith("znver")
-"""Quantized kernels prefetch line by line into L2, in short loops; on Zen a whole group into L1, loops unrolled."""
+ZEN = CPU.startswith("znver")
 
-NO_PREFETCH = CPU == "znver4"
-"""Formats of 8 and 16 bits leave prefetching to the hardware, which is faster on Zen 4."""
+SHORT_LOOPS = not ZEN
+"""Loops over a group's codes stay loops, for CPUs that prefetch line by line; on Zen they are unrolled."""
+
+PREFETCHES = {
+    PACKED: Prefetch("groups", 8192) if ZEN else Prefetch("lines", 4096),
+    BYTES: NONE if CPU == "znver4" else Prefetch("groups", 8192) if ZEN else Prefetch("lines", 4096),
+    HALVES: NONE if CPU == "znver4" else Prefetch("lines", 4096),
+}
+"""What is best where nothing was measured, as far as the CPU's name tells."""

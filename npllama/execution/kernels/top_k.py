@@ -1,4 +1,4 @@
-"""execution/top_k.top_k compiled: the top-k search through all logits, once for each row that an id is drawn from."""
+"""execution/top_k.top_k compiled: the top-k search through all logits of each row, and the draw of an id from them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from numba import njit, prange
 from npllama.execution.kernels.flags import INNER, INNER_PARALLEL, SERIAL
 from npllama.execution.kernels.simd import (
     add,
+    exp_scalar,
     horizontal_max,
     horizontal_sum,
     load,
@@ -90,25 +91,62 @@ def search_row(logits, ids):
     return True
 
 
+@njit(**INNER)
+def draw_one(logits, ids, chances, number):
+    """The id that a number from [0, 1) stands for, of the k largest: what sampling/basic.py's `candidates` says."""
+    top_p, min_p, temperature = load_scalar(chances, 0), load_scalar(chances, 1), load_scalar(chances, 2)
+    k, largest = ids.shape[0], np.float64(logits[ids[0]])
+    below = np.empty(k, np.float64)
+    total, n = 0.0, 0
+    for i in range(k):
+        weight = exp_scalar(np.float64(logits[ids[i]]) - largest)
+        total += weight
+        store_scalar(below, i, total)
+        n += 1 if weight >= min_p else 0
+    for i in range(1, n if top_p < 1 else 0):
+        if not load_scalar(below, i - 1) < top_p * total:
+            n = i
+            break
+    total = 0.0
+    for i in range(n):
+        total += exp_scalar((np.float64(logits[ids[i]]) - largest) / temperature)
+        store_scalar(below, i, total)
+    at = 0
+    while load_scalar(below, at) <= number * total:
+        at += 1
+    return ids[at]
+
+
+@njit(**INNER)
+def search_and_draw(logits, ids, chances, numbers, drawn, r):
+    """The r-th row: its largest logits, and an id of them where there are numbers. Returns whether it is finite."""
+    finite = search_row(logits[r], ids[r])
+    if finite and r < numbers.shape[0]:
+        store_scalar(drawn, r, draw_one(logits[r], ids[r], chances, load_scalar(numbers, r)))
+    return finite
+
+
 @njit(**INNER_PARALLEL)
-def search_in_threads(logits, ids, finite):
-    """search_row for every row, each by one thread."""
+def search_in_threads(logits, ids, chances, numbers, drawn, finite):
+    """search_and_draw for every row, each by one thread."""
     for r in prange(logits.shape[0]):
-        finite[r] = search_row(logits[r], ids[r])
+        finite[r] = search_and_draw(logits, ids, chances, numbers, drawn, np.int64(r))
 
 
 @njit(**SERIAL)
-def top_k(logits, ids):
+def top_k(logits, ids, chances, numbers, drawn):
     """Write the indices of the k largest logits of each row (R, V) float32 to ids (R, k) int64: see execution/top_k.
 
-    Returns whether all logits are finite; if not, ids mean nothing. V must have k whole blocks.
+    numbers (R,), or (0,) for none: an id of each row is drawn with them, to drawn (R,) int64, with chances = [top_p,
+    min_p, temperature] float64, of which the last is above 0. Returns whether all logits are finite; if not, what is
+    written means nothing. V must have k whole blocks.
     """
     R = logits.shape[0]
     if R < SERIAL_BELOW:
         finite = True
         for r in range(R):
-            finite = search_row(logits[r], ids[r]) and finite
+            finite = search_and_draw(logits, ids, chances, numbers, drawn, r) and finite
         return finite
     each = np.empty(R, np.bool_)
-    search_in_threads(logits, ids, each)
+    search_in_threads(logits, ids, chances, numbers, drawn, each)
     return each.all()

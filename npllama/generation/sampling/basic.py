@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllama.errors import ModelError, UsageError, quote
-from npllama.execution.top_k import Search, check_finite, top_k
+from npllama.execution.top_k import Drawing, Search, check_finite, top_k
 from npllama.options import SamplingOptions
 
 PENALTY_WINDOW = 64
@@ -151,19 +151,26 @@ class Draw(NamedTuple):
     number: float
 
 
-def draw_rows(logits: np.ndarray, draws: Sequence[Draw], search: Search = top_k) -> list[int | None]:
-    """The ids that `sample` draws from each row of logits (R, V) float32; None where logits are not finite."""
-    if len(draws) == 1:
-        return [_one(logits[0], draws[0], search)]
+def _cannot_draw(*what: object) -> None:
+    """For `draw_rows`: ids are drawn in NumPy."""
+
+
+def draw_rows(
+    logits: np.ndarray, draws: Sequence[Draw], search: Search = top_k, draw: Drawing = _cannot_draw
+) -> list[int | None]:
+    """The ids that `sample` draws from each row of logits (R, V) float32; None where logits are not finite.
+
+    draw: does the same faster where it can, with exp of its own, whose last digit may differ.
+    """
     found: list[int | None] = [None] * len(draws)
     for (options, n_ids), rows in _alike(draws):
         some = logits if len(rows) == len(logits) else logits[rows]
-        if n_ids < logits.shape[1] or len(rows) == 1 or not 0 < options.top_k < n_ids or options.temperature == 0:
-            for i, row in zip(rows, some, strict=True):
-                found[i] = _one(row, draws[i], search)
-        else:
-            for i, token in zip(rows, _together(some, [draws[i] for i in rows], options, search), strict=True):
-                found[i] = token
+        several = n_ids == logits.shape[1] and 0 < options.top_k < n_ids and options.temperature > 0
+        ids = _together(some, [draws[i] for i in rows], options, search, draw) if several else None
+        if ids is None:
+            ids = [_one(row, draws[i], search) for i, row in zip(rows, some, strict=True)]
+        for i, token in zip(rows, ids, strict=True):
+            found[i] = token
     return found
 
 
@@ -188,16 +195,25 @@ def _one(logits: np.ndarray, draw: Draw, search: Search) -> int | None:
     return allowed.id(chosen)
 
 
-def _together(logits: np.ndarray, draws: Sequence[Draw], options: SamplingOptions, search: Search) -> list[int | None]:
-    """Rows with the same options, one operation for all of them: what `candidates` says, with top-k on."""
+def _together(
+    logits: np.ndarray, draws: Sequence[Draw], options: SamplingOptions, search: Search, draw: Drawing
+) -> Sequence[int | None] | None:
+    """Rows with the same options, one operation for all of them: what `candidates` says, with top-k on.
+
+    None where they are to be looked at one by one.
+    """
+    numbers, temperature = [one.number for one in draws], max(options.temperature, _MIN_TEMPERATURE)
     try:
         if options.repeat_penalty != 1:
             check_finite(logits)  # the penalty would hide an infinity
-            recents = [draw.recent for draw in draws]
+            recents = [one.recent for one in draws]
             logits = np.array([_penalised(*one, options.repeat_penalty) for one in zip(logits, recents, strict=True)])
+        drawn = draw(logits, options.top_k, (options.top_p, options.min_p, temperature), numbers)
+        if drawn is not None or len(draws) == 1:
+            return drawn
         ids = search(logits, options.top_k)
     except ModelError:
-        return [_one(row, draw, search) for row, draw in zip(logits, draws, strict=True)]
+        return None
     rows = np.arange(len(ids))[:, None]
     largest = logits[rows, ids]  # (R, k)
     relative = np.subtract(largest, largest[:, :1], dtype=np.float64)
@@ -208,10 +224,8 @@ def _together(logits: np.ndarray, draws: Sequence[Draw], options: SamplingOption
         left[:, 1:] = below[:, :-1] < options.top_p * below[:, -1:]
     if options.min_p > 0:
         left &= weights >= options.min_p
-    heated = np.exp(relative / max(options.temperature, _MIN_TEMPERATURE))
-    below = np.where(left, heated, 0.0).cumsum(axis=1)
-    numbers = np.array([draw.number for draw in draws])[:, None]
-    at = (below <= numbers * below[:, -1:]).sum(axis=1)
+    below = np.where(left, np.exp(relative / temperature), 0.0).cumsum(axis=1)
+    at = (below <= np.array(numbers)[:, None] * below[:, -1:]).sum(axis=1)
     found: list[int | None] = ids[rows[:, 0], at].tolist()
     return found
 
@@ -221,14 +235,15 @@ class Numbers:
 
     def __init__(self, seed: int, completion: int) -> None:
         self._key = seed, completion
-        self._first, self._numbers = 0, np.empty(0)
+        self._first = 0
+        self._numbers: list[float] = []
 
     def at(self, position: int) -> float:
         i = position - self._first
         if not 0 <= i < len(self._numbers):
             self._first, i = position, 0
-            self._numbers = _uniforms(*self._key, position, NUMBERS_AHEAD)
-        return float(self._numbers[i])
+            self._numbers = _uniforms(*self._key, position, NUMBERS_AHEAD).tolist()
+        return self._numbers[i]
 
 
 def uniform(seed: int, completion: int, position: int, draw: int = 0) -> float:
