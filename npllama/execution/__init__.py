@@ -8,6 +8,7 @@ Files, in the order in which to read them:
     kernels/             the functions of ops.py, implemented for Numba
     threads.py           one call at a time; forks; how Numba's threads start
     abandon.py           a call of compiled code that another thread, or Ctrl-C, may end early
+    prefetching/         how far ahead kernels prefetch: measured once on each machine
     affinity.py          threads on CPUs of their own while other programs compete for them
     process.py           what an open model changes in the process, and puts back
     compiled_code.py     files of compiled code: their names, and when they are removed

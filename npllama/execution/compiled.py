@@ -13,6 +13,7 @@ from npllama.errors import NpllamaError, quote
 from npllama.execution import compiled_code, threads
 from npllama.execution import top_k as search
 from npllama.execution.affinity import ThreadAffinity
+from npllama.execution.prefetching import tuning
 from npllama.system import machine
 from npllama.weights import Weights
 
@@ -82,6 +83,12 @@ class Compiled:
             return self._affinity.run(n_threads, self.function, arguments)
         finally:
             threads.put_back(before, n_threads)
+
+    def settle_prefetching(self, kinds: set[str], call_s: Callable[[], float] | None) -> None:
+        """Prefetch as is best on this machine: see tuning.settle."""
+        from npllama.execution.kernels import compile as compiler
+
+        tuning.settle(tuning.machine_key(compiler.target(), self.n_threads), kinds, call_s)
 
     def top_k(self, logits: np.ndarray, k: int) -> np.ndarray:
         """top_k.top_k of one row, compiled; for many candidates the search in NumPy."""
@@ -175,7 +182,7 @@ def _compile_top_k(cache_of: Callable[[str], Any]) -> Callable[..., bool]:
     return found
 
 
-def compiled_execution() -> dict[str, str]:
+def compiled_execution() -> dict[str, Any]:
     """What compiled code is made for, and what runs its threads; or why there is none. Imports numba."""
     said: list[str] = []
     try:
@@ -185,6 +192,11 @@ def compiled_execution() -> dict[str, str]:
         with threads.numba_threads_later():
             from npllama.execution.kernels import compile as compiler
 
-            return {"compiled_for": compiler.target().split("|")[1], "threading_layer": numba.threading_layer()}
+            key = tuning.machine_key(compiler.target(), machine.default_threads()[0])
+            return {
+                "compiled_for": compiler.target().split("|")[1],
+                "threading_layer": numba.threading_layer(),
+                "prefetch": tuning.described(key),
+            }
     except threads.UnavailableError as error:
         return {"compiled_execution": f"not available: {error}"}

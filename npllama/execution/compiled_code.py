@@ -25,7 +25,7 @@ from npllama.version import __version__
 from npllama.weights import Weights
 
 PACKAGE = Path(__file__).parent.parent
-PARTS_OF_NAMES = ("forward-", "op-", "bind-threads", "top-k", "stamp-", "new-")
+PARTS_OF_NAMES = ("forward-", "op-", "bind-threads", "top-k", "stamp-", "prefetch-", "new-")
 MAX_DAYS, MAX_BYTES = 60, 512 << 20
 """A file goes when nobody has used it for so long, or, the longest unused first, when all are larger than that."""
 UNFINISHED_S = 3600  # a file that is still being written after that never will be

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import math
 import os
+import time
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from npllama.execution.abandon import MIN_HEARD_ROWS, Call
 from npllama.execution.cache_checks import check_fits, check_rows
 from npllama.execution.compiled import Compiled
 from npllama.execution.compiled_code import compiled_exists
+from npllama.execution.prefetching import tuning
 from npllama.execution.threads import COMPILED, Turn, UnavailableError, using
 from npllama.execution.top_k import top_k
 from npllama.numbers import format_of
@@ -32,6 +34,7 @@ from npllama.system.interrupts import Interruptible
 from npllama.weights import Weights, kind_shapes
 
 SMALL_MODEL_BYTES = 20_000_000
+UNKNOWN_CACHE_BYTES = 32 << 20  # of a CPU that does not say how large its last cache is
 TABULATED = 8192  # positions whose angles are kept; of later ones they are computed in each call
 MAX_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
 MAX_THREADS = 4096
@@ -80,6 +83,8 @@ class Engine:
         if self.backend == "numba":
             self._prepare_numba(threads, optional=backend == "auto" and not os.environ.get("NPLLAMA_BACKEND"))
         self._lock = Turn() if self.compiled is None else COMPILED
+        if self.compiled is not None:
+            self._settle_prefetching(self.compiled)
         self._releases: list[Callable[[], None]] = []
         self._release_later(process.hold_freed_memory())
         if self.compiled is None:
@@ -135,6 +140,22 @@ class Engine:
         self.import_s, self.compile_s = self.compiled.import_s, self.compiled.compile_s
         if self._opened.size_bytes < machine.free_memory() // 2:  # else reading ahead evicts what was read
             self._opened.prefetch()
+
+    def _settle_prefetching(self, compiled: Compiled) -> None:
+        """Prefetch as was measured on this machine, or is measured now: with layers that no cache holds."""
+        caches, size = machine.cache_bytes() or [UNKNOWN_CACHE_BYTES], self._opened.size_bytes
+        n_layers = self.config.n_layers
+        n = min(n_layers, math.ceil(tuning.CACHES * caches[-1] * n_layers / size))
+        arguments = self._arguments(self.new_cache(1, 1), *(np.zeros(1, np.int64) for _ in range(4)))
+
+        def call_s() -> float:
+            started = time.perf_counter()
+            compiled.forward(self.threads, (*arguments[:-1], self._numbers._replace(n_layers=n)))
+            return time.perf_counter() - started
+
+        with self._lock:
+            large = size > tuning.CACHES * caches[-1]
+            compiled.settle_prefetching(tuning.kinds_of(self._opened.weights), call_s if large else None)
 
     @property
     def weights(self) -> Weights:

@@ -34,6 +34,19 @@ def physical_cores() -> int:
     return len(cores)
 
 
+def cache_bytes() -> list[int]:
+    """Sizes of a processor's caches for data, the one nearest to memory last; nothing where the system does not say."""
+    found: dict[int, int] = {}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            if (index / "type").read_text().strip() != "Instruction":
+                size = (index / "size").read_text().strip()  # in KiB: 32768K
+                found[int((index / "level").read_text())] = int(size.removesuffix("K")) * 1024
+        except (OSError, ValueError):
+            continue
+    return [size for _, size in sorted(found.items())]
+
+
 def cpu_quota() -> float:
     """Processors' worth of time that the container may use (cgroup cpu.max or cfs quota); infinity without a limit."""
     limits = [float("inf")]

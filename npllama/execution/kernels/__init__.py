@@ -8,7 +8,7 @@ The path of one product, q = wq x in q4, from ops.linear to the instruction:
     fused_inputs.py  wq, wk and wv together: three matrices share x, and one parallel loop
     int8_input.py    x is rounded to 8 bits as activations.quantize_rows does, in the order of the tiles
     int8_linear.py   `make_linears`, `make_multiply_blocks`: threads take blocks, 16 rows of w; a tile is a block times
-                     8 tokens, or times 1
+                     8 tokens, or 16, 4, 2, 1
     q4.py            `make_four_bits`, a group of a tile: 64 bytes of codes -> levels, looked up in the codebook
     int8_dot.py      `dot8`, `dot_small`: the dot product, llvm.x86.avx512.vpdpbusd, or what this CPU has instead
 
@@ -49,7 +49,7 @@ Files, in the order in which to read them:
     weighted_sum.py     the two products of attention, in float64
     kv_formats.py       keys and values in float32, float16 and 8 bits
     elementwise.py      RMSNorm, RoPE, SwiGLU
-    top_k.py            the largest logits, for sampling
+    top_k.py            the largest logits, and the draw of an id from them
     simd.py             vector operations on float32 and float64
     ir_math.py          multiply-add, conversions and exp in LLVM IR
     llvm.py             pointers, vectors and calls in LLVM IR
@@ -59,6 +59,7 @@ Files, in the order in which to read them:
     numba_internals.py  what is used of Numba's private parts, each probed, with one fallback
     affinity.py         ties threads to CPUs
     abandon.py          the flag that ends a call early
+    prefetch.py         prefetching as far ahead as numbers in memory say
     per_op.py           every op compiled on its own
     bandwidth.py        reads memory as fast as possible
 

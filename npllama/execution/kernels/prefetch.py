@@ -1,4 +1,4 @@
-"""Prefetching by numbers that are read from memory when a kernel runs: see execution/prefetching.py.
+"""Prefetching by numbers that are read from memory when a kernel runs: see execution/prefetching/ahead.py.
 
 As in abandon.py, code refers to them by a name that each process binds.
 """
@@ -13,7 +13,7 @@ from npllama.execution.kernels import llvm
 from npllama.execution.kernels.llvm import address, i64
 from npllama.execution.kernels.numba_internals import define_symbol
 from npllama.execution.kernels.target import PREFETCHES
-from npllama.execution.prefetching import AHEAD, BYTES, HALVES, KINDS, PACKED, STYLES, use
+from npllama.execution.prefetching.ahead import AHEAD, BYTES, HALVES, KINDS, PACKED, STYLES, use
 
 NAME = "npllama_prefetch"
 

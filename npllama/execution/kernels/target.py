@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from npllama.execution.kernels.flags import PLAIN
 from npllama.execution.kernels.numba_internals import target_machine
-from npllama.execution.prefetching import BYTES, HALVES, NONE, PACKED, Prefetch
+from npllama.execution.prefetching.ahead import BYTES, HALVES, NONE, PACKED, Prefetch
 
 TRIPLE, CPU, FEATURES = target_machine()
 ARM64 = TRIPLE.startswith(("aarch64", "arm64"))
