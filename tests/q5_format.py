@@ -8,7 +8,8 @@ import numpy as np
 
 from npllama.numbers import register
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
-from npllama.numbers.groups import GroupedFormat, integers_nearest, pack_nibbles, unpack_nibbles
+from npllama.numbers.groups import GroupedFormat, pack_nibbles, unpack_nibbles
+from npllama.numbers.rounding import integers_nearest
 
 LOWEST = -16
 NIBBLE_BYTES = BLOCK_ROWS * GROUP // 2

@@ -15,4 +15,5 @@ Files, in the order in which to read them:
     compiled_sources.py  which sources machine code depends on
     disk_cache.py        one compiled function in one file, with its checksum
     top_k.py             the largest logits, in NumPy
+    rounding.py          the compiled search for scales, for export and quantize
 """

@@ -25,7 +25,7 @@ from npllama.version import __version__
 from npllama.weights import Weights
 
 PACKAGE = Path(__file__).parent.parent
-PARTS_OF_NAMES = ("forward-", "op-", "bind-threads", "top-k", "stamp-", "prefetch-", "new-")
+PARTS_OF_NAMES = ("forward-", "op-", "bind-threads", "top-k", "stamp-", "prefetch-", "round-", "new-")
 MAX_DAYS, MAX_BYTES = 60, 512 << 20
 """A file goes when nobody has used it for so long, or, the longest unused first, when all are larger than that."""
 UNFINISHED_S = 3600  # a file that is still being written after that never will be
@@ -53,7 +53,13 @@ def compiled_exists(weights: Weights, kv_dtype: str = "f32") -> bool:
     folder, _ = machine.compiled_code_directory(make=False)
     if folder is None or not any(folder.glob("forward-*")):
         return False
-    return any(folder.glob(forward_name(weights, kv_dtype) + "-*"))
+    return is_kept(forward_name(weights, kv_dtype))
+
+
+def is_kept(name: str) -> bool:
+    """Whether there is a file of this name, for this or another CPU."""
+    folder, _ = machine.compiled_code_directory(make=False)
+    return folder is not None and any(folder.glob(f"{name}-*"))
 
 
 def stamp() -> str:

@@ -19,8 +19,8 @@ import numpy as np
 
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
 from npllama.numbers.formats import ArraySpec, Levels, LevelSet, UnstorableError
-from npllama.numbers.groups import GroupedFormat, Scaling, integers_nearest, pack_nibbles, unpack_nibbles
-from npllama.numbers.rounding import best_scales, in_vectors, reciprocal
+from npllama.numbers.groups import GroupedFormat, Scaling, pack_nibbles, unpack_nibbles
+from npllama.numbers.rounding import Nearest, best_scales, in_vectors, reciprocal
 
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """The 16 unevenly spaced levels of IQ4_NL and IQ4_XS."""
@@ -121,8 +121,9 @@ class GgmlFormat(GroupedFormat):
 
     # Numbers that are rounded ----------------------------------------------------------------------------------------
 
-    def nearest(self, w: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-        return integers_nearest(w, inverse, min(self.values), max(self.values))
+    @property
+    def rule(self) -> Nearest | None:
+        return Nearest(min(self.values), max(self.values))
 
     def round_groups(self, groups: np.ndarray) -> tuple[np.ndarray, ...]:
         """As GroupedFormat.round_groups says; minimums are those of the numbers, and nothing is searched for then."""
@@ -218,6 +219,10 @@ class _IQ4_NL(GgmlFormat):  # noqa: N801
         of_bytes = np.zeros(256, np.uint8)
         of_bytes[np.array(self.values, np.int8).view(np.uint8)] = np.arange(16)
         return of_bytes.take(levels.view(np.uint8))
+
+    @property
+    def rule(self) -> None:
+        """Its levels follow none."""
 
     def nearest(self, w: np.ndarray, inverse: np.ndarray) -> np.ndarray:
         borders = (self._value[1:] + self._value[:-1]) / 2

@@ -17,7 +17,7 @@ import numpy as np
 from npllama.numbers.bf16 import from_bf16
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP, SCALES
 from npllama.numbers.formats import ArraySpec, NumberFormat, UnstorableError, Weight, as_float32
-from npllama.numbers.rounding import MAX_WEIGHT, quantize, round_to_8_bit_scales
+from npllama.numbers.rounding import MAX_WEIGHT, Nearest, quantize, round_to_8_bit_scales
 
 
 class Grouped(NamedTuple):
@@ -47,9 +47,10 @@ class GroupedFormat(NumberFormat):
     """A format of blocks and groups. Its weight is a NamedTuple like q8.Q8: codes, scales, factors, rows, columns.
 
     code_bits: bits of a code. code_dtype: of the codes in the file. A subclass says what its codes stand for
-    (`levels`), which level is nearest (`nearest`) and how levels are packed (`pack`). targets: levels near the
-    outermost ones, on which a group's largest number is laid when scales are searched. One with other scales says how
-    they are stored (`scale_arrays`), what they are (`scaling`) and how numbers are rounded to them (`round_groups`).
+    (`levels`), which level is nearest (`rule`, or `nearest`) and how levels are packed (`pack`). targets: levels near
+    the outermost ones, on which a group's largest number is laid when scales are searched. One with other scales says
+    how they are stored (`scale_arrays`), what they are (`scaling`) and how numbers are rounded to them
+    (`round_groups`).
     """
 
     quantized = True
@@ -65,9 +66,16 @@ class GroupedFormat(NumberFormat):
         """Codes -> vectors of the integers they stand for: (..., B, Q, bytes) -> (..., B, Q, GROUP/4, 64) float32."""
         raise NotImplementedError
 
+    @property
+    def rule(self) -> Nearest | None:
+        """How `nearest` finds a level, where it is as simple as that; then the search for scales can be compiled."""
+        return None
+
     def nearest(self, w: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-        """The level nearest to w * inverse: (n, GROUP), (n,) -> (n, GROUP) float32."""
-        raise NotImplementedError
+        """The level nearest to w * inverse: (n, GROUP), (n,) -> (n, GROUP) float32. By the rule, if there is one."""
+        if self.rule is None:
+            raise NotImplementedError
+        return self.rule.levels(w, inverse)
 
     def pack(self, levels: np.ndarray) -> np.ndarray:
         """Vectors of levels (b, Q, GROUP/4, 64) float32 -> codes of the blocks (b, Q, bytes)."""
@@ -166,9 +174,3 @@ def pack_nibbles(vectors: np.ndarray) -> np.ndarray:
     """Vectors of codes below 16 (b, Q, 8, 64) -> two codes to a byte (b, Q, 256)."""
     packed: np.ndarray = vectors[:, :, ::2] | vectors[:, :, 1::2] << 4
     return packed.reshape(*vectors.shape[:2], -1)
-
-
-def integers_nearest(w: np.ndarray, inverse: np.ndarray, low: int, high: int) -> np.ndarray:
-    """`nearest` of a format whose levels are all integers from low to high."""
-    level = np.rint(w * inverse[:, None])
-    return np.clip(level, low, high, out=level)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npllama.numbers.groups import GroupedFormat, pack_nibbles, unpack_nibbles
+from npllama.numbers.rounding import Nearest
 
 Q4_CODEBOOK = (-34, -26, -20, -16, -12, -8, -5, -2, 0, 3, 6, 9, 13, 17, 22, 28)
 """The codebook: what each code stands for.
@@ -18,6 +19,7 @@ with 8-bit numbers fit into 16 bits.
 # Levels are integers, so borders between them are multiples of a half: floor(2 w / scale) tells the nearest level.
 _CELLS = (np.arange(2 * Q4_CODEBOOK[0], 2 * Q4_CODEBOOK[-1] + 1) + 0.5) / 2
 _NEAREST = np.array(Q4_CODEBOOK, np.float32)[np.abs(_CELLS[:, None] - Q4_CODEBOOK).argmin(axis=1)]
+_RULE = Nearest(Q4_CODEBOOK[0], Q4_CODEBOOK[-1], tuple(_NEAREST.tolist()))
 _CODE = np.searchsorted(Q4_CODEBOOK, np.arange(Q4_CODEBOOK[0], Q4_CODEBOOK[-1] + 1)).astype(np.uint8)
 
 
@@ -48,11 +50,9 @@ class Q4Format(GroupedFormat):
     def levels(self, codes: np.ndarray) -> np.ndarray:
         return np.array(Q4_CODEBOOK, np.float32)[unpack_nibbles(codes)]
 
-    def nearest(self, w: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-        cell = w * (np.float32(2) * inverse)[:, None]
-        cell -= np.float32(2 * Q4_CODEBOOK[0])
-        np.clip(cell, 0, len(_NEAREST) - 1, out=cell)
-        return _NEAREST.take(cell.astype(np.uint8))
+    @property
+    def rule(self) -> Nearest:
+        return _RULE
 
     def pack(self, levels: np.ndarray) -> np.ndarray:
         return pack_nibbles(_CODE[levels.astype(np.int8) - Q4_CODEBOOK[0]])

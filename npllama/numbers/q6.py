@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
-from npllama.numbers.groups import GroupedFormat, integers_nearest, pack_nibbles, unpack_nibbles
+from npllama.numbers.groups import GroupedFormat, pack_nibbles, unpack_nibbles
+from npllama.numbers.rounding import Nearest
 
 Q6_LOWEST = -32
 """What the code 0 stands for. Levels span 64 as those of q4 do, and are multiplied in the same way."""
@@ -47,8 +48,9 @@ class Q6Format(GroupedFormat):
         high = tops >> _SHIFTS & 3  # (..., 2, 4, 64)
         return (low | high.reshape(low.shape) << 4).astype(np.float32) + np.float32(Q6_LOWEST)
 
-    def nearest(self, w: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-        return integers_nearest(w, inverse, Q6_LOWEST, Q6_LOWEST + 63)
+    @property
+    def rule(self) -> Nearest:
+        return Nearest(Q6_LOWEST, Q6_LOWEST + 63)
 
     def pack(self, levels: np.ndarray) -> np.ndarray:
         vectors = (levels - np.float32(Q6_LOWEST)).astype(np.uint8)

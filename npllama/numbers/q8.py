@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
-from npllama.numbers.groups import GroupedFormat, integers_nearest
+from npllama.numbers.groups import GroupedFormat
+from npllama.numbers.rounding import Nearest
 
 
 class Q8(NamedTuple):
@@ -36,8 +37,9 @@ class Q8Format(GroupedFormat):
     def levels(self, codes: np.ndarray) -> np.ndarray:
         return codes.astype(np.float32).reshape(*codes.shape[:-1], GROUP // 4, 4 * BLOCK_ROWS)
 
-    def nearest(self, w: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-        return integers_nearest(w, inverse, -127, 127)
+    @property
+    def rule(self) -> Nearest:
+        return Nearest(-127, 127)
 
     def pack(self, levels: np.ndarray) -> np.ndarray:
         return levels.astype(np.int8).reshape(*levels.shape[:2], -1)

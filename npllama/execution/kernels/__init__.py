@@ -62,6 +62,7 @@ Files, in the order in which to read them:
     prefetch.py         prefetching as far ahead as numbers in memory say
     per_op.py           every op compiled on its own
     bandwidth.py        reads memory as fast as possible
+    rounding.py         the search for scales when weights are rounded
 
 A new step of the model is a function of ops.py, its overload here (elementwise.py has the shortest), an entry of
 `per_op.OPS` and of `TOLERANCE` in measure/verify.py; then model.py calls it.

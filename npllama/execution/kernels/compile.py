@@ -12,7 +12,7 @@ from numba.extending import register_jitable
 
 from npllama import model
 from npllama.errors import ModelError
-from npllama.execution.kernels import affinity, amx, attention, elementwise, linear, top_k  # noqa: F401 (importing registers the overloads)
+from npllama.execution.kernels import affinity, amx, attention, elementwise, linear, rounding, top_k  # noqa: F401 (importing registers the overloads)
 from npllama.execution.kernels.flags import SERIAL
 from npllama.execution.kernels.formats import import_kernels
 from npllama.execution.kernels.numba_internals import compile_once, target_machine
@@ -71,3 +71,13 @@ def compile_top_k(cache: Any) -> Any:
     drawn = types.Array(types.int64, 1, "C")
     compile_once(top_k.top_k, (types.Array(types.float32, 2, "C"), ids, numbers, numbers, drawn), cache)
     return top_k.top_k
+
+
+def compile_rounding(best: Any, stored: Any) -> tuple[Any, Any]:
+    """rounding.best_scales and stored_scales, compiled or from their caches (see compile_forward)."""
+    groups, floats = types.Array(types.float32, 2, "C"), types.Array(types.float32, 1, "C")
+    rule, levels = (types.float32, types.float32, groups), types.Array(types.int8, 2, "C")
+    compile_once(rounding.best_scales, (groups, floats, *rule, floats), best)
+    codes = types.Array(types.uint8, 1, "C")
+    compile_once(rounding.stored_scales, (groups, floats, floats, *rule, codes, levels), stored)
+    return rounding.best_scales, rounding.stored_scales
