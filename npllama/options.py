@@ -223,7 +223,12 @@ class SamplingOptions:
     @property
     def is_basic(self) -> bool:
         """Whether the basic options alone decide, in their usual order."""
-        return all(getattr(self, o.name) == o.metadata["off"] for o in OPTIONS if o.name not in BASIC)
+        return self.is_basic_but_for(())
+
+    def is_basic_but_for(self, names: Sequence[str]) -> bool:
+        """Whether nothing decides but the basic options, in their usual order, and those named."""
+        others = (o for o in OPTIONS if o.name not in BASIC and o.name not in names)
+        return all(getattr(self, o.name) == o.metadata["off"] for o in others)
 
 
 MAX_LOGPROBS = 1000

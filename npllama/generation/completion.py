@@ -16,7 +16,7 @@ from npllama.execution.top_k import not_finite
 from npllama.generation.jobs import Continued, Job
 from npllama.generation.requests import Progress, Request
 from npllama.generation.results import Piece, Result, Usage
-from npllama.generation.sampling.basic import PENALTY_WINDOW, Draw, Numbers
+from npllama.generation.sampling.basic import Draw, Numbers
 from npllama.generation.sampling.logprobs import Observer, TokenLogprobs
 from npllama.generation.sampling.sampler import Model, Sampler, SamplerState
 from npllama.generation.speculation import Lookup
@@ -157,11 +157,17 @@ class Completion(Job):
         if not self._sampler.is_basic or left == 0:
             return []
         if not self.draft:
-            return [self._sampler.draw(self.ids, self._numbers.at(n))]
-        ids = [*self.ids[-PENALTY_WINDOW:], *self.draft]
+            draw = self._sampler.draw(self.ids, self._numbers.at(n))
+            return [draw] if draw is not None else []
+        ids = [*self.ids[-self._sampler.n_seen :], *self.draft]
         start = len(ids) - len(self.draft)
-        some = range(min(left, 1 + len(self.draft)))
-        return [self._sampler.draw(ids[: start + i], self._numbers.at(n + i)) for i in some]
+        draws = []
+        for i in range(min(left, 1 + len(self.draft))):
+            draw = self._sampler.draw(ids[: start + i], self._numbers.at(n + i), n - start)
+            if draw is None:
+                return []
+            draws.append(draw)
+        return draws
 
     def receive(self, positions: Ids[int], logits: np.ndarray) -> None:
         """Sample the next id, and those behind it for as long as the guess before each was right.

@@ -6,8 +6,9 @@ ids, the options and (seed, completion, position) alone, not on what else runs.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ _STATE: Any = {
 _MIN_TEMPERATURE = 1e-200
 """As good as any lower one: it takes every logit that is not the largest to a weight of 0, and overflows no float64."""
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
+_LOWEST = np.float32(-_MAX_FLOAT32)
 
 
 def candidates(
@@ -82,6 +84,9 @@ class Allowed:
     def __init__(self, n_ids: int, beyond: Iterable[int] = ()) -> None:
         self.n_ids = n_ids
         self._beyond = np.array(sorted({i for i in beyond if i >= n_ids}), np.int64)
+
+    def __len__(self) -> int:
+        return self.n_ids + len(self._beyond)
 
     def logits(self, logits: np.ndarray) -> np.ndarray:
         """The logits (V,) of the allowed ids (A,): a view where they are the first A."""
@@ -142,13 +147,25 @@ def drawn(weights: np.ndarray, number: float) -> int:
     return int(below.searchsorted(number * below[-1], side="right"))
 
 
+class Changes:
+    """Another logit for a few ids, each once: ids (n,) int64; added (n,) float64, -inf for an id that must not come."""
+
+    def __init__(self, added: Mapping[int, float]) -> None:
+        self.ids = np.array(sorted(added), np.int64)
+        self.added = np.array([added[i] for i in sorted(added)], np.float64)
+
+
 class Draw(NamedTuple):
-    """What decides an id beside its logits: which ids may come, the latest ones, and a number from [0, 1)."""
+    """What decides an id beside its logits: which ids may come, the latest ones, and a number from [0, 1).
+
+    changes: of the logits. They leave at least top_k ids that may come, with top_k on; one with temperature 0.
+    """
 
     allowed: Allowed
     recent: Sequence[int]
     options: SamplingOptions
     number: float
+    changes: Changes | None = None
 
 
 def _cannot_draw(*what: object) -> None:
@@ -160,8 +177,42 @@ def draw_rows(
 ) -> list[int | None]:
     """The ids that `sample` draws from each row of logits (R, V) float32; None where logits are not finite.
 
-    draw: does the same faster where it can, with exp of its own, whose last digit may differ.
+    draw: does the same faster where it can, with exp of its own, whose last digit may differ. Logits with changes are
+    changed meanwhile, and put back.
     """
+    rows = tuple([i for i, one in enumerate(draws) if one.changes is not None])
+    if not rows:
+        return _drawn_rows(logits, draws, search, draw)
+    logits = np.ascontiguousarray(logits)
+    at, added = _places(rows, tuple([draws[i].changes for i in rows]), logits.shape[1])
+    flat = logits.reshape(-1)
+    before = flat[at]
+    if not np.isfinite(before).all():
+        each = zip(logits, draws, strict=True)
+        return [None] if len(draws) == 1 else [draw_rows(row[None], [one], search, draw)[0] for row, one in each]
+    try:
+        flat[at] = _LOWEST if added is None else np.maximum(before + added, _LOWEST)
+        found = _drawn_rows(logits, draws, search, draw)
+        for i in rows:  # what must not come is drawn only where all the others are as low: overflown
+            if (token := found[i]) is not None and logits[i, token] == _LOWEST:
+                found[i] = None
+    finally:
+        flat[at] = before
+    return found
+
+
+@functools.lru_cache(maxsize=16)  # from step to step it is mostly the same rows that change, in the same way
+def _places(
+    rows: tuple[int, ...], changes: tuple[Changes, ...], vocab_size: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Where the logits that rows change lie, counted through all rows, and what is added there; None: -inf to all."""
+    at = np.concatenate([row * vocab_size + one.ids for row, one in zip(rows, changes, strict=True)])
+    added = np.concatenate([one.added for one in changes])
+    return at, added if (added > -np.inf).any() else None
+
+
+def _drawn_rows(logits: np.ndarray, draws: Sequence[Draw], search: Search, draw: Drawing) -> list[int | None]:
+    """`draw_rows` of logits that are as they are to be."""
     found: list[int | None] = [None] * len(draws)
     for (options, n_ids), rows in _alike(draws):
         some = logits if len(rows) == len(logits) else logits[rows]

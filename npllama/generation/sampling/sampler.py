@@ -13,7 +13,16 @@ import numpy as np
 from npllama.config import ModelConfig
 from npllama.errors import UsageError, quote
 from npllama.execution.top_k import Search, check_finite
-from npllama.generation.sampling.basic import PENALTY_WINDOW, Allowed, Draw, candidates, drawn, sample, uniform
+from npllama.generation.sampling.basic import (
+    PENALTY_WINDOW,
+    Allowed,
+    Changes,
+    Draw,
+    candidates,
+    drawn,
+    sample,
+    uniform,
+)
 from npllama.generation.sampling.chain import Candidates, Situation, next_mu, through_steps, unsurprising
 from npllama.generation.sampling.logprobs import Chances, Observer
 from npllama.options import SamplingOptions
@@ -29,6 +38,10 @@ LogitsProcessor = Callable[[list[int], np.ndarray], np.ndarray]
 _LOWEST = np.float32(np.finfo(np.float32).min)
 FORBIDDING = ("bad_words", "logit_bias", "min_tokens", "ignore_eos")
 """Options that can leave no id."""
+_MOST_BIAS = 32.0
+"""With a larger one logits would lose digits in float32."""
+_LEAST_BIAS = -1e30
+"""With a smaller one they would reach those of ids that must not come."""
 
 
 class Pieces:
@@ -78,19 +91,23 @@ class BadWords:
 
     def __init__(self, words: Iterable[str], pieces: Pieces) -> None:
         self._pieces = pieces
-        self._words = [word.encode() for word in words]
-        self._always = _joined([pieces.holding(word) for word in self._words])
-        self._reach = max(map(len, self._words), default=0) - 1
+        encoded = [word.encode() for word in words]
+        self._cuts = [(word[:n], word[n:]) for word in encoded for n in range(1, len(word))]
+        self._begun = tuple({begun for begun, _ in self._cuts})
+        self.always = _joined([pieces.holding(word) for word in encoded])
+        self._reach = max(map(len, encoded), default=0) - 1
 
-    def next(self, written: Sequence[int]) -> np.ndarray:
-        """The ids that must not come after what was written."""
+    def next(self, ids: Sequence[int], start: int) -> np.ndarray:
+        """The ids that must not come after those from `start` on; mostly `always`."""
         tail = b""
-        for token in reversed(written):
+        for i in range(len(ids) - 1, start - 1, -1):
             if len(tail) >= self._reach:
                 break
-            tail = self._pieces[token] + tail
-        begun = [(word, n) for word in self._words for n in range(1, len(word)) if tail.endswith(word[:n])]
-        return _joined([self._always, *(self._pieces.beginning_with(word[n:]) for word, n in begun)])
+            tail = self._pieces[ids[i]] + tail
+        if not tail.endswith(self._begun):
+            return self.always
+        rests = [rest for begun, rest in self._cuts if tail.endswith(begun)]
+        return _joined([self.always, *(self._pieces.beginning_with(rest) for rest in rests)])
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,8 @@ class Sampler:
 
     padding_ids: ids beyond the tokenizer's pieces may come too. n_prompt: how many of the ids are not generated. ends:
     the ids that end the text; a caller may add some. constraint: what the text has to be. observer: is to be told what
-    ids were drawn from, `chances`. is_basic: nothing but the basic options has a say, so that `draw` tells all.
+    ids were drawn from, `chances`. is_basic: the basic options decide, and those that forbid ids or shift their logits;
+    so `draw` mostly tells all.
     """
 
     def __init__(
@@ -125,19 +143,54 @@ class Sampler:
         self.ends = {i for i in named if i is not None}
         self._constraint, self._observer = constraint, observer
         self._plain = options.is_basic and processor is None
-        self.is_basic = self._plain and constraint is None and observer is None
+        few = self._plain or (processor is None and _changes_few(options))
+        self.is_basic = few and constraint is None and observer is None
         self.chances: Chances | None = None
         self._bad_words = BadWords(options.bad_words, model.pieces) if options.bad_words else None
         self._breakers = [text.encode() for text in options.dry_sequence_breakers]
         self.state = SamplerState(mu=2 * options.mirostat_tau)
+        self._changes: dict[tuple[int, bool], Changes | None] = {}
+        self._most_changes = len(self._allowed) - max(1, options.top_k)
         over = [i for i, _ in options.logit_bias if i >= model.config.vocab_size]
         if over:
             raise UsageError(f"logit_bias has the id {over[0]}; this model has 0 to {model.config.vocab_size - 1}.")
 
-    def draw(self, ids: Sequence[int], number: float) -> Draw:
-        """What decides the id behind these, beside its logits: for a sampler that is basic."""
+    def draw(self, ids: Sequence[int], number: float, n_left_out: int = 0) -> Draw | None:
+        """What decides the id behind these, beside its logits: for a sampler that is basic. None: `next_id` has to.
+
+        ids: the last ones of the text, without the first n_left_out; all where there are bad words.
+        """
         recent = ids[-PENALTY_WINDOW:] if self._options.repeat_penalty != 1 else ()
-        return Draw(self._allowed, recent, self._options, number)
+        if self._plain:
+            return Draw(self._allowed, recent, self._options, number)
+        changes = self._changes_behind(ids, n_left_out)
+        if changes is not None and len(changes.ids) > self._most_changes:
+            return None
+        return Draw(self._allowed, recent, self._options, number, changes)
+
+    @property
+    def n_seen(self) -> int:
+        """How many of the last ids `draw` has to see; 0 for all."""
+        return 0 if self._bad_words is not None else PENALTY_WINDOW
+
+    def _changes_behind(self, ids: Sequence[int], n_left_out: int) -> Changes | None:
+        """What is added to the logits of the id behind these, where it is anything."""
+        o, n = self._options, n_left_out + len(ids) - self._n_prompt
+        no_end, words = o.ignore_eos or n < o.min_tokens, self._bad_words
+        forbidden = None if words is None else words.next(ids, self._n_prompt)
+        if words is not None and forbidden is not words.always:
+            return self._make_changes(no_end, forbidden)
+        key = len(self.ends), no_end
+        if key not in self._changes:
+            self._changes[key] = self._make_changes(no_end, forbidden)
+        return self._changes[key]
+
+    def _make_changes(self, no_end: bool, forbidden: np.ndarray | None) -> Changes | None:
+        """What the options add to logits; with these ids forbidden, and with those that end a text."""
+        added = dict(self._options.logit_bias)
+        never = [*(self.ends if no_end else ()), *(() if forbidden is None else forbidden.tolist())]
+        added.update(dict.fromkeys(never, -np.inf))
+        return Changes(added) if added else None
 
     def next_id(self, logits: np.ndarray, ids: list[int], seed: int, completion: int) -> int:
         """The next id of a text, whose logits (V,) float32 are given.
@@ -201,7 +254,7 @@ class Sampler:
         if self._options.ignore_eos or len(ids) - self._n_prompt < self._options.min_tokens:
             values[list(self.ends)] = -np.inf
         if self._bad_words is not None:
-            values[self._bad_words.next(ids[self._n_prompt :])] = -np.inf
+            values[self._bad_words.next(ids, self._n_prompt)] = -np.inf
         return values if self._constraint is None else self._constrained(values, logits, self._constraint)
 
     def _constrained(self, values: np.ndarray, logits: np.ndarray, constraint: Constraint) -> np.ndarray:
@@ -232,6 +285,17 @@ class Sampler:
             if n == most or self._breaks(text):
                 return n
         return len(indices)
+
+
+def _changes_few(options: SamplingOptions) -> bool:
+    """Whether nothing but the basic options decides and those of FORBIDDING, so that `draw_rows` computes the same.
+
+    Where the repetition penalty and a bias would round in turn, and where ids are drawn from all, it would not.
+    """
+    o = options
+    small = all(_LEAST_BIAS <= bias <= _MOST_BIAS or bias == -np.inf for _, bias in o.logit_bias)
+    cut = o.top_k > 0 or o.temperature == 0
+    return small and cut and o.repeat_penalty == 1 and o.is_basic_but_for(FORBIDDING)
 
 
 def _joined(ids: list[np.ndarray]) -> np.ndarray:
