@@ -166,6 +166,8 @@ def same(one: npllama.inference.Result, other: npllama.inference.Result) -> bool
         {"temperature": 0.1, "mirostat": 2, "mirostat_tau": 1.0},
         {"temperature": 0.0, "n": 3},
         {**LOOPING, "n": 3},
+        {**LOOPING, "min_tokens": 50, "logit_bias": {2: 30.0}},
+        {**LOOPING, "bad_words": ["ab", "!"], "ignore_eos": True, "logit_bias": {6: 0.5}},
     ],
 )
 def test_the_text_is_the_one_without_guesses(
