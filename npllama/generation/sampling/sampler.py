@@ -38,9 +38,9 @@ LogitsProcessor = Callable[[list[int], np.ndarray], np.ndarray]
 _LOWEST = np.float32(np.finfo(np.float32).min)
 FORBIDDING = ("bad_words", "logit_bias", "min_tokens", "ignore_eos")
 """Options that can leave no id."""
-_MOST_BIAS = 32.0
+_MAX_BIAS = 32.0
 """With a larger one logits would lose digits in float32."""
-_LEAST_BIAS = -1e30
+_MIN_BIAS = -1e30
 """With a smaller one they would reach those of ids that must not come."""
 
 
@@ -150,7 +150,7 @@ class Sampler:
         self._breakers = [text.encode() for text in options.dry_sequence_breakers]
         self.state = SamplerState(mu=2 * options.mirostat_tau)
         self._changes: dict[tuple[int, bool], Changes | None] = {}
-        self._most_changes = len(self._allowed) - max(1, options.top_k)
+        self._max_changes = len(self._allowed) - max(1, options.top_k)
         over = [i for i, _ in options.logit_bias if i >= model.config.vocab_size]
         if over:
             raise UsageError(f"logit_bias has the id {over[0]}; this model has 0 to {model.config.vocab_size - 1}.")
@@ -164,7 +164,7 @@ class Sampler:
         if self._plain:
             return Draw(self._allowed, recent, self._options, number)
         changes = self._changes_behind(ids, n_left_out)
-        if changes is not None and len(changes.ids) > self._most_changes:
+        if changes is not None and len(changes.ids) > self._max_changes:
             return None
         return Draw(self._allowed, recent, self._options, number, changes)
 
@@ -293,7 +293,7 @@ def _changes_few(options: SamplingOptions) -> bool:
     Where the repetition penalty and a bias would round in turn, and where ids are drawn from all, it would not.
     """
     o = options
-    small = all(_LEAST_BIAS <= bias <= _MOST_BIAS or bias == -np.inf for _, bias in o.logit_bias)
+    small = all(_MIN_BIAS <= bias <= _MAX_BIAS or bias == -np.inf for _, bias in o.logit_bias)
     cut = o.top_k > 0 or o.temperature == 0
     return small and cut and o.repeat_penalty == 1 and o.is_basic_but_for(FORBIDDING)
 
