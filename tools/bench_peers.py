@@ -3,6 +3,7 @@
     pip install llama-cpp-python gguf torch
     python tools/bench_peers.py [--shapes 15m,110m,1b] [--formats q4,q8,f16,f32] [--prompts 128,512] [-n 32] [-r 5]
                                 [--kv-dtype f32|f16] [--json FILE] [--readme README.md]
+                                [--ik-llama-bench PROGRAM] [--features avx2 --llama-cpp FOLDER]
                                 [--scratch FOLDER]
 
 Each program runs in a process of its own, because settings of OpenMP and of BLAS are per process, and all of them stay
@@ -10,6 +11,13 @@ open while they are measured in turn: what else the machine does then hurts all 
 against Q4_0 and q8 against Q8_0 as llama.cpp's own quantizer makes them; torch takes part in f32 and bf16. Ratios are
 npllama's rate over the other's, of each round; their median and spread are printed. --readme writes the table into a
 README, and draws its chart (speed_chart.py).
+
+--ik-llama-bench adds ik_llama.cpp: PROGRAM is its llama-bench, which repacks weights (-rtr 1) and is started anew for
+each measurement. --features avx2 keeps all programs to AVX2, FMA and F16C; FOLDER is then a llama-cpp-python that was
+built so, which is checked:
+
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" pip install \\
+        --no-binary llama-cpp-python --no-deps --target FOLDER llama-cpp-python
 """
 
 from __future__ import annotations
@@ -21,7 +29,6 @@ import importlib.metadata
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +43,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
 from gguf_files import quantize_with_llama_cpp, write_for_ids  # noqa: E402
 from markers import write_between  # noqa: E402
+from peer_processes import Child, IkLlamaBench, Program, refuse_more_features  # noqa: E402
 from speed_chart import CHART, chart, test_of  # noqa: E402
 
 from npllama.config import ModelConfig  # noqa: E402
@@ -49,6 +57,9 @@ REST_S, MIN_S = 0.1, 0.4
 
 KV_TYPES = {"f32": 0, "f16": 1}  # llama.cpp's numbers of the cache's formats; its own default is f16, npllama's f32
 MARKERS = ("<!-- speed: begin -->", "<!-- speed: end -->")
+MARKERS_OF = {"": MARKERS, "avx2": ("<!-- speed-avx2: begin -->", "<!-- speed-avx2: end -->")}
+"""Where the table stands, by the features that programs are kept to."""
+
 Step = Callable[[int, int], None]
 """Feeds n tokens that begin at a position, and waits for the logits of the last."""
 
@@ -65,6 +76,9 @@ def main() -> None:
     parser.add_argument("--kv-dtype", choices=KV_TYPES, help="of all programs' caches (default: each program's own)")
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("--peers", default="llama.cpp,torch")
+    parser.add_argument("--ik-llama-bench", type=Path, metavar="PROGRAM", help="ik_llama.cpp's llama-bench")
+    parser.add_argument("--features", choices=["avx2"], default="", help="keep all programs to these")
+    parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="a llama-cpp-python kept to --features")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--readme", type=Path)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "npllama-peers")
@@ -75,14 +89,26 @@ def main() -> None:
     if args.serve:
         serve(args.serve[0], Path(args.serve[1]), int(args.serve[2]), int(args.serve[3]), args.serve[4])
         return
+    check(args)
     report = {"about": about(args), "results": list(results(args))}
     text = table(report)
     print(text)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.readme:
-        write_between(MARKERS, args.readme, text)
-        CHART.write_text(chart(report), encoding="utf-8")
+        write_between(MARKERS_OF[args.features], args.readme, text)
+        if not args.features:
+            CHART.write_text(chart(report), encoding="utf-8")
+
+
+def check(args: argparse.Namespace) -> None:
+    """End with one line where the arguments cannot be honoured."""
+    if args.features and "llama.cpp" in args.peers.split(",") and not args.llama_cpp:
+        sys.exit(f"--features {args.features}: llama.cpp chooses when it is built; give such a build by --llama-cpp.")
+    if args.ik_llama_bench and not args.ik_llama_bench.is_file():
+        sys.exit(f"--ik-llama-bench {args.ik_llama_bench}: no such program; build the target llama-bench and name it.")
+    if args.ik_llama_bench and args.depths != "0":
+        sys.exit("--ik-llama-bench: its llama-bench generates at depth 0 only; leave --depths out.")
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
@@ -99,6 +125,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         "threads": args.threads,
         "repetitions": args.repetitions,
         "kv_dtype": args.kv_dtype or "each program's own",
+        **({"features": args.features} if args.features else {}),
         "versions": {name: version(name) for name in packages},
     }
 
@@ -119,10 +146,13 @@ def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     args.scratch.mkdir(parents=True, exist_ok=True)
     for shape in args.shapes.split(","):
         for number_format in args.formats.split(","):
-            programs = {
-                name: Child(name, path, args.threads, context, args.kv_dtype or "")
+            programs: dict[str, Program] = {
+                name: Child(name, path, args.threads, context, args.kv_dtype or "", args.features, args.llama_cpp)
                 for name, path in models(shape, number_format, args.peers.split(","), args.scratch)
             }
+            if args.ik_llama_bench and number_format in LLAMA_CPP:
+                gguf = gguf_file(shape, number_format, args.scratch)
+                programs["ik_llama.cpp"] = IkLlamaBench(args.ik_llama_bench, gguf, args.threads, args.kv_dtype)
             try:
                 for test in tests:
                     yield measured(shape, number_format, test, programs, args.repetitions)
@@ -132,7 +162,7 @@ def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def measured(
-    shape: str, number_format: str, test: tuple[int, int, int], programs: dict[str, Child], repetitions: int
+    shape: str, number_format: str, test: tuple[int, int, int], programs: dict[str, Program], repetitions: int
 ) -> dict[str, Any]:
     """Rates of one test in every program, measured in turn."""
     n_prompt, n_gen, depth = test
@@ -196,37 +226,7 @@ def stored(rows: np.ndarray, number_format: str) -> np.ndarray:
     return rows.astype(np.float16) if rows.ndim == 2 and number_format == "f16" else rows
 
 
-# Programs: a child process opens the model, then measures what it is told on its standard input.
-
-
-class Child:
-    """One program in a process of its own."""
-
-    def __init__(self, program: str, model: Path, threads: int, context: int, kv_dtype: str) -> None:
-        command = [sys.executable, __file__, "--serve", program, str(model), str(threads), str(context), kv_dtype]
-        self._program = program
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        answer = self._answer()
-        if answer != "ready":
-            ended = f"it said {answer!r}" if answer else f"it ended with {self._process.wait()}"
-            sys.exit(f"{program} could not open {model}: {ended}")
-
-    def measure(self, n_prompt: int, n_gen: int, depth: int) -> float:
-        """Seconds for reading n_prompt tokens and then generating n_gen, at a depth."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{n_prompt} {n_gen} {depth}\n")
-        self._process.stdin.flush()
-        answer = self._answer()
-        if not answer:  # llama.cpp's code for AMX as gcc 12 builds it, for one: a signal
-            sys.exit(f"{self._program} could not run {n_prompt}+{n_gen} tokens: it ended with {self._process.wait()}")
-        return float(answer)
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-    def close(self) -> None:
-        self._process.communicate(timeout=60)
+# Programs: a child process opens the model (peer_processes.Child), then measures what it is told on its standard input.
 
 
 def serve(program: str, model: Path, threads: int, context: int, kv_dtype: str) -> None:
@@ -293,6 +293,7 @@ def open_llama_cpp(model: Path, threads: int, context: int, kv_dtype: str) -> tu
     import llama_cpp
 
     silence_llama_cpp()
+    refuse_more_features(llama_cpp.llama_print_system_info().decode())
     opened = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = context, 512, 512
@@ -395,6 +396,7 @@ def table(report: dict[str, Any]) -> str:
     """The results as a table of Markdown, with what they depend on: a row for each shape, format and peer."""
     about, results = report["about"], report["results"]
     versions = ", ".join(f"{name} {found}" for name, found in about["versions"].items())
+    kept = f", all programs kept to {about['features'].upper()}" if "features" in about else ""
     tests = list(dict.fromkeys(test_of(one) for one in results))
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for one in results:
@@ -404,7 +406,7 @@ def table(report: dict[str, Any]) -> str:
             rows.setdefault((one["shape"], one["format"], peer), {})[test_of(one)] = cell
     return "\n".join(
         [
-            f"{about['date']}, {about['cpu']}, {about['threads']} threads; "
+            f"{about['date']}, {about['cpu']}{kept}, {about['threads']} threads; "
             f"medians of {about['repetitions']} runs in turn; {versions}.",
             "",
             "| shape | format | beside | " + " | ".join(tests) + " |",
