@@ -1,7 +1,7 @@
 """Many texts at once, measured: rates, Python's share, stalls by prompts, prefixes, guesses.
 
-    python tools/bench_batches.py MODEL [--tests rates,share,stall,prefix,guesses,peer] [--texts 1,8,32] [-n 64] [-r 3]
-                                        [--gguf FILE]
+    python tools/bench_batches.py MODEL [--tests rows,rates,share,stall,prefix,guesses,peer] [--texts 1,8,32]
+                                        [-n 64] [-r 3] [--gguf FILE]
 
 MODEL: a model directory, for example of random weights (npllama.measure.random_model); FILE: of the same shape, for
 llama.cpp (tools/bench_peers.py makes both). Whatever is compared is measured
@@ -42,7 +42,7 @@ def main() -> None:
     """Measure what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--tests", default="rates,share,stall,prefix,guesses")
+    parser.add_argument("--tests", default="rows,rates,share,stall,prefix,guesses")
     parser.add_argument("--texts", default="1,8,32", help="how many at once, for rates")
     parser.add_argument("-n", type=int, default=64, help="ids of each text")
     parser.add_argument("-r", "--rounds", type=int, default=3)
@@ -73,6 +73,24 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> str:
     """The median and the spread of a over b, pair by pair."""
     each = sorted(x / y for x, y in zip(a, b, strict=True))
     return f"{statistics.median(each):.3f} ({each[0]:.3f} to {each[-1]:.3f})"
+
+
+def rows(llm: Llama, args: argparse.Namespace) -> None:
+    """Calls of 1, 2, 4 and 8 rows of as many sequences at depth 64, with the logits of all: their cost over one row's."""
+    counts, depth = (1, 2, 4, 8), 64
+    cache, ids = llm.engine.new_cache(max(counts), depth + 1), random_ids(depth)
+    for sequence in range(max(counts)):
+        llm.engine.forward(cache, ids, range(depth), [sequence] * depth, [depth - 1])
+
+    def call(n: int) -> float:
+        started = time.perf_counter()
+        for _ in range(5):
+            llm.engine.forward(cache, ids[:n], [depth] * n, range(n), range(n))
+        return (time.perf_counter() - started) / 5
+
+    one, *more = in_turn(5 * args.rounds, *(lambda n=n: call(n) for n in counts))  # type: ignore[misc]
+    said = ", ".join(f"{n} rows {ratio(each, one)}" for n, each in zip(counts[1:], more, strict=True))
+    print(f"one row {1e3 * statistics.median(one):.2f} ms; {said}", flush=True)
 
 
 def rates(llm: Llama, args: argparse.Namespace) -> None:
@@ -321,7 +339,7 @@ def scripted_s(llm: Llama, prompt: list[int], script: list[int], speculation: bo
     job.script = script
     scheduler = llm.runtime.scheduler
     scheduler.add(job)
-    scheduler.drive(job, lambda: bool(job.pieces))
+    scheduler.drive(job, lambda: bool(job._tokens))
     started = time.perf_counter()
     scheduler.drive(job, lambda: job.done)
     return time.perf_counter() - started
@@ -339,7 +357,15 @@ def row_s(llm: Llama, k: int, rounds: int) -> float:
     return statistics.median(found)
 
 
-TESTS = {"rates": rates, "share": share, "stall": stall, "prefix": prefix, "guesses": guesses, "peer": peer}
+TESTS = {
+    "rows": rows,
+    "rates": rates,
+    "share": share,
+    "stall": stall,
+    "prefix": prefix,
+    "guesses": guesses,
+    "peer": peer,
+}
 
 if __name__ == "__main__":
     main()
