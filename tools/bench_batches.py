@@ -76,7 +76,7 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> str:
 
 
 def rows(llm: Llama, args: argparse.Namespace) -> None:
-    """Calls of 1, 2, 4 and 8 rows of as many sequences at depth 64, with the logits of all: their cost over one row's."""
+    """Calls of 1, 2, 4 and 8 rows of as many sequences at depth 64, with the logits of all: cost over one row's."""
     counts, depth = (1, 2, 4, 8), 64
     cache, ids = llm.engine.new_cache(max(counts), depth + 1), random_ids(depth)
     for sequence in range(max(counts)):
