@@ -19,8 +19,8 @@ from npllama.numbers import Weight, format_of, widen_rows
 from npllama.numbers.activations import quantize_rows
 from npllama.numbers.groups import Grouped
 
-# Scores of one attention step: at most this many, so that memory does not grow with T x S.
-MAX_SCORES = 1 << 21
+# Scores of one attention step, at most: they stay in L2, and what later rows alone see is left out.
+MAX_SCORES = 1 << 18
 # Sums of groups that one step of a product holds: they stay in L2.
 MAX_COUNTS = 1 << 17
 
