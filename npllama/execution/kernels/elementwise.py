@@ -23,14 +23,17 @@ from npllama.execution.kernels.simd import (
     horizontal_sum,
     load,
     load_last,
+    load_scalar,
     load_twice,
     mul,
     narrow,
     negate_even,
     num_threads,
+    pointer,
     splat,
     store,
     store_last,
+    store_scalar,
     sub,
     swap_pairs,
     thread_bounds,
@@ -43,12 +46,10 @@ SERIAL_BELOW = 1 << 14
 
 
 @njit(**INNER)
-def rms_norm(x, gain, eps):
-    """ops.rms_norm: one pass for the sum, one for the scale. Rows are too short to be worth threads."""
-    T, D = x.shape
-    y = np.empty((T, D), np.float32)
+def norm_rows(x, gain, eps, y, D, begin, stop):
+    """ops.rms_norm for the rows begin .. stop-1 of D numbers: one pass for the sum, one for the scale."""
     whole, last = D // WIDTH * WIDTH, D - WIDTH
-    for t in range(T):
+    for t in range(begin, stop):
         at = t * D
         low = high = splat(0.0)
         for d in range(0, whole, WIDTH):
@@ -65,16 +66,13 @@ def rms_norm(x, gain, eps):
         if whole < D:
             rest = mul(load_last(gain, last, D - whole), mul(load_last(x, at + last, D - whole), scale))
             store_last(y, at + last, rest, D - whole)
-    return y
 
 
 @njit(**INNER)
-def rope(x, cos, sin):
-    """ops.rope: y = x * (c, c, ...) + (x with each pair swapped) * (-s, s, ...). The rest pair by pair."""
-    T, H, E = x.shape
-    y = np.empty((T, H, E), np.float32)
+def rope_rows(x, cos, sin, y, H, E, begin, stop):
+    """ops.rope for the rows begin .. stop-1: x * (c, c, ...) + (x with each pair swapped) * (-s, s, ...)."""
     whole = E // WIDTH * WIDTH
-    for t in range(T):
+    for t in range(begin, stop):
         angle = t * (E // 2)
         for h in range(H):
             at = (t * H + h) * E
@@ -82,10 +80,53 @@ def rope(x, cos, sin):
                 numbers = load(x, at + e)
                 swapped = mul(swap_pairs(numbers), negate_even(load_twice(sin, angle + e // 2)))
                 store(y, at + e, add(mul(numbers, load_twice(cos, angle + e // 2)), swapped))
-            for i in range(whole // 2, E // 2):
-                even, odd = x[t, h, 2 * i], x[t, h, 2 * i + 1]
-                y[t, h, 2 * i] = even * cos[t, i] - odd * sin[t, i]
-                y[t, h, 2 * i + 1] = even * sin[t, i] + odd * cos[t, i]
+            for i in range(whole // 2, E // 2):  # pair by pair
+                even, odd = load_scalar(x, at + 2 * i), load_scalar(x, at + 2 * i + 1)
+                c, s = load_scalar(cos, angle + i), load_scalar(sin, angle + i)
+                store_scalar(y, at + 2 * i, even * c - odd * s)
+                store_scalar(y, at + 2 * i + 1, even * s + odd * c)
+
+
+@njit(**INNER)
+def some_rows(x, a, b, eps, y, H, E, begin, stop):
+    """Rows of ops.rope with a and b its cosines and sines; for H 0 of ops.rms_norm, a the gain of E numbers."""
+    if H == 0:
+        norm_rows(x, a, eps, y, E, begin, stop)
+    else:
+        rope_rows(x, a, b, y, H, E, begin, stop)
+
+
+@njit(**INNER_PARALLEL)
+def rows_in_threads(x, a, b, eps, y, H, E, T, parts):
+    for p in prange(parts):
+        begin, stop = np.int64(p) * T // parts, (np.int64(p) + 1) * T // parts
+        some_rows(x, a, b, eps, y, H, E, begin, stop)
+
+
+@njit(**INNER)
+def all_rows(x, a, b, eps, y, H, E, T):
+    """some_rows for all T rows, on all threads where that is worth it: one loop for both, which is compiled once."""
+    if y.size < SERIAL_BELOW:
+        some_rows(x, a, b, eps, pointer(y, 0), H, E, np.int64(0), T)
+    else:
+        rows_in_threads(x, a, b, eps, pointer(y, 0), H, E, T, num_threads())
+
+
+@njit(**INNER)
+def rms_norm(x, gain, eps):
+    """ops.rms_norm."""
+    T, D = x.shape
+    y = np.empty((T, D), np.float32)
+    all_rows(pointer(x, 0), pointer(gain, 0), pointer(gain, 0), eps, y.reshape(-1), np.int64(0), D, T)
+    return y
+
+
+@njit(**INNER)
+def rope(x, cos, sin):
+    """ops.rope."""
+    T, H, E = x.shape
+    y = np.empty((T, H, E), np.float32)
+    all_rows(pointer(x, 0), pointer(cos, 0), pointer(sin, 0), 0.0, y.reshape(-1), H, E, T)
     return y
 
 
