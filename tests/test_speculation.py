@@ -13,7 +13,7 @@ import pytest
 from helpers import TINY, write_any_model
 
 import npllama
-from npllama.generation import batching
+from npllama.generation import batching, speculation
 from npllama.generation.chunks import Pace
 from npllama.generation.speculation import MAX_GUESSES, Lookup, how_many
 from npllama.inference import Llama
@@ -64,6 +64,15 @@ def test_looking_step_by_step_is_looking_at_once() -> None:
         lookup.see(ids[:n])
         again = looked(ids[:n])
         assert (lookup.chances(9), lookup._source) == (again.chances(9), again._source)
+
+
+def test_runs_of_an_endless_text_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculation, "MAX_RUNS", 100)
+    ids = np.random.default_rng(3).permutation(5000).tolist()
+    lookup = looked(ids)
+    assert len(lookup._ends) + len(lookup._older) <= 200
+    assert looked([*ids, *ids[-60:-50]]).guesses([*ids, *ids[-60:-50]], 2) == ids[-50:-48]
+    assert looked([*ids, *ids[:10]]).chances(1) == []
 
 
 def test_chances_follow_what_the_text_was_like() -> None:

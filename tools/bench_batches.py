@@ -299,7 +299,7 @@ class Scripted(Completion):
     script: Sequence[int] = ()
 
     def take(self, ids: Iterable[int | None]) -> None:
-        n = len(self._tokens)
+        n = self.n_written
         super().take(self.script[n : n + len(list(ids))])
 
 
@@ -339,7 +339,7 @@ def scripted_s(llm: Llama, prompt: list[int], script: list[int], speculation: bo
     job.script = script
     scheduler = llm.runtime.scheduler
     scheduler.add(job)
-    scheduler.drive(job, lambda: bool(job._tokens))
+    scheduler.drive(job, lambda: job.n_written > 0)
     started = time.perf_counter()
     scheduler.drive(job, lambda: job.done)
     return time.perf_counter() - started

@@ -26,6 +26,9 @@ from npllama.text.decoding import StreamDecoder
 if TYPE_CHECKING:
     from npllama.generation.structured.constraint import Constraint
 
+JOINED = 1024
+"""Pieces of text that are joined once they have come."""
+
 MAX_UNREAD = 32
 """Pieces that a stream computes before somebody reads them."""
 
@@ -98,8 +101,9 @@ class Completion(Job):
         self._stops = StopStrings(request.stop if constraint is None else ())
         self.pieces: deque[Piece] = deque()
         self._text: list[str] = []
-        self._tokens: list[int] = []
-        self._n_decoded = 0  # of the tokens, those whose text has come
+        self._texts: list[str] = []  # what was in it before, joined: small strings take much more memory
+        self._ids: dict[int, int] = {}  # each id as one object, however often it comes
+        self._n_decoded = 0  # of the ids that have come, those whose text has
         self._logprobs: list[TokenLogprobs] = []
         self._finish_reason = "length"
         self._started = self._read_at = self._last_at = 0.0
@@ -137,11 +141,14 @@ class Completion(Job):
     def _emit(self, piece: Piece) -> None:
         self.pieces.append(piece)
         self._text.append(piece.text)
+        if len(self._text) == JOINED:
+            self._texts.append("".join(self._text))
+            self._text.clear()
         if piece.logprobs is not None:
             self._logprobs.append(piece.logprobs)
 
     def progressed(self, n_fed: int) -> None:
-        if self.on_read is not None and not self._tokens:
+        if self.on_read is not None and self.n_written == 0:
             self.on_read(min(n_fed, self._n_prompt))
 
     def end(self, reason: str) -> None:
@@ -151,9 +158,14 @@ class Completion(Job):
         else:
             self._finish_reason, self.done = reason, True
 
+    @property
+    def n_written(self) -> int:
+        """How many ids have come to the prompt's."""
+        return len(self.ids) - self._n_prompt
+
     def draws(self) -> list[Draw]:
         """The draw of the next id, and of those behind each guess, as if the guesses before were right."""
-        n, left = len(self.ids), self._max_tokens - len(self._tokens)
+        n, left = len(self.ids), self._max_tokens - self.n_written
         if not self._sampler.is_basic or left == 0:
             return []
         if not self.draft:
@@ -176,7 +188,7 @@ class Completion(Job):
         """
         if not self._read_at:
             self._read_at = self._last_at = time.perf_counter()
-        if len(self._tokens) >= self._max_tokens:
+        if self.n_written >= self._max_tokens:
             self._finish("length")
             return
         for row, guess in zip_longest(logits, self.draft):
@@ -194,7 +206,7 @@ class Completion(Job):
             self._add(token, about)
             return
         while True:
-            ended = constraint.take(token, self._max_tokens - len(self._tokens))
+            ended = constraint.take(token, self._max_tokens - self.n_written)
             if ended in ("full", "stop"):
                 self._close("length" if ended == "full" else ended)
             else:
@@ -231,13 +243,13 @@ class Completion(Job):
             self._finish("stop")
         elif self._put(token, about):
             self._finish_reason, self.done = "stop", True
-        elif is_over or len(self._tokens) >= self._max_tokens:
+        elif is_over or self.n_written >= self._max_tokens:
             self._finish("stop" if is_over else "length")
 
     def _put(self, token: int, about: TokenLogprobs | None) -> bool:
         """Put an id behind the text; whether a stop string ends it."""
+        token = self._ids.setdefault(token, token)
         self.ids.append(token)
-        self._tokens.append(token)
         self.received = len(self.ids) - 1
         if self._mus is not None:
             self._mus[len(self.ids)] = self._sampler.state.mu
@@ -247,17 +259,17 @@ class Completion(Job):
     def _decode(self, about: TokenLogprobs | None = None) -> bool:
         """Make pieces of the tokens that are none yet; whether a stop string ends the text."""
         stopped = False
-        for token in self._tokens[self._n_decoded :]:
+        for token in self.ids[self._n_prompt + self._n_decoded :]:
             text, stopped = self._stops.push(self._decoder.push(token))
             self._emit(Piece(text, token, about))
-        self._n_decoded = len(self._tokens)
+        self._n_decoded = self.n_written
         return stopped
 
     def chances(self) -> list[float]:
         if self._lookup is None or self.followers:
             return []
         self._lookup.see(self.ids)
-        return self._lookup.chances(self._max_tokens - len(self._tokens) - 1)
+        return self._lookup.chances(self._max_tokens - self.n_written - 1)
 
     def guesses(self, n: int) -> list[int]:
         return self._lookup.guesses(self.ids, n) if self._lookup is not None else []
@@ -281,10 +293,10 @@ class Completion(Job):
         read_at = self._read_at or self._started
         slid = max(0, len(self.ids) - self.window - self.n_sink) if self._request.context_policy == "slide" else 0
         return Result(
-            text="".join(self._text),
-            tokens=list(self._tokens),
+            text="".join([*self._texts, *self._text]),
+            tokens=self.ids[self._n_prompt :],
             finish_reason=self._finish_reason,
-            usage=Usage(self._n_prompt, len(self._tokens), self.cached or 0),
+            usage=Usage(self._n_prompt, self.n_written, self.cached or 0),
             seed=self._request.seed,
             prompt_s=read_at - self._started,
             generate_s=max(0.0, self._last_at - read_at),

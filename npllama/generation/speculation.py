@@ -31,6 +31,9 @@ MIN_GAIN = 1.03
 LENGTHS = (4, 6, 10, 16, 32)
 """Matches are told apart by their length, up to each of these: the longer one is, the likelier it goes on."""
 
+MAX_RUNS = 1 << 15
+"""Runs that are remembered at least, and twice as many at most: a text may have no end."""
+
 MAX_COUNT = 32.0
 """Outcomes that are remembered; older ones count for less and less."""
 
@@ -40,6 +43,7 @@ class Lookup:
 
     def __init__(self) -> None:
         self._ends: dict[tuple[int, ...], int] = {}  # of each run of MIN_MATCH ids: where it last ended
+        self._older: dict[tuple[int, ...], int] = {}  # the same of runs that have not come again for long
         self._n = 0  # ids that were seen
         self._source = 0  # what follows the match
         self._match = 0  # its length; 0: there is none
@@ -55,9 +59,11 @@ class Lookup:
                 continue
             run = tuple(ids[n - MIN_MATCH : n])
             if not self._match:
-                self._source = self._ends.get(run, 0)
+                self._source = self._ends.get(run) or self._older.get(run, 0)
                 self._match = MIN_MATCH if self._source else 0
             self._ends[run] = n
+            if len(self._ends) >= MAX_RUNS:
+                self._older, self._ends = self._ends, {}
         self._n = len(ids)
 
     def _learn(self, right: bool) -> None:
