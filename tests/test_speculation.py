@@ -13,7 +13,7 @@ import pytest
 from helpers import TINY, write_any_model
 
 import npllama
-from npllama.generation import batching, speculation
+from npllama.generation import batching
 from npllama.generation.chunks import Pace
 from npllama.generation.speculation import MAX_GUESSES, Lookup, how_many
 from npllama.inference import Llama
@@ -67,7 +67,7 @@ def test_looking_step_by_step_is_looking_at_once() -> None:
 
 
 def test_runs_of_an_endless_text_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speculation, "MAX_RUNS", 100)
+    monkeypatch.setattr("npllama.generation.speculation.MAX_RUNS", 100)
     ids = np.random.default_rng(3).permutation(5000).tolist()
     lookup = looked(ids)
     assert len(lookup._ends) + len(lookup._older) <= 200
