@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,10 @@ def test_an_attribute_error_in_a_part_takes_the_same_road(
 
 def test_compiling_as_usual_leaves_numba_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = numba_internals._codegen()
-    usual = generator._library_class
+    usual, collecting = generator._library_class, gc.get_threshold()
     monkeypatch.setattr(LinkOnceLibrary, "_hide_all_but", None)
     compiled(tmp_path)
+    assert gc.get_threshold() == collecting
     assert generator._library_class is usual
     assert "set_env" not in vars(generator)
 

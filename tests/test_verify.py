@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
 from pathlib import Path
 
 import helpers
 import numpy as np
 import pytest
 
+from npllama.commands import verify as command
 from npllama.errors import UsageError
 from npllama.execution.engine import Engine
 from npllama.measure.verify import largest_error, verify, whole_model_error
@@ -71,3 +74,54 @@ def test_the_numpy_execution_has_nothing_to_verify(tmp_path: Path) -> None:
     helpers.write_model_directory(tmp_path / "model")
     with pytest.raises(UsageError, match="has no kernels"):
         verify(Engine(open_model(tmp_path / "model"), "numpy"))
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def twins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of what stands in for the process of the plain twins, which tells its arguments through `said`.
+
+    It notes whether the other process had made `checked` when it was let go on.
+    """
+    os.mkfifo(tmp_path / "said")
+    program = tmp_path / "program"
+    program.write_text(
+        f'#!/bin/sh\ncd {tmp_path}\necho "$NPLLAMA_PLAIN_KERNELS $@" > said\ncat\n'
+        "test -e checked && touch in_turn\n(echo compiling ...; echo a remark) >&2\nexit 5\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.delenv("NPLLAMA_PLAIN_KERNELS", raising=False)
+    return tmp_path
+
+
+def test_plain_twins_compile_meanwhile_and_are_compared_afterwards(
+    call, twins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def checked(args: argparse.Namespace, notes: object) -> int:
+        told.append((twins / "said").read_text())  # the other process has begun
+        (twins / "checked").touch()
+        return 0
+
+    monkeypatch.setattr(command, "_verify", checked)
+    done = call("verify", "--kv-dtype", "q8", "-m", "a model", "-t", 3)
+    assert (done.code, done.err) == (5, "a remark\n")
+    assert told == ["1 -m npllama verify --in-turn --kv-dtype q8 -m a model -t 3\n"]
+    assert (twins / "in_turn").exists()
+
+
+def test_plain_twins_end_with_a_check_that_fails(call, twins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(args: argparse.Namespace, notes: object) -> int:
+        (twins / "said").read_text()
+        (twins / "checked").touch()
+        raise UsageError("no such model")
+
+    monkeypatch.setattr(command, "_verify", fails)
+    done = call("verify", "-m", "a model")
+    assert done.code != 5
+    assert "no such model" in done.err
+    assert not (twins / "in_turn").exists()

@@ -13,6 +13,7 @@ from npllama.errors import NpllamaError, quote
 from npllama.execution import compiled_code, threads
 from npllama.execution import top_k as search
 from npllama.execution.affinity import ThreadAffinity
+from npllama.execution.kernels.flags import PLAIN
 from npllama.execution.prefetching import tuning
 from npllama.system import machine
 from npllama.weights import Weights
@@ -71,7 +72,7 @@ class Compiled:
         self._affinity = ThreadAffinity(functools.partial(_compile_pin_threads, cache_of), numba.threading_layer)
         self._make_top_k = functools.cache(functools.partial(_compile_top_k, cache_of))
         self._block, self.threaded_rows = compiler.top_k.BLOCK_LOGITS, compiler.top_k.SERIAL_BELOW
-        if cache is None or not cache.loaded:
+        if (cache is None or not cache.loaded) and not PLAIN:  # plain twins are there to be compared
             self._affinity.prepare()  # rarely needed, but when it is the machine is busy
             self._make_top_k()
         self.compile_s = time.perf_counter() - started

@@ -10,6 +10,7 @@ Where a part is missing or behaves otherwise, code is compiled as Numba always d
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +39,9 @@ PARTS = (
     "numba.core.serialize:loads",
 )
 """What compiling once and keeping code need, as module:attribute."""
+
+COLLECTING = 20000, 50, 1000
+"""Python's gc.set_threshold while code is compiled."""
 
 LIBRARY_PARTS = ("_final_module", "_finalized", "has_dynamic_globals", "finalize")
 """What every library of code has."""
@@ -209,6 +213,17 @@ def _linked_once() -> Iterator[None]:
                     generator.set_env(name, env)
 
 
+@contextmanager
+def _collecting_less() -> Iterator[None]:
+    """Look for garbage less often: compiling makes millions of objects that stay."""
+    usual = gc.get_threshold()
+    gc.set_threshold(*COLLECTING)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+
+
 def compile_once(function: Any, arguments: tuple[Any, ...], cache: Any) -> bool:
     """Compile a dispatcher for arguments of these types; whether it came from the cache.
 
@@ -221,7 +236,7 @@ def compile_once(function: Any, arguments: tuple[Any, ...], cache: Any) -> bool:
         usual = function._cache
         try:
             function._cache = cache or usual
-            with _linked_once():
+            with _linked_once(), _collecting_less():
                 type(function).compile(function, arguments)
             return bool(cache is not None and cache.loaded)
         except Exception as error:
