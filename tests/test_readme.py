@@ -121,9 +121,11 @@ def report(name: str) -> dict[str, Any]:
     return found
 
 
-def test_the_table_of_speeds_is_what_was_measured() -> None:
-    found = report("speed.json")
-    assert between(bench_peers.MARKERS) == bench_peers.table(found)
+@pytest.mark.parametrize(("features", "name"), [("", "speed.json"), ("avx2", "speed-avx2.json")])
+def test_the_table_of_speeds_is_what_was_measured(features: str, name: str) -> None:
+    found = report(name)
+    assert between(bench_peers.MARKERS_OF[features]) == bench_peers.table(found)
+    assert found["about"].get("features", "") == features
     assert len(found["results"]) >= 9
     for one in found["results"]:
         for peer, ratio in one["ratio"].items():
