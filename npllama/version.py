@@ -21,7 +21,7 @@ NEEDS = "needs_npllama"
 FIRST_READER = {1: "0.1.0", 2: "0.1.0", 3: "0.1.0", 4: "0.1.0"}
 """Format version -> the first npllama that reads it."""
 
-EXPORTER = 3
+EXPORTER = 4
 """Raised whenever an export of the same checkpoint gives other bytes than before: kept exports are then made anew."""
 
 SINCE = {NEEDS: 2, "sampling": 2, "add_bos_token": 2, "add_eos_token": 2, "rope_scaling": 2, "sliding_window": 2}

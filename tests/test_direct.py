@@ -194,7 +194,7 @@ def test_exported_bytes_are_those_that_the_exporters_version_stands_for(checkpoi
     write_quantized(tmp_path / "gguf")
     manifest = export(tmp_path / "gguf", tmp_path / "own", tokenizer=checkpoint / "tokenizer.model")
     digest.update(json.dumps(manifest["tensors"]).encode())
-    assert (EXPORTER, digest.hexdigest()[:16]) == (3, "962eda55a22a0f55")
+    assert (EXPORTER, digest.hexdigest()[:16]) == (4, "056b127e66740d2d")
 
 
 def test_every_file_that_an_export_opens_is_part_of_the_key(tmp_path: Path, checkpoint: Path) -> None:
