@@ -398,7 +398,7 @@ def load(
     - compiled execution: numba is imported and stays; GOMP_SPINCOUNT is set while OpenMP loads. On CPUs with AMX Linux
       is asked for the permission to use it, which cannot be given back. While other programs compete for the CPUs,
       OpenMP's threads are tied to one each; they are let go when nobody does, or when the Python thread that
-      computed closes the model. numba.set_num_threads is as before after each call, and gc's thresholds after compiling.
+      computed closes the model. numba.set_num_threads is as before after each call, gc's thresholds after compiling.
       The first model that no cache holds takes up to a second to measure how far ahead to prefetch, which is kept.
     - a fork waits for calls that are under way. After a compiled call a forked child gets an error; before it, or in
       NumPy, it computes as its parent does.
