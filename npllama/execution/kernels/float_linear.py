@@ -43,17 +43,17 @@ from npllama.execution.kernels.simd import (
     thread_bounds,
 )
 from npllama.execution.kernels.strided_rows import StridedRows, skip_columns
-from npllama.execution.kernels.target import WIDTH
+from npllama.execution.kernels.target import REGISTERS, WIDTH
 from npllama.numbers.bf16 import BF16
 from npllama.numbers.f16 import F16
 
-CHUNK_ROWS = 12 * TILE_ROWS
+CHUNK_ROWS = (8 if REGISTERS >= 32 else 12) * TILE_ROWS
 """Rows of w that stay in L2 while all tokens pass."""
 
-MAX_CHUNK_SUMS = CHUNK_ROWS + SINGLE_ROWS * (SINGLE_ROWS - 1)
+MAX_CHUNK_SUMS = CHUNK_ROWS + max(TILE_ROWS * (TILE_ROWS - 1), SINGLE_ROWS * (SINGLE_ROWS - 1))
 """Sums of a token in a chunk, at most: those twice, too, that two streams of rows share."""
 
-MAX_STRIP_COLUMNS = 1024
+MAX_STRIP_COLUMNS = 768 if REGISTERS >= 32 else 1024
 """Columns of a strip, at most: so many of the tokens of a tile stay in L1, and of CHUNK_ROWS rows in L2."""
 
 MAX_KEPT_TOKENS = 32 * TILE_TOKENS

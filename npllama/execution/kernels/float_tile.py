@@ -27,8 +27,8 @@ from npllama.execution.kernels.simd import bits16, floats, load, load_last, noin
 from npllama.execution.kernels.strided_rows import row_pointers
 from npllama.execution.kernels.target import REGISTERS, WIDTH
 
-TILE_ROWS, TILE_TOKENS = (4, 4) if REGISTERS >= 32 else (3, 4)
-"""Rows of w of a tile, and its tokens, at most: sums, rows and one vector of x just fit into 16 registers."""
+TILE_ROWS, TILE_TOKENS = (6, 4) if REGISTERS >= 32 else (3, 4)
+"""Rows of w of a tile, and its tokens, at most: sums, rows and one vector of x just fit into 32 or 16 registers."""
 
 SINGLE_ROWS = 4
 """Rows of w for a token alone."""
