@@ -90,10 +90,11 @@ def test_what_is_no_faster_changes_nothing(file: Path) -> None:
     assert tuning.read_kept(file)[PACKED].gain == 1
 
 
-def test_calls_that_take_too_long_are_not_measured_with() -> None:
+def test_calls_that_take_too_long_are_not_measured_with(file: Path) -> None:
     call_s, calls = machine_that_likes(NONE, seconds=1.0)
     tuning.settle(KEY, {PACKED}, call_s)
     assert calls[0] == 2
+    assert not file.exists()
     assert ahead.used(PACKED) == SLOW
 
 

@@ -70,5 +70,9 @@ packed_line, bytes_line = _make_line(PACKED), _make_line(BYTES)
 
 
 def halves_ahead(builder, pointer):
-    """Prefetch what lies ahead of a pointer to float16 or bfloat16; where nothing is, what is read anyway."""
-    llvm.prefetch(builder, pointer, llvm.load(builder, _number(builder, HALVES, "lines"), i64), 3)
+    """Prefetch what lies ahead of a pointer to float16 or bfloat16; where nothing is, what is read anyway.
+
+    They stand in no groups: both styles, of which one is 0, mean the same.
+    """
+    groups, lines = (llvm.load(builder, _number(builder, HALVES, style), i64) for style in STYLES)
+    llvm.prefetch(builder, pointer, builder.add(groups, lines), 3)

@@ -127,7 +127,10 @@ def settle(key: dict[str, str], kinds: Iterable[str], call_s: Callable[[], float
         ahead.use(kind, found.prefetch)
     missing = sorted(set(kinds) - set(kept))
     if missing and call_s is not None and file is not None and os.access(file.parent, os.W_OK):
-        kept |= measured(missing, call_s)
+        new = measured(missing, call_s)
+        if not new:
+            return
+        kept |= new
         rows = {kind: {**found._asdict(), "prefetch": str(found.prefetch)} for kind, found in kept.items()}
         with contextlib.suppress(OSError):  # a full disk: it is measured again
             write_whole(file, json.dumps({"machine": key, "kinds": rows}, indent=1).encode())
