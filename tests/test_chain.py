@@ -17,7 +17,7 @@ from probabilities import Left, best_first, softmax
 
 import npllama
 from npllama.errors import ModelError, UsageError
-from npllama.execution.top_k import top_k
+from npllama.execution.drawing.top_k import top_k
 from npllama.generation.sampling.sampler import Model, Sampler, SamplerState
 from npllama.options import OFF, OPTIONS, MoreOptions, SamplingOptions
 

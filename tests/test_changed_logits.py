@@ -14,7 +14,7 @@ from helpers import TINY, write_model_directory
 
 import npllama
 from npllama.errors import UsageError
-from npllama.execution.top_k import top_k
+from npllama.execution.drawing.top_k import top_k
 from npllama.generation.completion import Completion
 from npllama.generation.sampling.basic import Allowed, Changes, Draw, draw_rows, uniform
 from npllama.generation.sampling.sampler import Model, Sampler

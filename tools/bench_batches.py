@@ -194,19 +194,23 @@ def share(llm: Llama, args: argparse.Namespace) -> None:
 
         return call
 
-    compiled.function = timed(compiled.function)
+    compiled.function, steps = timed(compiled.function), compiled._make_steps()
+    if steps is not None:
+        timed_steps = timed(steps)
+        compiled._make_steps = lambda: timed_steps
     search = timed(compiled._make_top_k())
     compiled._make_top_k = lambda: search
     scheduler = llm.runtime.scheduler
     jobs = begin(llm, [random_ids(8, seed) for seed in range(8)], 8 * args.n)
-    steps: list[tuple[float, float]] = []
-    for _ in range(6 * args.n):
-        inside[0], started = 0.0, time.perf_counter()
+    found: list[tuple[float, float]] = []
+    while sum(job.n_written for job in jobs) < 48 * args.n:
+        inside[0], started, before = 0.0, time.perf_counter(), jobs[0].n_written
         scheduler.step()
-        steps.append((time.perf_counter() - started, inside[0]))
+        n_steps = max(1, jobs[0].n_written - before)
+        found.append(((time.perf_counter() - started) / n_steps, inside[0] / n_steps))
     end(llm, jobs)
-    whole = statistics.median(whole for whole, _ in steps[8:])
-    python = statistics.median(whole - calls for whole, calls in steps[8:])
+    whole = statistics.median(whole for whole, _ in found[2:])
+    python = statistics.median(whole - calls for whole, calls in found[2:])
     print(f"a step of 8 texts: {1e6 * whole:.0f} us, {1e6 * python:.0f} us of it Python's: {python / whole:.3f}")
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from npllama.errors import NpllamaError, quote
 from npllama.execution import compiled_code, threads
-from npllama.execution import top_k as search
+from npllama.execution.drawing import top_k as search
+from npllama.execution.drawing.steps import Plan, empty_plan
 from npllama.execution.affinity import ThreadAffinity
 from npllama.execution.kernels.flags import PLAIN
 from npllama.execution.prefetching import tuning
@@ -21,13 +22,13 @@ from npllama.weights import Weights
 MAX_KEPT = 64  # logits that the compiled search keeps in order as it goes; it would pay for a few hundred
 
 Report = Callable[[str], None]
-_NO_NUMBERS, _NO_IDS = np.empty(0, np.float64), np.empty(0, np.int64)
+_NO_CHANCES, _NO_NUMBERS, _NO_IDS = np.empty((0, 3)), np.empty(0), np.empty(0, np.int64)
 
 
 @functools.lru_cache(maxsize=256)
-def _as_array(chances: tuple[float, float, float]) -> np.ndarray:
-    """Numbers as compiled code takes them: most texts have the same."""
-    return np.array(chances, np.float64)
+def _rows(one: tuple[float, ...], n: int, dtype: type) -> np.ndarray:
+    """The same numbers for each of n rows, as compiled code takes them: most texts have the same."""
+    return np.array([one] * n, dtype)
 
 
 class Compiled:
@@ -64,18 +65,32 @@ class Compiled:
         started = time.perf_counter()
         self._cache_of = cache_of = open_caches(report)
         weights: Weights = arguments[2]
-        cache = cache_of(compiled_code.forward_name(weights, kv_dtype))
+        name = compiled_code.forward_name(weights, kv_dtype)
+        cache = cache_of(name)
         if cache is None or not cache.exists:
             report(f"compiling kernels for {compiled_code.formats(weights)} (once; 10 to 20 s) ...")
         self.function = compiler.compile_forward(arguments, cache)
 
         self._affinity = ThreadAffinity(functools.partial(_compile_pin_threads, cache_of), numba.threading_layer)
         self._make_top_k = functools.cache(functools.partial(_compile_top_k, cache_of))
+        types = compiler.types_of((*arguments, empty_plan()))
+        steps_name = name.replace(compiled_code.FORWARD, compiled_code.STEPS)
+        self._make_steps = functools.cache(lambda: self._compile_steps(types, cache_of(steps_name), steps_name))
         self._block, self.threaded_rows = compiler.top_k.BLOCK_LOGITS, compiler.top_k.SERIAL_BELOW
         if (cache is None or not cache.loaded) and not PLAIN:  # plain twins are there to be compared
             self._affinity.prepare()  # rarely needed, but when it is the machine is busy
             self._make_top_k()
+            self._make_steps()
         self.compile_s = time.perf_counter() - started
+
+    def _compile_steps(self, types: tuple[Any, ...], cache: Any, name: str) -> Callable[..., None] | None:
+        """kernels.steps.run, compiled or loaded; None where there is no way to."""
+        from npllama.execution.kernels import compile as compiler
+
+        self._make_top_k()
+        with threads.COMPILING:
+            found: Callable[..., None] | None = compiler.compile_steps(self.function, name, types, cache)
+        return found
 
     def forward(self, n_threads: int, arguments: tuple[Any, ...]) -> np.ndarray:
         """model.forward. Raises UsageError in a process that was forked from one that had computed."""
@@ -85,15 +100,31 @@ class Compiled:
         finally:
             threads.put_back(before, n_threads)
 
+    def run_steps(self, n_threads: int, arguments: tuple[Any, ...], plan: Plan) -> bool:
+        """Go the steps of a plan: see kernels.steps. False where this Numba has no way to."""
+        run = self._make_steps()
+        if run is None:
+            return False
+        before = threads.use(n_threads)
+        try:
+            self._affinity.run(n_threads, run, (*arguments, plan))
+        finally:
+            threads.put_back(before, n_threads)
+        return True
+
     def settle_prefetching(self, kinds: set[str], call_s: Callable[[], float] | None) -> None:
         """Prefetch as is best on this machine: see tuning.settle."""
         from npllama.execution.kernels import compile as compiler
 
         tuning.settle(tuning.machine_key(compiler.target(), self.n_threads), kinds, call_s)
 
+    def most_kept(self, n_ids: int) -> int:
+        """The largest k for which the compiled search pays."""
+        return min(MAX_KEPT, n_ids // self._block)
+
     def top_k(self, logits: np.ndarray, k: int) -> np.ndarray:
         """top_k.top_k of one row, compiled; for many candidates the search in NumPy."""
-        if k > min(MAX_KEPT, len(logits) // self._block):
+        if k > self.most_kept(len(logits)):
             return search.top_k(logits, k)
         ids = np.empty((1, k), np.int64)
         self._search(np.ascontiguousarray(logits)[None], ids)  # few rows: in this thread alone
@@ -101,7 +132,7 @@ class Compiled:
 
     def top_k_rows(self, n_threads: int, logits: np.ndarray, k: int) -> np.ndarray:
         """The same of several rows, on all threads where there are many."""
-        if k > min(MAX_KEPT, logits.shape[-1] // self._block):
+        if k > self.most_kept(logits.shape[-1]):
             return search.top_k(logits, k)
         ids = np.empty((len(logits), k), np.int64)
         before = threads.use(n_threads)
@@ -118,11 +149,11 @@ class Compiled:
 
         chances: top_p, min_p and temperature, above 0; numbers: R from [0, 1).
         """
-        if k > min(MAX_KEPT, logits.shape[1] // self._block):
+        if k > self.most_kept(logits.shape[1]):
             return None
         R = len(logits)
         ids, drawn = np.empty((R, k), np.int64), np.empty(R, np.int64)
-        arguments = np.ascontiguousarray(logits), ids, _as_array(chances), np.array(numbers), drawn
+        arguments = np.ascontiguousarray(logits), ids, _rows(chances, R, np.float64), np.array(numbers), drawn
         if self.threaded_rows > R:
             self._search(*arguments)
         else:
@@ -138,12 +169,13 @@ class Compiled:
         self,
         logits: np.ndarray,
         ids: np.ndarray,
-        chances: np.ndarray = _NO_NUMBERS,
+        chances: np.ndarray = _NO_CHANCES,
         numbers: np.ndarray = _NO_NUMBERS,
         drawn: np.ndarray = _NO_IDS,
     ) -> None:
         """kernels.top_k.top_k. Raises ModelError for logits that are not finite."""
-        if not self._make_top_k()(logits, ids, chances, numbers, drawn):
+        cuts = _rows((logits.shape[1], ids.shape[1]), len(logits), np.int64)
+        if not self._make_top_k()(logits, ids, cuts, chances, numbers, drawn):
             raise search.not_finite()
 
     def kernels_per_op(self) -> dict[str, Callable[..., Any]]:

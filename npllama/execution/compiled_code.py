@@ -25,7 +25,8 @@ from npllama.version import __version__
 from npllama.weights import Weights
 
 PACKAGE = Path(__file__).parent.parent
-PARTS_OF_NAMES = ("forward-", "op-", "bind-threads", "top-k", "stamp-", "prefetch-", "round-", "new-")
+FORWARD, STEPS = "forward-", "steps-"
+PARTS_OF_NAMES = (FORWARD, STEPS, "op-", "bind-threads", "top-k", "stamp-", "prefetch-", "round-", "new-")
 MAX_DAYS, MAX_BYTES = 60, 512 << 20
 """A file goes when nobody has used it for so long, or, the longest unused first, when all are larger than that."""
 UNFINISHED_S = 3600  # a file that is still being written after that never will be
@@ -40,7 +41,7 @@ def formats(weights: Weights) -> str:
 def forward_name(weights: Weights, kv_dtype: str = "f32") -> str:
     """Name of the file of model.forward, without the CPU's part: formats, and a stamp of what the code depends on."""
     layout = hashlib.sha256(repr([format_of(w).name for w in weights]).encode()).hexdigest()[:8]
-    return named(f"forward-{formats(weights)}.{layout}.kv_{kv_dtype}")
+    return named(f"{FORWARD}{formats(weights)}.{layout}.kv_{kv_dtype}")
 
 
 def named(what: str) -> str:

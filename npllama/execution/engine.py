@@ -26,7 +26,8 @@ from npllama.execution.compiled import Compiled
 from npllama.execution.compiled_code import compiled_exists
 from npllama.execution.prefetching import tuning
 from npllama.execution.threads import COMPILED, Turn, UnavailableError, using
-from npllama.execution.top_k import top_k
+from npllama.execution.drawing.steps import NOT_DRAWN, Plan
+from npllama.execution.drawing.top_k import top_k
 from npllama.numbers import format_of
 from npllama.store.opening import OpenModel
 from npllama.system import machine
@@ -260,6 +261,33 @@ class Engine:
             cache.length[seqs] = stops
             return logits
 
+    def run_steps(
+        self, cache: KVCache, tokens: Sequence[int], pos: Sequence[int], seq: Sequence[int], plan: Plan
+    ) -> list[list[int]]:
+        """The ids that a plan draws: of each step that was gone, those of all texts. Writes the cache as `forward` does.
+
+        tokens, pos, seq: one row of each text, as for `forward`. No step was gone where kernels are not compiled.
+        """
+        compiled, (n, R) = self.compiled, plan.numbers.shape
+        if compiled is None:
+            return []
+        batch = [np.array(a, np.int64, ndmin=1) for a in (tokens, pos, seq, range(R))]
+        with self._lock:
+            self._check(cache, *batch)
+            first, seqs = batch[1].copy(), batch[2]
+            check_rows(cache, seqs, first, first + (n - 1))
+            cache.length[seqs] = first
+            every = (first + np.arange(n)[:, None]).reshape(-1)
+            rotation = self._rotation(cache, every, np.tile(seqs, n))
+            arguments = model.Batch(*batch), rotation, self.weights, cache, self._numbers
+            with Interruptible():
+                if not compiled.run_steps(self.threads, arguments, plan):
+                    return []
+            n_gone = int((plan.drawn[:, 0] != NOT_DRAWN).sum())
+            cache.length[seqs] = first + n_gone
+        found: list[list[int]] = plan.drawn[:n_gone].tolist()
+        return found
+
     def _compiled_call(self, compiled: Compiled, arguments: tuple[Any, ...], call: Call | None) -> np.ndarray:
         n_rows = len(arguments[0].tokens)
         if call is None and n_rows < MIN_HEARD_ROWS:  # over before anybody could abandon it
@@ -292,6 +320,10 @@ class Engine:
             return self.compiled.top_k(logits, k)
         with self._lock:
             return self.compiled.top_k_rows(self.threads, logits, k)
+
+    def most_drawn(self, n_ids: int) -> int:
+        """The largest k of `draw` and of the steps of a plan, of so many ids; 0 where ids are not drawn compiled."""
+        return 0 if self.compiled is None else self.compiled.most_kept(n_ids)
 
     def draw(
         self, logits: np.ndarray, k: int, chances: tuple[float, float, float], numbers: Sequence[float]

@@ -20,11 +20,18 @@ from npllama.execution.engine import Engine
 from npllama.generation.chunks import Pace
 from npllama.generation.jobs import Job, Resting
 from npllama.generation.pool import Pool, PoolFullError, Sequence
+from npllama.generation.sampling.ahead import Ahead, plan_of
 from npllama.generation.sampling.basic import Draw, draw_rows
 from npllama.generation.speculation import how_many
 
 MAX_WRITTEN = 16
 """A text with no more pending ids than this is being written, and not read."""
+
+AHEAD_S = 0.016
+"""Seconds of steps that are gone in one compiled call: as long as nobody sees that ids come in groups."""
+
+MAX_AHEAD = 32
+"""Steps of such a call at most."""
 
 Part = tuple[Job, Sequence, int]
 """A job of a step, its sequence, and how many ids of it are fed."""
@@ -190,19 +197,65 @@ class Batching:
 
     # ------------------------------------------------------------ one call of the model
 
-    def _compute(self, parts: list[Part]) -> None:
-        """Feed the parts and hand out their logits. What fails together is tried one by one: only what fails ends."""
+    def _compute(self, parts: list[Part]) -> int:
+        """Feed the parts and hand out their logits; how many steps were gone.
+
+        What fails together is tried one by one: only what fails ends.
+        """
         try:
+            if ids := self._go_ahead(parts):
+                self._deliver_steps(parts, ids)
+                return len(ids)
             logits = self._forward(parts)
         except (NpllamaError, MemoryError) as error:
             if len(parts) == 1:
                 parts[0][0].fail(error)
                 self._drop_ended()
-                return
+                return 1
             for part in parts:
                 self._compute([part])
-            return
+            return 1
         self._deliver(parts, logits)
+        return 1
+
+    def _go_ahead(self, parts: list[Part]) -> list[list[int]]:
+        """Go several steps in one compiled call, where nobody could tell: the ids of each step, part by part."""
+        n = min(MAX_AHEAD, int(AHEAD_S / self._pace.seconds(len(parts))))
+        texts: list[Ahead] = []
+        for job, sequence, n_fed in parts:
+            one = job.ahead(n) if n > 1 and n_fed == 1 and sequence.length == len(job.ids) - 1 else None
+            if one is None:
+                return []
+            texts.append(one)
+            n = min(n, len(one.numbers))
+        plan = plan_of(texts, n, self._engine.most_drawn)
+        if plan is None or sum(sequence.needed(n) for _, sequence, _ in parts) > self.pool.available:
+            return []
+        for _, sequence, _ in parts:
+            sequence.reserve(n)
+        tokens = [job.ids[-1] for job, _, _ in parts]
+        pos, seq = ([*column] for column in zip(*((s.length, s.row) for _, s, _ in parts), strict=True))
+        return self._engine.run_steps(self.pool.cache, tokens, pos, seq, plan)
+
+    def _deliver_steps(self, parts: list[Part], ids: list[list[int]]) -> None:
+        """Hand out the ids of several steps: all but the last of a text were fed, as guesses that were right would be."""
+        for (job, sequence, _), drawn in zip(parts, zip(*ids, strict=True), strict=True):
+            job.draft = [*drawn[:-1]]
+            self._receive(job, job.take, drawn)
+            self._take_stock(job, sequence, sequence.length)
+        self._drop_ended()
+
+    def _take_stock(self, job: Job, sequence: Sequence, end: int) -> None:
+        """After a job took its ids: guesses that were fed up to a position, and are wrong, are taken back."""
+        if job.draft:
+            right = end - len(job.draft) + _n_right(job, end)
+            sequence.rewind(right if job.done else min(right, len(job.ids) - 1))  # logits of the last are wanted
+            job.draft = []
+        sequence.written(job.ids)
+        if job.cancelled:
+            self._swept = False
+        if not job.done:
+            job.tell()
 
     def _forward(self, parts: list[Part]) -> np.ndarray:
         """Logits of the rows that the jobs want, job by job."""
@@ -238,15 +291,7 @@ class Batching:
         for (job, sequence, _), positions, end in zip(parts, wanted, ends, strict=True):
             self._hand(job, sequence, positions, logits[row : row + len(positions)], drawn)
             row += len(positions)
-            if job.draft:
-                right = end - len(job.draft) + _n_right(job, end)
-                sequence.rewind(right if job.done else min(right, len(job.ids) - 1))  # logits of the last are wanted
-                job.draft = []
-            sequence.written(job.ids)
-            if job.cancelled:
-                self._swept = False
-            if not job.done:
-                job.tell()
+            self._take_stock(job, sequence, end)
         self._drop_ended()
 
     def _deliver_alone(self, job: Job, sequence: Sequence, n: int, logits: np.ndarray) -> None:

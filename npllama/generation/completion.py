@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from npllama.execution.top_k import not_finite
+from npllama.execution.drawing.top_k import not_finite
 from npllama.generation.jobs import Continued, Job
 from npllama.generation.requests import Progress, Request
 from npllama.generation.results import Piece, Result, Usage
+from npllama.generation.sampling.ahead import Ahead
 from npllama.generation.sampling.basic import Draw, Numbers
 from npllama.generation.sampling.logprobs import Observer, TokenLogprobs
 from npllama.generation.sampling.sampler import Model, Sampler, SamplerState
@@ -180,6 +181,15 @@ class Completion(Job):
                 return []
             draws.append(draw)
         return draws
+
+    def ahead(self, most: int) -> Ahead | None:
+        n = min(most, self._max_tokens - self.n_written, self._sampler.n_alike(self.ids))
+        if self.streamed:
+            n = min(n, MAX_UNREAD - len(self.pieces))
+        if n < 2 or self.n_written == 0 or self.followers:  # the first id is to come as soon as it can
+            return None
+        draw = self._sampler.draw(self.ids, 0.0)
+        return None if draw is None else Ahead(draw, self._numbers.ahead(len(self.ids), n), self._sampler.ends)
 
     def receive(self, positions: Ids[int], logits: np.ndarray) -> None:
         """Sample the next id, and those behind it for as long as the guess before each was right.

@@ -11,6 +11,7 @@ import numpy as np
 
 from npllama.cache import NO_WINDOW
 from npllama.generation.pool import Sequence
+from npllama.generation.sampling.ahead import Ahead
 from npllama.generation.sampling.basic import Draw
 
 
@@ -73,6 +74,10 @@ class Job:
     def take(self, ids: Iterable[int | None]) -> None:
         """Take the ids that were drawn. None: the logits were not finite. Each counts if the draft was right before."""
         raise NotImplementedError
+
+    def ahead(self, most: int) -> Ahead | None:
+        """What decides the next ids, at most so many, before the first of them is known; None where that takes more."""
+        return None
 
     def chances(self) -> list[float]:
         """How likely it is that the next guess for an id is right, that the two next are, and so on."""

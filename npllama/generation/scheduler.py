@@ -238,7 +238,7 @@ class Scheduler(Batching):
     # ------------------------------------------------------------ one step
 
     def step(self) -> None:
-        """One call of the model. Whoever calls this holds the lock `_driving`."""
+        """One call of the model, of one step or several. Whoever calls this holds the lock `_driving`."""
         self._sweep()
         self._admit()
         parts = self._choose()
@@ -247,11 +247,12 @@ class Scheduler(Batching):
             return
         started = time.perf_counter()
         try:
-            self._compute(parts)
+            n_steps = self._compute(parts)
         except AbandonedError:
             return  # nothing counts as written; the next step begins with a look at what was cancelled
         n_read = sum(n for _, _, n in parts if n > MAX_WRITTEN)
-        self._pace.record(sum(n for _, _, n in parts) - n_read, n_read, time.perf_counter() - started)
+        seconds = (time.perf_counter() - started) / n_steps
+        self._pace.record(sum(n for _, _, n in parts) - n_read, n_read, seconds)
 
     # ------------------------------------------------------------ the end
 

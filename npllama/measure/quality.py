@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npllama.errors import ModelError, UsageError
-from npllama.execution.top_k import check_finite
+from npllama.execution.drawing.top_k import check_finite
 from npllama.generation.chunks import feed
 from npllama.generation.sampling.logprobs import log_softmax
 from npllama.generation.scoring.jobs import windows as cut_windows

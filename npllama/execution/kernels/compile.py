@@ -1,4 +1,4 @@
-"""model.forward compiled whole, and the two other functions that Python calls."""
+"""model.forward compiled whole, and the other functions that Python calls."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from numba.extending import register_jitable
 
 from npllama import model
 from npllama.errors import ModelError
-from npllama.execution.kernels import affinity, amx, attention, elementwise, linear, rounding, top_k  # noqa: F401 (importing registers the overloads)
+from npllama.execution.kernels import affinity, amx, attention, elementwise, linear, rounding, steps, top_k  # noqa: F401 (importing registers the overloads)
 from npllama.execution.kernels.flags import SERIAL
 from npllama.execution.kernels.formats import import_kernels
-from npllama.execution.kernels.numba_internals import compile_once, target_machine
+from npllama.execution.kernels.numba_internals import compile_once, define_symbol, native_address, target_machine
 
 register_jitable(model.attention)
 register_jitable(model.feed_forward)
@@ -49,7 +49,7 @@ def compile_forward(arguments: tuple[Any, ...], cache: Any) -> Any:
     import_kernels()
     function = njit(**SERIAL)(model.forward)
     try:
-        compile_once(function, tuple(numba.typeof(a) for a in arguments), cache)
+        compile_once(function, types_of(arguments), cache)
     except NumbaError as error:
         said = re.search(r"NumbaTypeError: (.*)", str(error))  # the sentence of an overload, out of forty lines
         reason = said.group(1) if said else str(error).splitlines()[0]
@@ -57,6 +57,26 @@ def compile_forward(arguments: tuple[Any, ...], cache: Any) -> Any:
             f"this model cannot be compiled: {reason}; use --backend numpy, or export it again."
         ) from error
     return function
+
+
+def types_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Numba's types of arguments."""
+    return tuple(numba.typeof(a) for a in arguments)
+
+
+def compile_steps(forward: Any, name: str, argument_types: tuple[Any, ...], cache: Any) -> Any:
+    """steps.run for a compiled model.forward, compiled or from the cache (see compile_forward). Needs top_k.top_k.
+
+    name: one for these types of arguments, by which the code finds model.forward. None where this Numba has no way to.
+    """
+    for symbol, function in ((name, forward), (steps.TOP_K, top_k.top_k)):
+        address = native_address(function)
+        if not address:
+            return None
+        define_symbol(symbol, address)
+    run = steps.make_run(name)
+    compile_once(run, argument_types, cache)
+    return run
 
 
 def compile_pin_threads(cache: Any) -> Any:
@@ -67,9 +87,9 @@ def compile_pin_threads(cache: Any) -> Any:
 
 def compile_top_k(cache: Any) -> Any:
     """top_k.top_k, compiled or from the cache (see compile_forward)."""
-    ids, numbers = types.Array(types.int64, 2, "C"), types.Array(types.float64, 1, "C")
-    drawn = types.Array(types.int64, 1, "C")
-    compile_once(top_k.top_k, (types.Array(types.float32, 2, "C"), ids, numbers, numbers, drawn), cache)
+    ids, drawn = types.Array(types.int64, 2, "C"), types.Array(types.int64, 1, "C")
+    chances, numbers = types.Array(types.float64, 2, "C"), types.Array(types.float64, 1, "C")
+    compile_once(top_k.top_k, (types.Array(types.float32, 2, "C"), ids, ids, chances, numbers, drawn), cache)
     return top_k.top_k
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import llvmlite.binding
 import numba
 import numpy as np
+from numba.core import cgutils
 
 from npllama.execution.kernels.flags import PARALLEL
 
@@ -152,6 +153,14 @@ def namedtuple_classes(types: Iterable[Any]) -> Iterator[type]:
 
 _Library: Any = find("numba.core.codegen:JITCodeLibrary") or object
 
+NATIVE = ".native"
+"""Added to the name of a function's entry from Python: the function itself."""
+
+
+def _native_name(entry: str) -> str:
+    """Numba's name of a function, by that of its entry from Python."""
+    return entry.replace("_ZN7cpython", "_ZN", 1)
+
 
 class LinkOnceLibrary(_Library):
     """The code of a function with all that it calls, linked but not optimised until its address is asked for."""
@@ -185,9 +194,15 @@ class LinkOnceLibrary(_Library):
         """Leave one function that other code can see, and rename the rest: this linker finds even what is internal.
 
         After optimising: LLVM inlines a function with a single caller whatever its size, which makes prompts slower.
+        What Numba's wrapper for Python calls is seen under a name of its own: compiled code may call it.
         """
+        native = _native_name(entry)
         for function in self._final_module.functions:
-            if not function.is_declaration and function.name != entry:
+            if function.is_declaration or function.name == entry:
+                continue
+            if function.name == native:
+                function.name = f"{entry}{NATIVE}"
+            else:
                 function.linkage, function.name = "internal", f"{function.name}.hidden"
 
 
@@ -249,6 +264,25 @@ def compile_once(function: Any, arguments: tuple[Any, ...], cache: Any) -> bool:
         cache.warn(f"compiled code is not kept: numba {numba.__version__} is not one that is known here ({reason})")
     type(function).compile(function, arguments)
     return False
+
+
+def native_address(function: Any) -> int:
+    """Where the function begins that a dispatcher has compiled, for calls from compiled code; 0: not known here."""
+    (compiled,) = function.overloads.values()
+    found = getattr(_codegen(), "_engine", None)
+    name = f"{compiled.fndesc.llvm_cpython_wrapper_name}{NATIVE}"
+    return int(found.get_function_address(name)) if found is not None else 0
+
+
+def call_by_name(context: Any, builder: Any, name: str, signature: Any, arguments: Any) -> Any:
+    """Call a function that Numba has compiled for a signature, and that `define_symbol` has given a name."""
+    convention = context.call_conv
+    typ = convention.get_function_type(signature.return_type, signature.args)
+    callee = cgutils.get_or_insert_function(builder.module, typ, name)
+    status, result = convention.call_function(builder, callee, signature.return_type, signature.args, arguments)
+    with cgutils.if_unlikely(builder, status.is_error):
+        convention.return_status_propagate(builder, status)
+    return result
 
 
 def compile_each_once(function: Any, cache_for: Callable[[tuple[Any, ...]], Any]) -> None:

@@ -1,4 +1,4 @@
-"""execution/top_k.top_k compiled: the top-k search through all logits of each row, and the draw of an id from them."""
+"""execution/drawing/top_k.top_k compiled: the top-k search through all logits of each row, and the draw of an id from them."""
 
 from __future__ import annotations
 
@@ -118,35 +118,36 @@ def draw_one(logits, ids, chances, number):
 
 
 @njit(**INNER)
-def search_and_draw(logits, ids, chances, numbers, drawn, r):
+def search_and_draw(logits, ids, cuts, chances, numbers, drawn, r):
     """The r-th row: its largest logits, and an id of them where there are numbers. Returns whether it is finite."""
-    finite = search_row(logits[r], ids[r])
+    some, best = logits[r, : cuts[r, 0]], ids[r, : cuts[r, 1]]
+    finite = search_row(some, best)
     if finite and r < numbers.shape[0]:
-        store_scalar(drawn, r, draw_one(logits[r], ids[r], chances, load_scalar(numbers, r)))
+        store_scalar(drawn, r, draw_one(some, best, chances[r], load_scalar(numbers, r)))
     return finite
 
 
 @njit(**INNER_PARALLEL)
-def search_in_threads(logits, ids, chances, numbers, drawn, finite):
+def search_in_threads(logits, ids, cuts, chances, numbers, drawn, finite):
     """search_and_draw for every row, each by one thread."""
     for r in prange(logits.shape[0]):
-        finite[r] = search_and_draw(logits, ids, chances, numbers, drawn, np.int64(r))
+        finite[r] = search_and_draw(logits, ids, cuts, chances, numbers, drawn, np.int64(r))
 
 
 @njit(**SERIAL)
-def top_k(logits, ids, chances, numbers, drawn):
-    """Write the indices of the k largest logits of each row (R, V) float32 to ids (R, k) int64: see execution/top_k.
+def top_k(logits, ids, cuts, chances, numbers, drawn):
+    """Write the indices of the k largest logits of each row (R, V) float32 to ids (R, most), as drawing/top_k.
 
-    numbers (R,), or (0,) for none: an id of each row is drawn with them, to drawn (R,) int64, with chances = [top_p,
-    min_p, temperature] float64, of which the last is above 0. Returns whether all logits are finite; if not, what is
-    written means nothing. V must have k whole blocks.
+    cuts (R, 2) int64: how many of a row's first logits count, n, and k; n must have k whole blocks. numbers (R,), or
+    (0,) for none: an id of each row is drawn with them, to drawn (R,) int64, with chances (R, 3) float64, top_p, min_p
+    and temperature, above 0. Returns whether all logits are finite; if not, what is written means nothing.
     """
     R = logits.shape[0]
     if R < SERIAL_BELOW:
         finite = True
         for r in range(R):
-            finite = search_and_draw(logits, ids, chances, numbers, drawn, r) and finite
+            finite = search_and_draw(logits, ids, cuts, chances, numbers, drawn, r) and finite
         return finite
     each = np.empty(R, np.bool_)
-    search_in_threads(logits, ids, chances, numbers, drawn, each)
+    search_in_threads(logits, ids, cuts, chances, numbers, drawn, each)
     return each.all()

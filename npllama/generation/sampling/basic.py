@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllama.errors import ModelError, UsageError, quote
-from npllama.execution.top_k import Drawing, Search, check_finite, top_k
+from npllama.execution.drawing.top_k import Drawing, Search, check_finite, top_k
 from npllama.options import SamplingOptions
 
 PENALTY_WINDOW = 64
@@ -216,7 +216,8 @@ def _drawn_rows(logits: np.ndarray, draws: Sequence[Draw], search: Search, draw:
     found: list[int | None] = [None] * len(draws)
     for (options, n_ids), rows in _alike(draws):
         some = logits if len(rows) == len(logits) else logits[rows]
-        several = n_ids == logits.shape[1] and 0 < options.top_k < n_ids and options.temperature > 0
+        several = len(draws[rows[0]].allowed) == n_ids and 0 < options.top_k < n_ids and options.temperature > 0
+        some = some[:, :n_ids] if several else some
         ids = _together(some, [draws[i] for i in rows], options, search, draw) if several else None
         if ids is None:
             ids = [_one(row, draws[i], search) for i, row in zip(rows, some, strict=True)]
@@ -253,13 +254,13 @@ def _together(
 
     None where they are to be looked at one by one.
     """
-    numbers, temperature = [one.number for one in draws], max(options.temperature, _MIN_TEMPERATURE)
+    numbers, chances = [one.number for one in draws], cut(options)
     try:
         if options.repeat_penalty != 1:
             check_finite(logits)  # the penalty would hide an infinity
             recents = [one.recent for one in draws]
             logits = np.array([_penalised(*one, options.repeat_penalty) for one in zip(logits, recents, strict=True)])
-        drawn = draw(logits, options.top_k, (options.top_p, options.min_p, temperature), numbers)
+        drawn = draw(logits, options.top_k, chances, numbers)
         if drawn is not None or len(draws) == 1:
             return drawn
         ids = search(logits, options.top_k)
@@ -275,10 +276,15 @@ def _together(
         left[:, 1:] = below[:, :-1] < options.top_p * below[:, -1:]
     if options.min_p > 0:
         left &= weights >= options.min_p
-    below = np.where(left, np.exp(relative / temperature), 0.0).cumsum(axis=1)
+    below = np.where(left, np.exp(relative / chances[2]), 0.0).cumsum(axis=1)
     at = (below <= np.array(numbers)[:, None] * below[:, -1:]).sum(axis=1)
     found: list[int | None] = ids[rows[:, 0], at].tolist()
     return found
+
+
+def cut(options: SamplingOptions) -> tuple[float, float, float]:
+    """top_p, min_p and temperature, above 0."""
+    return options.top_p, options.min_p, max(options.temperature, _MIN_TEMPERATURE)
 
 
 class Numbers:
@@ -295,6 +301,10 @@ class Numbers:
             self._first, i = position, 0
             self._numbers = _uniforms(*self._key, position, NUMBERS_AHEAD).tolist()
         return self._numbers[i]
+
+    def ahead(self, position: int, n: int) -> list[float]:
+        """Those of n positions."""
+        return [self.at(p) for p in range(position, position + n)]
 
 
 def uniform(seed: int, completion: int, position: int, draw: int = 0) -> float:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npllama.execution.top_k import top_k
+from npllama.execution.drawing.top_k import top_k
 from npllama.text.protocol import Tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import numpy as np
 
 from npllama.config import ModelConfig
 from npllama.errors import UsageError, quote
-from npllama.execution.top_k import Search, check_finite
+from npllama.execution.drawing.top_k import Search, check_finite
 from npllama.generation.sampling.basic import (
     PENALTY_WINDOW,
     Allowed,
@@ -167,6 +168,13 @@ class Sampler:
         if changes is not None and len(changes.ids) > self._max_changes:
             return None
         return Draw(self._allowed, recent, self._options, number, changes)
+
+    def n_alike(self, ids: Sequence[int]) -> int:
+        """For how many ids behind these `draw` says the same, whatever they are, but for the number; 0: not known."""
+        if not self.is_basic or self._options.repeat_penalty != 1 or self._bad_words is not None:
+            return 0
+        left = self._options.min_tokens - (len(ids) - self._n_prompt)
+        return left if left > 0 else sys.maxsize
 
     @property
     def n_seen(self) -> int:

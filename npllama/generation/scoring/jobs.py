@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from npllama.errors import UsageError, quote
-from npllama.execution.top_k import check_finite
+from npllama.execution.drawing.top_k import check_finite
 from npllama.generation.jobs import Job
 from npllama.generation.sampling.logprobs import log_softmax
 
