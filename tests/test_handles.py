@@ -18,6 +18,7 @@ from command_line import environment
 from helpers import TINY, write_model_directory
 
 import npllama
+from npllama.generation import batching
 from npllama.generation import scheduler as scheduling
 from npllama.generation.completion import MAX_UNREAD
 from npllama.inference import Llama
@@ -58,7 +59,7 @@ def assert_all_given_back(llm: Llama) -> None:
 
 
 class Gate:
-    """Lets calls of the model through one by one."""
+    """Lets calls of the model through one by one, each of one step."""
 
     def __init__(self, llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
         self.computing, self._open = threading.Semaphore(0), threading.Semaphore(0)
@@ -73,6 +74,7 @@ class Gate:
             return forward(cache, tokens, *others)
 
         monkeypatch.setattr(llm.engine, "forward", gated)
+        monkeypatch.setattr(batching, "MAX_AHEAD", 1)
 
     def open(self, n: int = 1) -> None:
         self._open.release(n)

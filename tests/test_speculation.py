@@ -44,7 +44,27 @@ def test_what_followed_the_same_ids_is_guessed() -> None:
     assert len(lookup.chances(3)) == 3
     assert lookup.guesses(ids, 3) == [5, 6, 7]
     assert looked([*ids, 9]).chances(3) == []
-    assert looked([1, 2, 3, 4, 1, 2]).chances(3) == [], "two ids are no match"
+    short = looked([1, 2, 3, 4, 1])
+    assert short.guesses([1, 2, 3, 4, 1], 2) == [2, 3]
+    assert short.chances(3)[0] < lookup.chances(3)[0], "one id says less than three"
+
+
+def test_the_longest_run_that_came_before_is_followed() -> None:
+    ids = [1, 2, 3, 4, 5, 9, 2, 3, 6, 7, 3, 8, 1, 2, 3]
+    assert looked(ids).guesses(ids, 1) == [4]
+    assert looked([*ids[:-2], 2]).guesses([*ids[:-2], 2], 1) == [3]
+    other = [*ids[:-3], 2, 3]
+    assert looked(other).guesses(other, 1) == [6], "of equal runs the latest"
+
+
+def test_a_text_repeats_itself_while_a_long_match_is_near() -> None:
+    line = [*range(100, 130)]
+    assert not looked(line).repeats
+    assert not looked([*line, *line[:7]]).repeats
+    again = looked([*line, *line[:15]])
+    assert again.repeats
+    assert looked([*line, *line[:15], *range(200, 240)]).repeats
+    assert not looked([*line, *line[:15], *range(200, 280)]).repeats
 
 
 def test_a_text_that_repeats_its_end_is_guessed_to_go_on_so() -> None:
@@ -70,9 +90,10 @@ def test_runs_of_an_endless_text_are_forgotten(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("npllama.generation.speculation.MAX_RUNS", 100)
     ids = np.random.default_rng(3).permutation(5000).tolist()
     lookup = looked(ids)
-    assert len(lookup._ends) + len(lookup._older) <= 200
+    assert all(len(runs) <= 200 for runs in lookup._runs)
     assert looked([*ids, *ids[-60:-50]]).guesses([*ids, *ids[-60:-50]], 2) == ids[-50:-48]
     assert looked([*ids, *ids[:10]]).chances(1) == []
+    assert looked([*ids, *ids[-60:-50]]).chances(1)[0] > 0.5
 
 
 def test_chances_follow_what_the_text_was_like() -> None:
@@ -83,7 +104,14 @@ def test_chances_follow_what_the_text_was_like() -> None:
     assert repeating.chances(20)[0] > 0.9
     assert len(repeating.chances(20)) == MAX_GUESSES
     assert chances[0] < 0.3
-    assert lookup.chances(0) == []
+
+
+def test_what_short_matches_were_like_counts_for_longer_ones() -> None:
+    sure, vain = looked([*range(50), *range(5)]), looked([i for n in range(60) for i in (7, 1000 + n)])
+    assert sure.chances(1)[0] > 0.7, "no match of five ids was seen, but four shorter ones went on"
+    vain.see([*[i for n in range(60) for i in (7, 1000 + n)], 7])
+    assert vain.chances(1) == []
+    assert looked([*range(9), 0]).chances(0) == []
 
 
 # ---------------------------------------------------------------- how many

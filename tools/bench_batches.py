@@ -306,6 +306,9 @@ class Scripted(Completion):
         n = self.n_written
         super().take(self.script[n : n + len(list(ids))])
 
+    def ahead(self, most: int) -> None:
+        """Each id comes from the script: none is fed that was drawn."""
+
 
 def guesses(llm: Llama, args: argparse.Namespace) -> None:
     """What guesses gain in a text of which 80 % repeats its prompt, beside perfect ones; and in ordinary text."""
@@ -324,7 +327,7 @@ def guesses(llm: Llama, args: argparse.Namespace) -> None:
         )
         print(f"{name}: {ratio(without_s, with_s)} times as fast with guesses")
     seconds = llm.runtime.scheduler._pace.seconds
-    costs = [row_s(llm, k, args.rounds) / row_s(llm, 1, args.rounds) for k in range(1, 17)]
+    costs = row_costs(llm, 16, args.rounds)
     best = max(range(16), key=lambda k: 1 / (0.2 + 0.8 * costs[k] / (1 + k)))
     print("cost of rows over one: " + " ".join(f"{k}:{c:.2f}" for k, c in enumerate(costs, 1)))
     print("as the scheduler sees it: " + " ".join(f"{k}:{seconds(k) / seconds(1):.2f}" for k in range(1, 17)))
@@ -349,16 +352,18 @@ def scripted_s(llm: Llama, prompt: list[int], script: list[int], speculation: bo
     return time.perf_counter() - started
 
 
-def row_s(llm: Llama, k: int, rounds: int) -> float:
-    """Seconds of a call of k rows of one text, with the logits of all, after 400 ids."""
+def row_costs(llm: Llama, most: int, rounds: int) -> list[float]:
+    """What calls of 1, 2, ... rows of one text cost beside one row's, with the logits of all, after 400 ids."""
     cache, ids = llm.engine.new_cache(1, 512), random_ids(400)
     llm.engine.forward(cache, ids, range(400), [0] * 400, [399])
-    found = []
-    for _ in range(5 * rounds + 1):
+
+    def call(k: int) -> float:
         started = time.perf_counter()
         llm.engine.forward(cache, ids[:k], range(400, 400 + k), [0] * k, range(k))
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
+        return time.perf_counter() - started
+
+    each = in_turn(5 * rounds, *(lambda k=k: call(k) for k in range(1, most + 1)))  # type: ignore[misc]
+    return [statistics.median(some) / statistics.median(each[0]) for some in each]
 
 
 TESTS = {

@@ -188,6 +188,8 @@ class Completion(Job):
             n = min(n, MAX_UNREAD - len(self.pieces))
         if n < 2 or self.n_written == 0 or self.followers:  # the first id is to come as soon as it can
             return None
+        if self._lookup is not None and self._lookup.repeats:  # guesses gain more
+            return None
         draw = self._sampler.draw(self.ids, 0.0)
         return None if draw is None else Ahead(draw, self._numbers.ahead(len(self.ids), n), self._sampler.ends)
 

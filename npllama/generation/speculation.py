@@ -11,13 +11,14 @@ that and from what steps cost here. A text that does not repeat itself pays noth
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence as Ids
 from itertools import accumulate
 
 from npllama.generation.chunks import Pace
 
-MIN_MATCH = 3
-"""Ids that have to be the same before the next is guessed."""
+RUNS = (3, 2, 1)
+"""Ids that have to be the same before the next is guessed: where more are, these are looked for first."""
 
 MAX_GUESSES = 15
 """Guesses for one text in one step."""
@@ -28,61 +29,105 @@ MIN_CHANCE = 0.05
 MIN_GAIN = 1.03
 """How much faster guesses have to promise to be: both numbers that say so are estimates."""
 
-LENGTHS = (4, 6, 10, 16, 32)
+LENGTHS = (1, 2, 3, 4, 6, 10, 16, 32)
 """Matches are told apart by their length, up to each of these: the longer one is, the likelier it goes on."""
 
+FIRST_CHANCE = 0.3
+"""That a match of one id goes on, before any has."""
+
+PRIOR = 2.0
+"""As many outcomes of shorter matches count for a match of a length that was not seen yet."""
+
 MAX_RUNS = 1 << 15
-"""Runs that are remembered at least, and twice as many at most: a text may have no end."""
+"""Runs of a length that are remembered at least, and twice as many at most: a text may have no end."""
 
 MAX_COUNT = 32.0
 """Outcomes that are remembered; older ones count for less and less."""
+
+LONG, RECENT = 8, 64
+"""A text repeats itself if it had so long a match among so many of the latest ids."""
+
+
+class _Runs:
+    """Where each run of n ids last ended in a text."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self._ends: dict[int | tuple[int, ...], int] = {}
+        self._older: dict[int | tuple[int, ...], int] = {}  # the same of runs that have not come again for long
+
+    def __len__(self) -> int:
+        return len(self._ends) + len(self._older)
+
+    def exchange(self, ids: Ids[int], end: int) -> int:
+        """Where the run that ends here has ended before; 0: nowhere. It is remembered."""
+        run = ids[end - 1] if self.n == 1 else tuple(ids[end - self.n : end])
+        found = self._ends.get(run) or self._older.get(run, 0)
+        self._ends[run] = end
+        if len(self._ends) >= MAX_RUNS:
+            self._older, self._ends = self._ends, {}
+        return found
 
 
 class Lookup:
     """Finds how one text may go on. A match is a run of the latest ids that stands earlier in the text, too."""
 
     def __init__(self) -> None:
-        self._ends: dict[tuple[int, ...], int] = {}  # of each run of MIN_MATCH ids: where it last ended
-        self._older: dict[tuple[int, ...], int] = {}  # the same of runs that have not come again for long
+        self._runs = [_Runs(n) for n in RUNS]
         self._n = 0  # ids that were seen
         self._source = 0  # what follows the match
         self._match = 0  # its length; 0: there is none
-        self._counts = [2.0] * (len(LENGTHS) + 1)  # matches of each length, as if two had been seen before
-        self._right = [1.0] * (len(LENGTHS) + 1)  # of them, those that went on
+        self._long_at = -RECENT  # where a match last was long
+        self._counts = [0.0] * (len(LENGTHS) + 1)  # matches of each length
+        self._right = [0.0] * (len(LENGTHS) + 1)  # of them, those that went on
+        self._chances: list[float] = []  # how likely a match of each length goes on; empty: to be estimated anew
 
     def see(self, ids: Ids[int]) -> None:
         """Look at the ids that have come to the text."""
         for n in range(self._n + 1, len(ids) + 1):
             if self._match:
-                self._learn(ids[self._source] == ids[n - 1])
-            if n < MIN_MATCH:
-                continue
-            run = tuple(ids[n - MIN_MATCH : n])
-            if not self._match:
-                self._source = self._ends.get(run) or self._older.get(run, 0)
-                self._match = MIN_MATCH if self._source else 0
-            self._ends[run] = n
-            if len(self._ends) >= MAX_RUNS:
-                self._older, self._ends = self._ends, {}
+                self._learn(ids[self._source] == ids[n - 1], n)
+            for runs in self._runs:
+                before = runs.exchange(ids, n) if n >= runs.n else 0
+                if before and not self._match:
+                    self._source, self._match = before, runs.n
         self._n = len(ids)
 
-    def _learn(self, right: bool) -> None:
-        """A match has gone on, or has ended."""
+    def _learn(self, right: bool, n: int) -> None:
+        """A match has gone on, or has ended, with the n-th id."""
         kind = _kind(self._match)
         if self._counts[kind] >= MAX_COUNT:
             self._counts[kind] /= 2
             self._right[kind] /= 2
         self._counts[kind] += 1
         self._right[kind] += right
+        self._chances = []
         self._source, self._match = (self._source + 1, self._match + 1) if right else (0, 0)
+        if self._match >= LONG:
+            self._long_at = n
+
+    def _estimates(self) -> list[float]:
+        """How likely a match of each length goes on: as often as it has, and as shorter ones do."""
+        found, chance = [], FIRST_CHANCE
+        for right, count in zip(self._right, self._counts, strict=True):
+            chance = (right + PRIOR * chance) / (count + PRIOR)
+            found.append(chance)
+        return found
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the text repeats itself, or its prompt, where it is now."""
+        return self._n - self._long_at < RECENT
 
     def chances(self, most: int) -> list[float]:
         """How likely it is that the next guess is right, that the two next are, and so on: at most `most`."""
         found: list[float] = []
+        if not self._match:
+            return found
+        self._chances = self._chances or self._estimates()
         chance = 1.0
-        for i in range(min(most, MAX_GUESSES) if self._match else 0):
-            kind = _kind(self._match + i)
-            chance *= self._right[kind] / self._counts[kind]
+        for i in range(min(most, MAX_GUESSES)):
+            chance *= self._chances[_kind(self._match + i)]
             if chance < MIN_CHANCE:
                 break
             found.append(chance)
@@ -95,7 +140,7 @@ class Lookup:
 
 
 def _kind(length: int) -> int:
-    return next((i for i, most in enumerate(LENGTHS) if length <= most), len(LENGTHS))
+    return bisect_left(LENGTHS, length)
 
 
 def how_many(chances: Ids[list[float]], n_rows: int, pace: Pace) -> list[int]:

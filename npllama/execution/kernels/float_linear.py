@@ -1,8 +1,9 @@
 """The kernels of float32, float16 and bfloat16 weights: one tile, and so one order of addition, for 1, 8 or 512 tokens.
 
 Few tokens are limited by memory: w is read where it lies, row by row. Many are limited by arithmetic: some rows of w
-stay in L2 while all tokens pass, widened to float32; of long rows a strip of columns at a time, so that the tokens of a
-tile stay in L1, and the lanes of the sums are kept from one strip to the next. See float_tile.py for the order.
+are copied, widened to float32, for all tokens; a strip of columns at a time, so that the rows of a tile stay in L1
+while the tokens pass, which stay in L2, and the lanes of the sums are kept from one strip to the next. See
+float_tile.py for the order.
 
 A thread owns whole outputs.
 """
@@ -48,16 +49,16 @@ from npllama.numbers.bf16 import BF16
 from npllama.numbers.f16 import F16
 
 CHUNK_ROWS = (8 if REGISTERS >= 32 else 12) * TILE_ROWS
-"""Rows of w that stay in L2 while all tokens pass."""
+"""Rows of w that are copied at a time: the more, the less often all tokens are read; the fewer, the fewer sums."""
 
 MAX_CHUNK_SUMS = CHUNK_ROWS + max(TILE_ROWS * (TILE_ROWS - 1), SINGLE_ROWS * (SINGLE_ROWS - 1))
 """Sums of a token in a chunk, at most: those twice, too, that two streams of rows share."""
 
 MAX_STRIP_COLUMNS = 768 if REGISTERS >= 32 else 1024
-"""Columns of a strip, at most: so many of the tokens of a tile stay in L1, and of CHUNK_ROWS rows in L2."""
+"""Columns of a strip, at most: so many of the rows of a tile stay in L1, and of MAX_KEPT_TOKENS tokens in L2."""
 
 MAX_KEPT_TOKENS = 32 * TILE_TOKENS
-"""Tokens in turn where rows are cut: the kept lanes of so many stay in L2."""
+"""Tokens in turn where rows are cut: they and their kept lanes stay in L2."""
 
 MIN_COPIED_TOKENS = 8 * TILE_TOKENS
 """From so many tokens on, a copy of w costs less than it saves. For fewer, rows are not cut either."""
@@ -135,45 +136,34 @@ def make_multiply_part(tile):
     return multiply_part
 
 
-multiply_copied = make_multiply_part(full_tile)
+@njit(**INNER)
+def multiply_copied(panels, copied, columns, lanes, y, part):
+    """The same for whole tiles of copied rows, which begin with the part's first: w of a tile stays in L1."""
+    noinline()
+    N, K, apart = y.shape[1], panels.shape[1], part.rows // TILE_ROWS
+    for i in range(part.rows - (TILE_ROWS - 1) * apart):
+        rows = skip_columns(StridedRows(copied.start, apart * copied.stride), i * copied.stride)
+        for t in range(part.t, part.t_stop, TILE_TOKENS):
+            kept = (t % MAX_KEPT_TOKENS * MAX_CHUNK_SUMS + i * TILE_TOKENS * TILE_ROWS) * WIDTH
+            into = StridedRows(pointer(y, t * N + part.n + i), N)
+            full_tile(TILE_TOKENS, pointer(panels, t * K), rows, columns, pointer(lanes, kept), into, apart)
 
 
 def make_copy_rows(load):
-    """A function (w, n, rows, columns, copy, stride): some columns of w's rows from the n-th on, as float32.
+    """A function (w, n, rows, copy, stride): w's rows from the n-th on, as float32.
 
     What fills no vector is copied with what is before it, as the tile reads it.
     """
 
     @njit(**INNER)
-    def copy_rows(w, n, rows, columns, copy, stride):
+    def copy_rows(w, n, rows, copy, stride):
         noinline()
+        K = w.shape[1]
         for row in range(rows):
-            at, to = (n + row) * columns.K, row * stride - columns.start
-            for k in range(columns.start, columns.stop, WIDTH):
-                store(copy, to + k, load(w, at + min(k, columns.K - WIDTH)))
+            for k in range(0, K, WIDTH):
+                store(copy, row * stride + k, load(w, (n + row) * K + min(k, K - WIDTH)))
 
     return copy_rows
-
-
-def make_multiply_strip(reader, load):
-    """A function (panels, w, columns, copy, lanes, y, part): some columns of the part's rows; copy: room for them."""
-    multiply_part, copy_rows = make_multiply_part(make_tiles(reader)), make_copy_rows(load)
-
-    @njit(**INNER)
-    def multiply_strip(panels, w, columns, copy, lanes, y, part):
-        noinline()
-        T, t, K = part.t_stop - part.t, part.t, w.shape[1]
-        if T >= MIN_COPIED_TOKENS:
-            t += T // TILE_TOKENS * TILE_TOKENS
-            stride = columns.stop - columns.start + WIDTH
-            copy_rows(w, part.n, part.rows, columns, copy, stride)
-            all_columns = Columns(columns.start, columns.stop, panels.shape[1])
-            copied = StridedRows(pointer(copy, -columns.start), stride)
-            multiply_copied(panels, copied, all_columns, lanes, y, Part(part.t, t, part.n, part.rows))
-        rows = StridedRows(pointer(w, part.n * K), K)
-        multiply_part(panels, rows, columns, lanes, y, Part(t, part.t_stop, part.n, part.rows))
-
-    return multiply_strip
 
 
 @njit(**INNER)
@@ -183,23 +173,31 @@ def strip_columns(T, K):
     return round_to_width((K + strips - 1) // strips)
 
 
-def make_multiply_rows(multiply_strip):
+def make_multiply_rows(reader, load):
     """A function (panels, w, y, start, stop): the rows start .. stop-1 of w times all tokens."""
+    multiply_part, copy_rows = make_multiply_part(make_tiles(reader)), make_copy_rows(load)
 
     @njit(**INNER)
     def multiply_rows(panels, w, y, start, stop):
         noinline()
-        (T, padded), size = panels.shape, strip_columns(y.shape[0], w.shape[1])
+        (T, padded), K = panels.shape, w.shape[1]
+        size, copies = strip_columns(T, K), T >= MIN_COPIED_TOKENS
         chunk = CHUNK_ROWS if T > TILE_TOKENS else max(stop - start, 1)
         in_turn = MAX_KEPT_TOKENS if size < padded else max(T, 1)
-        copy = np.empty(CHUNK_ROWS * (size + WIDTH) if T >= MIN_COPIED_TOKENS else 0, np.float32)
+        stride = padded + WIDTH  # rows a power of two apart would fall into the same sets of L1
+        copy = np.empty(CHUNK_ROWS * stride if copies else 0, np.float32)
         lanes = np.empty(MAX_KEPT_TOKENS * MAX_CHUNK_SUMS * WIDTH if size < padded else 0, np.float32)
-        for t in range(0, T, in_turn):
-            for n in range(start, stop, chunk):
-                part = Part(t, min(t + in_turn, T), n, min(chunk, stop - n))
+        for n in range(start, stop, chunk):
+            rows, n_rows = StridedRows(pointer(w, n * K), K), min(chunk, stop - n)
+            if copies:
+                copy_rows(w, n, n_rows, copy, stride)
+            for t in range(0, T, in_turn):
+                t_stop = min(t + in_turn, T)
+                whole = t + (t_stop - t) // TILE_TOKENS * TILE_TOKENS if t_stop - t >= MIN_COPIED_TOKENS else t
                 for k in range(0, padded, size):
-                    columns = Columns(k, min(k + size, padded), w.shape[1])
-                    multiply_strip(panels, w, columns, copy, lanes, y, part)
+                    end, copied = min(k + size, padded), StridedRows(pointer(copy, 0), stride)
+                    multiply_copied(panels, copied, Columns(k, end, padded), lanes, y, Part(t, whole, n, n_rows))
+                    multiply_part(panels, rows, Columns(k, end, K), lanes, y, Part(whole, t_stop, n, n_rows))
 
     return multiply_rows
 
@@ -241,7 +239,7 @@ def make_multiply_narrow(load_last):
 
 def make_linears(reader, load, load_last):
     """ops.linears for one format; the three read the same."""
-    share, share_in_threads = make_shares(make_multiply_rows(make_multiply_strip(reader, load)))
+    share, share_in_threads = make_shares(make_multiply_rows(reader, load))
     multiply_narrow = make_multiply_narrow(load_last)
 
     @njit(**INNER)
