@@ -99,7 +99,7 @@ def test_runs_of_an_endless_text_are_forgotten(monkeypatch: pytest.MonkeyPatch) 
 def test_chances_follow_what_the_text_was_like() -> None:
     repeating = looked([*range(50)] * 3)
     random_ids = np.random.default_rng(1).integers(0, 6, 2000).tolist()
-    while not (chances := (lookup := looked(random_ids)).chances(20)):
+    while not (chances := looked(random_ids).chances(20)):
         random_ids.pop()
     assert repeating.chances(20)[0] > 0.9
     assert len(repeating.chances(20)) == MAX_GUESSES

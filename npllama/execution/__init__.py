@@ -14,6 +14,6 @@ Files, in the order in which to read them:
     compiled_code.py     files of compiled code: their names, and when they are removed
     compiled_sources.py  which sources machine code depends on
     disk_cache.py        one compiled function in one file, with its checksum
-    top_k.py             the largest logits, in NumPy
+    drawing/             the largest logits in NumPy; what compiled code needs to draw ids
     rounding.py          the compiled search for scales, for export and quantize
 """

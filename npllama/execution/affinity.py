@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ LOOK_S = 0.05  # how often a thread looks whether it was interrupted
 CROWDED_PER_S = 20.0  # interruptions; an idle machine has a few, other busy programs cause hundreds
 CROWDED_S = 0.5  # how long that is remembered
 
+T = TypeVar("T")
 NOWHERE: frozenset[int] = frozenset()
 
 
@@ -63,7 +64,7 @@ class ThreadAffinity:
         if self._cpu is not None:
             self._spread(n_threads, False, self._cpu)
 
-    def run(self, n_threads: int, function: Callable[..., np.ndarray], arguments: tuple[Any, ...]) -> np.ndarray:
+    def run(self, n_threads: int, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
         """function(*arguments), with its threads on CPUs of their own where others compete for them."""
         cpu = self._cpu
         if cpu is None or n_threads == 1:

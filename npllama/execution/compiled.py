@@ -11,15 +11,18 @@ import numpy as np
 
 from npllama.errors import NpllamaError, quote
 from npllama.execution import compiled_code, threads
-from npllama.execution.drawing import top_k as search
-from npllama.execution.drawing.steps import Plan, empty_plan
 from npllama.execution.affinity import ThreadAffinity
+from npllama.execution.drawing import top_k as search
+from npllama.execution.drawing.plan import Plan, empty_plan
 from npllama.execution.kernels.flags import PLAIN
 from npllama.execution.prefetching import tuning
 from npllama.system import machine
 from npllama.weights import Weights
 
 MAX_KEPT = 64  # logits that the compiled search keeps in order as it goes; it would pay for a few hundred
+
+MAX_AHEAD_BYTES = 400_000_000
+"""Of a model whose steps are gone in groups: those of larger ones take so long that nothing is gained."""
 
 Report = Callable[[str], None]
 _NO_CHANCES, _NO_NUMBERS, _NO_IDS = np.empty((0, 3)), np.empty(0), np.empty(0, np.int64)
@@ -48,14 +51,16 @@ class Compiled:
             self.n_threads = threads.numba_threads(n_threads, machine.default_threads()[0])
             try:
                 with threads.numba_threads_later(size_bytes):
-                    self._compile(kv_dtype, arguments, started, report)
+                    self._compile(size_bytes, kv_dtype, arguments, started, report)
             except NpllamaError:
                 raise
             except Exception as error:
                 reason = quote(f"{type(error).__name__}: {error}".splitlines()[0])
                 raise threads.UnavailableError(f"compiling failed ({reason}); use backend numpy.") from error
 
-    def _compile(self, kv_dtype: str, arguments: tuple[Any, ...], started: float, report: Report) -> None:
+    def _compile(
+        self, size_bytes: int, kv_dtype: str, arguments: tuple[Any, ...], started: float, report: Report
+    ) -> None:
         import numba
 
         from npllama.execution.disk_cache import open_caches
@@ -75,16 +80,18 @@ class Compiled:
         self._make_top_k = functools.cache(functools.partial(_compile_top_k, cache_of))
         types = compiler.types_of((*arguments, empty_plan()))
         steps_name = name.replace(compiled_code.FORWARD, compiled_code.STEPS)
-        self._make_steps = functools.cache(lambda: self._compile_steps(types, cache_of(steps_name), steps_name))
+        steps_cache, self._goes_ahead = cache_of(steps_name), size_bytes < MAX_AHEAD_BYTES
+        self._make_steps = functools.cache(lambda: self._compile_steps(types, steps_cache, steps_name))
         self._block, self.threaded_rows = compiler.top_k.BLOCK_LOGITS, compiler.top_k.SERIAL_BELOW
         if (cache is None or not cache.loaded) and not PLAIN:  # plain twins are there to be compared
             self._affinity.prepare()  # rarely needed, but when it is the machine is busy
             self._make_top_k()
+        if self._goes_ahead and (steps_cache is None or not steps_cache.exists) and not PLAIN:
             self._make_steps()
         self.compile_s = time.perf_counter() - started
 
     def _compile_steps(self, types: tuple[Any, ...], cache: Any, name: str) -> Callable[..., None] | None:
-        """kernels.steps.run, compiled or loaded; None where there is no way to."""
+        """kernels.planned.run, compiled or loaded; None where there is no way to."""
         from npllama.execution.kernels import compile as compiler
 
         self._make_top_k()
@@ -101,8 +108,8 @@ class Compiled:
             threads.put_back(before, n_threads)
 
     def run_steps(self, n_threads: int, arguments: tuple[Any, ...], plan: Plan) -> bool:
-        """Go the steps of a plan: see kernels.steps. False where this Numba has no way to."""
-        run = self._make_steps()
+        """Go the steps of a plan: see kernels.planned. False where it gains nothing, or this Numba has no way to."""
+        run = self._make_steps() if self._goes_ahead else None
         if run is None:
             return False
         before = threads.use(n_threads)

@@ -24,10 +24,10 @@ from npllama.execution.abandon import MIN_HEARD_ROWS, Call
 from npllama.execution.cache_checks import check_fits, check_rows
 from npllama.execution.compiled import Compiled
 from npllama.execution.compiled_code import compiled_exists
+from npllama.execution.drawing.plan import NOT_DRAWN, Plan
+from npllama.execution.drawing.top_k import top_k
 from npllama.execution.prefetching import tuning
 from npllama.execution.threads import COMPILED, Turn, UnavailableError, using
-from npllama.execution.drawing.steps import NOT_DRAWN, Plan
-from npllama.execution.drawing.top_k import top_k
 from npllama.numbers import format_of
 from npllama.store.opening import OpenModel
 from npllama.system import machine
@@ -264,7 +264,7 @@ class Engine:
     def run_steps(
         self, cache: KVCache, tokens: Sequence[int], pos: Sequence[int], seq: Sequence[int], plan: Plan
     ) -> list[list[int]]:
-        """The ids that a plan draws: of each step that was gone, those of all texts. Writes the cache as `forward` does.
+        """The ids that a plan draws: of each step that was gone, those of all texts. Writes the cache as `forward`.
 
         tokens, pos, seq: one row of each text, as for `forward`. No step was gone where kernels are not compiled.
         """

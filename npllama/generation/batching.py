@@ -220,7 +220,7 @@ class Batching:
 
     def _go_ahead(self, parts: list[Part]) -> list[list[int]]:
         """Go several steps in one compiled call, where nobody could tell: the ids of each step, part by part."""
-        n = min(MAX_AHEAD, int(AHEAD_S / self._pace.seconds(len(parts))))
+        n = min(MAX_AHEAD, int(AHEAD_S / max(1e-6, self._pace.seconds(len(parts)))))
         texts: list[Ahead] = []
         for job, sequence, n_fed in parts:
             one = job.ahead(n) if n > 1 and n_fed == 1 and sequence.length == len(job.ids) - 1 else None
@@ -238,7 +238,7 @@ class Batching:
         return self._engine.run_steps(self.pool.cache, tokens, pos, seq, plan)
 
     def _deliver_steps(self, parts: list[Part], ids: list[list[int]]) -> None:
-        """Hand out the ids of several steps: all but the last of a text were fed, as guesses that were right would be."""
+        """Hand out the ids of several steps: all but a text's last were fed, as guesses that were right would be."""
         for (job, sequence, _), drawn in zip(parts, zip(*ids, strict=True), strict=True):
             job.draft = [*drawn[:-1]]
             self._receive(job, job.take, drawn)

@@ -3,5 +3,5 @@
 Files, in the order in which to read them:
 
     top_k.py   the largest logits, in NumPy
-    steps.py   what compiled code has to know to draw the ids of several steps in one call
+    plan.py    what compiled code has to know to draw the ids of several steps in one call
 """

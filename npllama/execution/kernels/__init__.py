@@ -50,6 +50,7 @@ Files, in the order in which to read them:
     kv_formats.py       keys and values in float32, float16 and 8 bits
     elementwise.py      RMSNorm, RoPE, SwiGLU
     top_k.py            the largest logits, and the draw of an id from them
+    planned.py          several steps in one call, each fed what was drawn in the one before
     simd.py             vector operations on float32 and float64
     ir_math.py          multiply-add, conversions and exp in LLVM IR
     llvm.py             pointers, vectors and calls in LLVM IR

@@ -12,7 +12,7 @@ from numba.extending import register_jitable
 
 from npllama import model
 from npllama.errors import ModelError
-from npllama.execution.kernels import affinity, amx, attention, elementwise, linear, rounding, steps, top_k  # noqa: F401 (importing registers the overloads)
+from npllama.execution.kernels import affinity, amx, attention, elementwise, linear, planned, rounding, top_k  # noqa: F401 (importing registers the overloads)
 from npllama.execution.kernels.flags import SERIAL
 from npllama.execution.kernels.formats import import_kernels
 from npllama.execution.kernels.numba_internals import compile_once, define_symbol, native_address, target_machine
@@ -65,16 +65,16 @@ def types_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def compile_steps(forward: Any, name: str, argument_types: tuple[Any, ...], cache: Any) -> Any:
-    """steps.run for a compiled model.forward, compiled or from the cache (see compile_forward). Needs top_k.top_k.
+    """planned.run for a compiled model.forward, compiled or from the cache (see compile_forward). Needs top_k.top_k.
 
     name: one for these types of arguments, by which the code finds model.forward. None where this Numba has no way to.
     """
-    for symbol, function in ((name, forward), (steps.TOP_K, top_k.top_k)):
+    for symbol, function in ((name, forward), (planned.TOP_K, top_k.top_k)):
         address = native_address(function)
         if not address:
             return None
         define_symbol(symbol, address)
-    run = steps.make_run(name)
+    run = planned.make_run(name)
     compile_once(run, argument_types, cache)
     return run
 

@@ -1,4 +1,4 @@
-"""execution/drawing/top_k.top_k compiled: the top-k search through all logits of each row, and the draw of an id from them."""
+"""drawing/top_k.top_k compiled: the search for the largest of all logits of each row, and the draw of an id."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 Files, in the order in which to read them:
 
     basic.py     the basic options, fast, also with a few ids forbidden or shifted; the random numbers
+    ahead.py     the draws of several ids before the first is known
     chain.py     every step of sampling, in any order
     logprobs.py  how probable the ids were, and what else might have come
     sampler.py   one text's sampling: which ids may come, and what is carried from one to the next

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npllama.execution.drawing.steps import NOT_DRAWN, Plan
+from npllama.execution.drawing.plan import NOT_DRAWN, Plan
 from npllama.generation.sampling.basic import Draw, cut
 
 GREEDY = 1, (1.0, 0.0, 1.0)
@@ -18,7 +18,7 @@ GREEDY = 1, (1.0, 0.0, 1.0)
 
 
 class Ahead(NamedTuple):
-    """The draws of a text's next ids: all like the first, each with a number of its own. ends: ids that end the text."""
+    """The draws of a text's next ids, alike but for their numbers. ends: ids that end the text."""
 
     draw: Draw
     numbers: Sequence[float]

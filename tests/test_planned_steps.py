@@ -13,7 +13,7 @@ from helpers import TINY, write_any_model, write_model_directory
 
 import npllama
 from npllama.errors import ModelError
-from npllama.execution.drawing.steps import NOT_DRAWN
+from npllama.execution.drawing.plan import NOT_DRAWN
 from npllama.generation import batching
 from npllama.generation.completion import Completion
 from npllama.generation.sampling.ahead import Ahead, plan_of
@@ -41,7 +41,7 @@ def llm(folder: Path) -> Llama:
 
 @pytest.fixture
 def gone(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many steps each call went that was given a plan. The pace of steps plays no part: all go as far as they can."""
+    """How many steps each call went that was given a plan. Each may go as far as it can, whatever steps cost."""
     return counted(llm, monkeypatch)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from npllama.execution.drawing.steps import NOT_DRAWN
+from npllama.execution.drawing.plan import NOT_DRAWN
 from npllama.execution.kernels.flags import INNER, SERIAL
 from npllama.execution.kernels.numba_internals import call_by_name
 from npllama.execution.kernels.simd import load_scalar, store_scalar
@@ -64,7 +64,7 @@ def make_run(name):
 
     @njit(**SERIAL)
     def run(batch, rotation, weights, cache, config, plan):
-        """Go the steps of a plan: see drawing.steps.Plan.
+        """Go the steps of a plan: see drawing.plan.Plan.
 
         rotation has the positions of all steps, one after the other; batch one row of each text. Its tokens and
         positions change with each step.
