@@ -54,6 +54,7 @@ class Texts:
         self.options: list[dict[str, Any]] = [
             {"max_tokens": rng.randint(1, MAX_TOKENS), "seed": i, "temperature": rng.choice((0.0, 0.9))}
             | rng.choice(({}, {"repeat_penalty": 1.3}, {"context_policy": "slide"}, {"top_p": 0.5}))
+            | rng.choice(({}, {"top_k": 3}))
             for i in range(PROMPTS)
         ]
         self.alone = [llm.generate(p, n=3, **o) for p, o in zip(self.prompts, self.options, strict=True)]
@@ -79,10 +80,18 @@ class Failing:
         return getattr(self._engine, name)
 
     def forward(self, cache: Any, tokens: Any, *others: Any) -> np.ndarray:
-        if 299 in tokens or self._rng.random() < self._how_often:
-            raise MemoryError("on purpose") if self._rng.random() < 0.5 else npllama.ModelError("on purpose.")
+        self._fail(tokens)
         found: np.ndarray = self._engine.forward(cache, tokens, *others)
         return found
+
+    def run_steps(self, cache: Any, tokens: Any, *others: Any) -> list[list[int]]:
+        self._fail(tokens)
+        found: list[list[int]] = self._engine.run_steps(cache, tokens, *others)
+        return found
+
+    def _fail(self, tokens: Any) -> None:
+        if 299 in tokens or self._rng.random() < self._how_often:
+            raise MemoryError("on purpose") if self._rng.random() < 0.5 else npllama.ModelError("on purpose.")
 
 
 def run_schedule(texts: Texts, seed: int) -> dict[str, int]:

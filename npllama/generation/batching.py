@@ -249,7 +249,9 @@ class Batching:
         """After a job took its ids: guesses that were fed up to a position, and are wrong, are taken back."""
         if job.draft:
             right = end - len(job.draft) + _n_right(job, end)
-            sequence.rewind(right if job.done else min(right, len(job.ids) - 1))  # logits of the last are wanted
+            right = right if job.done else min(right, len(job.ids) - 1)  # logits of the last are wanted
+            if right < end:
+                sequence.rewind(right)
             job.draft = []
         sequence.written(job.ids)
         if job.cancelled:
