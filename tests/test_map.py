@@ -25,6 +25,13 @@ ROWS = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in T
 FOREIGN = {"convert_llama_weights_to_hf.py", "zero_to_fp32.py"}
 
 
+def test_every_folder_is_a_package_of_the_wheel() -> None:
+    listed = re.search(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
+    assert listed is not None
+    named = {".".join(folder.relative_to(PACKAGE.parent).parts) for folder in FOLDERS}
+    assert named <= set(re.findall(r'"([\w.]+)"', listed[1]))
+
+
 def between(markers: tuple[str, str]) -> str:
     begin, end = markers
     return README.partition(f"{begin}\n")[2].partition(f"\n{end}")[0]

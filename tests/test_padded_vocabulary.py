@@ -42,6 +42,7 @@ WAYS = [
     {"temperature": 0},
     {"temperature": 0, "repeat_penalty": 1.3},
     {"temperature": 0.8, "top_k": 4},  # the compiled search
+    {"temperature": 0.8, "top_k": 4, "repeat_penalty": 1.3},
     {"temperature": 0.8},
     {"temperature": 5.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
     {"temperature": 2.0, "top_k": 0, "top_p": 0.9, "repeat_penalty": 1.2},

@@ -219,12 +219,31 @@ def plan(llm: Llama, R: int, n: int) -> Any:
 
 
 @pytest.mark.skipif(not COMPILED, reason="compiled execution")
+def test_one_compiled_function_serves_all_plans(llm: Llama, gone: list[int]) -> None:
+    for options in OPTIONS:
+        llm.generate(PROMPTS, 10, **options)
+    assert max(gone) > 3
+    assert llm.engine.compiled is not None
+    assert len(llm.engine.compiled._make_steps().signatures) == 1
+
+
+@pytest.mark.skipif(not COMPILED, reason="compiled execution")
 def test_without_a_way_to_call_compiled_code_steps_are_single(
     folder: Path, monkeypatch: pytest.MonkeyPatch, llm: Llama
 ) -> None:
-    monkeypatch.setattr("npllama.execution.kernels.compile.native_address", lambda function: 0)
+    from npllama.execution.kernels import compile as compiler
+
+    usual = compiler.compile_once
+
+    def lacking(function: Any, *others: Any) -> bool:
+        if function.__name__ == "run":
+            raise AttributeError("get_function_type")
+        return usual(function, *others)
+
     expected = llm.generate(PROMPTS, 20, temperature=0.0)
-    with npllama.load(folder, backend="numba", speculation=False) as other:
-        counts = counted(other, monkeypatch)
-        assert [*map(facts, other.generate(PROMPTS, 20, temperature=0.0))] == [*map(facts, expected)]
-        assert not any(counts)
+    for part, stand_in in (("native_address", lambda function: 0), ("compile_once", lacking)):
+        with npllama.load(folder, backend="numba", speculation=False) as other, monkeypatch.context() as patch:
+            patch.setattr(compiler, part, stand_in)
+            counts = counted(other, patch)
+            assert [*map(facts, other.generate(PROMPTS, 20, temperature=0.0))] == [*map(facts, expected)]
+            assert not any(counts)

@@ -203,10 +203,8 @@ class Batching:
         What fails together is tried one by one: only what fails ends.
         """
         try:
-            if ids := self._go_ahead(parts):
-                self._deliver_steps(parts, ids)
-                return len(ids)
-            logits = self._forward(parts)
+            ids = self._go_ahead(parts)
+            logits = None if ids else self._forward(parts)
         except (NpllamaError, MemoryError) as error:
             if len(parts) == 1:
                 parts[0][0].fail(error)
@@ -215,6 +213,9 @@ class Batching:
             for part in parts:
                 self._compute([part])
             return 1
+        if logits is None:
+            self._deliver_steps(parts, ids)
+            return len(ids)
         self._deliver(parts, logits)
         return 1
 

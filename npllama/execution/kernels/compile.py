@@ -15,7 +15,13 @@ from npllama.errors import ModelError
 from npllama.execution.kernels import affinity, amx, attention, elementwise, linear, planned, rounding, top_k  # noqa: F401 (importing registers the overloads)
 from npllama.execution.kernels.flags import SERIAL
 from npllama.execution.kernels.formats import import_kernels
-from npllama.execution.kernels.numba_internals import compile_once, define_symbol, native_address, target_machine
+from npllama.execution.kernels.numba_internals import (
+    compile_once,
+    define_symbol,
+    is_private,
+    native_address,
+    target_machine,
+)
 
 register_jitable(model.attention)
 register_jitable(model.feed_forward)
@@ -75,7 +81,12 @@ def compile_steps(forward: Any, name: str, argument_types: tuple[Any, ...], cach
             return None
         define_symbol(symbol, address)
     run = planned.make_run(name)
-    compile_once(run, argument_types, cache)
+    try:
+        compile_once(run, argument_types, cache)
+    except Exception as error:
+        if not is_private(error):
+            raise
+        return None
     return run
 
 

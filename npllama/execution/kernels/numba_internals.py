@@ -255,7 +255,7 @@ def compile_once(function: Any, arguments: tuple[Any, ...], cache: Any) -> bool:
                 type(function).compile(function, arguments)
             return bool(cache is not None and cache.loaded)
         except Exception as error:
-            if not _is_private(error):
+            if not is_private(error):
                 raise
             reason = str(error).splitlines()[0]
         finally:
@@ -298,7 +298,7 @@ def compile_each_once(function: Any, cache_for: Callable[[tuple[Any, ...]], Any]
     function.compile = compile_kept
 
 
-def _is_private(error: BaseException | None) -> bool:
+def is_private(error: BaseException | None) -> bool:
     """Whether an error may come from a private part that is not as expected."""
     while error is not None:
         if isinstance(error, (AttributeError, TypeError)):

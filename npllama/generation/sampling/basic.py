@@ -258,7 +258,7 @@ def _together(
     try:
         if options.repeat_penalty != 1:
             check_finite(logits)  # the penalty would hide an infinity
-            recents = [one.recent for one in draws]
+            recents = [one.allowed.indices(one.recent) for one in draws]
             logits = np.array([_penalised(*one, options.repeat_penalty) for one in zip(logits, recents, strict=True)])
         drawn = draw(logits, options.top_k, chances, numbers)
         if drawn is not None or len(draws) == 1:
