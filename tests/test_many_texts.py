@@ -12,6 +12,7 @@ from helpers import TINY, write_any_model, write_model_directory
 from slow import COMPILES_AGAIN
 
 import npllama
+from npllama.generation import batching
 from npllama.inference import Llama
 
 COMPILED = os.environ.get("NPLLAMA_BACKEND") != "numpy"
@@ -35,9 +36,10 @@ def llm(folder: Path) -> Llama:
 
 
 def fed(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many ids each call of the model gets from now on."""
+    """How many ids each call of the model gets from now on; each call is one step."""
     counts: list[int] = []
     forward = llm.engine.forward
+    monkeypatch.setattr(batching, "MAX_AHEAD", 1)
 
     def counted(cache, tokens, *rest):
         counts.append(len(tokens))

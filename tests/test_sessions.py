@@ -254,15 +254,19 @@ def test_one_call_at_a_time(llm: Llama) -> None:
 def test_a_call_that_fails_leaves_the_text_as_it_was(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     with llm.session() as session:
         session.append(ids_of(9, 80))
-        forward, calls = llm.engine.forward, []
+        calls: list[str] = []
 
-        def failing(*arguments: Any) -> np.ndarray:
-            calls.append(arguments)
-            if len(calls) == 3:
-                raise KeyboardInterrupt
-            return forward(*arguments)
+        def failing(name: str, usual: Any) -> Any:
+            def call(*arguments: Any) -> Any:
+                calls.append(name)
+                if len(calls) == 2:
+                    raise KeyboardInterrupt
+                return usual(*arguments)
 
-        monkeypatch.setattr(llm.engine, "forward", failing)
+            return call
+
+        for name in ("forward", "run_steps"):
+            monkeypatch.setattr(llm.engine, name, failing(name, getattr(llm.engine, name)))
         with pytest.raises(KeyboardInterrupt):
             session.generate(8, temperature=0)
         assert session.tokens == ids_of(9, 80)

@@ -276,6 +276,7 @@ def test_a_text_that_is_repeated_takes_fewer_calls(guessing: Llama, monkeypatch:
         return forward(cache, tokens, *rest)
 
     monkeypatch.setattr(guessing.engine, "forward", counted)
+    monkeypatch.setattr(batching, "MAX_AHEAD", 1)
     monkeypatch.setattr(Pace, "seconds", lambda self, n: 1.0)
     tokens = guessing.generate(PROMPTS[3], 120, temperature=0.0).tokens
     assert len(set(tokens[-60:])) < 20, "this test needs a text that repeats itself"

@@ -183,6 +183,8 @@ class Completion(Job):
         return draws
 
     def ahead(self, most: int) -> Ahead | None:
+        if self.streamed and self.attended:  # its reader drives, and may leave: nothing has come that nobody has read
+            return None
         n = min(most, self._max_tokens - self.n_written, self._sampler.n_alike(self.ids))
         if self.streamed:
             n = min(n, MAX_UNREAD - len(self.pieces))

@@ -88,11 +88,10 @@ def _add_row(builder, weight_rows, row, i, totals):
             llvm.store(builder, new, total)
 
 
-tile_sum, wide_row_sum, narrow_row_sum = (
-    make_weighted_sum(TILE_ROWS, 2),
-    make_weighted_sum(1, 8),
-    make_weighted_sum(1, 2),
-)
+tile_sum = make_weighted_sum(TILE_ROWS, 2)
+# Of a row alone as many columns at once as there are, up to four vectors of float32: sums of few would wait for each
+# other's additions.
+row_sum_4, row_sum_3, row_sum_2, row_sum_1 = (make_weighted_sum(1, 2 * n) for n in (4, 3, 2, 1))
 
 
 @njit(**INNER)
@@ -107,11 +106,14 @@ def weighted_sums(M, weights, numbers, n, sums, rescale, first, columns):
         m += TILE_ROWS
     while m < M:
         w, s, r = skip_rows(weights, m), skip_rows(sums, m), skip_rows(rescale, m)
-        j = 0
-        while j + 4 * WIDTH <= columns:
-            wide_row_sum(w, skip_columns(numbers, j), n, skip_columns(s, j), r, first)
-            j += 4 * WIDTH
-        while j < columns:
-            narrow_row_sum(w, skip_columns(numbers, j), n, skip_columns(s, j), r, first)
-            j += WIDTH
+        for j in range(0, columns, 4 * WIDTH):
+            numbers_j, s_j = skip_columns(numbers, j), skip_columns(s, j)
+            if columns - j >= 4 * WIDTH:
+                row_sum_4(w, numbers_j, n, s_j, r, first)
+            elif columns - j == 3 * WIDTH:
+                row_sum_3(w, numbers_j, n, s_j, r, first)
+            elif columns - j == 2 * WIDTH:
+                row_sum_2(w, numbers_j, n, s_j, r, first)
+            else:
+                row_sum_1(w, numbers_j, n, s_j, r, first)
         m += 1
