@@ -26,16 +26,13 @@ from npllama.execution.kernels.flags import INLINE, INNER, INNER_PARALLEL
 from npllama.execution.kernels.kv_formats import block_rows, pointers, pool_slots, store_head
 from npllama.execution.kernels.simd import (
     add,
-    div,
     exp,
     exp_scalar,
     horizontal_max,
     horizontal_sum,
-    load,
     load_doubles,
     load_scalar,
     maximum,
-    narrow,
     num_threads,
     pointer,
     round_to_width,
@@ -43,7 +40,6 @@ from npllama.execution.kernels.simd import (
     store,
     store_scalar,
     sub,
-    widened,
 )
 from npllama.execution.kernels.strided_rows import StridedRows, skip_columns, skip_rows, transpose_square
 from npllama.execution.kernels.target import WIDTH, WIDTH64
@@ -137,45 +133,34 @@ def carve_workspace(doubles, singles, M, E):
 
 
 @njit(**INNER)
-def divided(numbers, at, E, by, into, to):
-    """Write E float32 from numbers[at] on, divided in float64, to into[to ...]; up to whole vectors, zeros."""
-    whole = E // WIDTH * WIDTH
-    for e in range(0, whole, WIDTH):
-        some = load(numbers, at + e)
-        store(into, to + e, div(widened(some, 0), splat(by)))
-        store(into, to + e + WIDTH64, div(widened(some, 1), splat(by)))
-    for e in range(whole, round_to_width(E)):
-        store_scalar(into, to + e, load_scalar(numbers, at + e) / by if e < E else 0.0)
-
-
-@njit(**INNER)
 def init_rows(queries, tile, work, n_sink):
     """Lay out a tile's query rows (token by token, head by head), with nothing seen so far."""
     E, share = queries.head_dim, queries.heads_per_kv
     P, root = round_to_width(E), math.sqrt(E)
     for m in range(tile.n_tokens * share):
         at = ((tile.t + m // share) * queries.n_heads + tile.h + m % share) * E
-        divided(queries.q, at, E, root, work.q, m * P)
-        for e in range(0, P, WIDTH64):
-            store(work.sum, m * P + e, splat(0.0))
+        for e in range(E):
+            store_scalar(work.q, m * P + e, load_scalar(queries.q, at + e) / root)
+        for e in range(E, P):
+            store_scalar(work.q, m * P + e, 0.0)
+        for e in range(P):
+            store_scalar(work.sum, m * P + e, 0.0)
         store_scalar(work.max_score, m, -np.inf)
         store_scalar(work.weight_sum, m, 0.0)
         if n_sink > 0:
-            divided(queries.q_sink, at, E, root, work.q_sink, m * P)
+            for e in range(P):
+                store_scalar(work.q_sink, m * P + e, load_scalar(queries.q_sink, at + e) / root if e < E else 0.0)
 
 
 @njit(**INNER)
 def finish_rows(queries, tile, work):
     """Write a tile's results: the sums, divided by the sums of weights."""
     E, share = queries.head_dim, queries.heads_per_kv
-    P, whole = round_to_width(E), E // WIDTH * WIDTH
+    P = round_to_width(E)
     for m in range(tile.n_tokens * share):
         weight_sum = load_scalar(work.weight_sum, m)
         at = ((tile.t + m // share) * queries.n_heads + tile.h + m % share) * E
-        for e in range(0, whole, WIDTH):
-            low, high = load_doubles(work.sum, m * P + e), load_doubles(work.sum, m * P + e + WIDTH64)
-            store(queries.y, at + e, narrow(div(low, splat(weight_sum)), div(high, splat(weight_sum))))
-        for e in range(whole, E):
+        for e in range(E):
             store_scalar(queries.y, at + e, np.float32(load_scalar(work.sum, m * P + e) / weight_sum))
 
 
