@@ -66,6 +66,13 @@ class Stream(Iterator[Piece]):
         self._given = True
         return job
 
+    def run(self) -> Result:
+        """Compute it to the end; nobody reads its pieces. Only before the first piece was asked for."""
+        self._job.streamed = False
+        for _ in self:
+            pass
+        return self.result
+
     def _release(self) -> None:
         if self._hold is not None:
             self._hold.release()
@@ -101,8 +108,7 @@ class ChatStream:
 
     def run(self) -> ChatResult:
         """Answer to the end."""
-        for _ in self._stream:
-            pass
+        self._stream.run()
         return self.result
 
     def close(self) -> None:
