@@ -50,7 +50,9 @@ class Compiled:
             threads.start_numba(report)
             self.n_threads = threads.numba_threads(n_threads, machine.default_threads()[0])
             try:
-                with threads.numba_threads_later(size_bytes):
+                from npllama.execution.kernels.numba_internals import collecting_less
+
+                with threads.numba_threads_later(size_bytes), collecting_less():
                     self._compile(size_bytes, kv_dtype, arguments, started, report)
             except NpllamaError:
                 raise

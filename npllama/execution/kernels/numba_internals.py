@@ -229,8 +229,11 @@ def _linked_once() -> Iterator[None]:
 
 
 @contextmanager
-def _collecting_less() -> Iterator[None]:
-    """Look for garbage less often: compiling makes millions of objects that stay."""
+def collecting_less() -> Iterator[None]:
+    """Look for garbage less often: compiling makes millions of objects that stay.
+
+    Around several compilations, else each is followed by a look at all that the ones before have left.
+    """
     usual = gc.get_threshold()
     gc.set_threshold(*COLLECTING)
     try:
@@ -251,7 +254,7 @@ def compile_once(function: Any, arguments: tuple[Any, ...], cache: Any) -> bool:
         usual = function._cache
         try:
             function._cache = cache or usual
-            with _linked_once(), _collecting_less():
+            with _linked_once(), collecting_less():
                 type(function).compile(function, arguments)
             return bool(cache is not None and cache.loaded)
         except Exception as error:
