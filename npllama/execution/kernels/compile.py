@@ -43,6 +43,12 @@ SETTINGS = (
 )
 """Settings of Numba that change machine code."""
 
+_F32, _F64, _I64 = types.float32, types.float64, types.int64
+TOP_K_TYPES = tuple(
+    types.Array(element, n, "C") for element, n in ((_F32, 2), (_I64, 2), (_I64, 2), (_F64, 2), (_F64, 1), (_I64, 1))
+)
+"""Of the arguments of top_k.top_k."""
+
 
 def target() -> str:
     """What code is compiled for: the CPU with its features, whether AMX may be used, and Numba's settings."""
@@ -75,8 +81,9 @@ def compile_steps(forward: Any, name: str, argument_types: tuple[Any, ...], cach
 
     name: one for these types of arguments, by which the code finds model.forward. None where this Numba has no way to.
     """
-    for symbol, function in ((name, forward), (planned.TOP_K, top_k.top_k)):
-        address = native_address(function)
+    parts = (name, forward, argument_types[:-1]), (planned.TOP_K, top_k.top_k, TOP_K_TYPES)
+    for symbol, function, its_types in parts:
+        address = native_address(function, its_types)
         if not address:
             return None
         define_symbol(symbol, address)
@@ -98,9 +105,7 @@ def compile_pin_threads(cache: Any) -> Any:
 
 def compile_top_k(cache: Any) -> Any:
     """top_k.top_k, compiled or from the cache (see compile_forward)."""
-    ids, drawn = types.Array(types.int64, 2, "C"), types.Array(types.int64, 1, "C")
-    chances, numbers = types.Array(types.float64, 2, "C"), types.Array(types.float64, 1, "C")
-    compile_once(top_k.top_k, (types.Array(types.float32, 2, "C"), ids, ids, chances, numbers, drawn), cache)
+    compile_once(top_k.top_k, TOP_K_TYPES, cache)
     return top_k.top_k
 
 

@@ -269,12 +269,12 @@ def compile_once(function: Any, arguments: tuple[Any, ...], cache: Any) -> bool:
     return False
 
 
-def native_address(function: Any) -> int:
-    """Where the function begins that a dispatcher has compiled, for calls from compiled code; 0: not known here."""
-    (compiled,) = function.overloads.values()
-    found = getattr(_codegen(), "_engine", None)
-    name = f"{compiled.fndesc.llvm_cpython_wrapper_name}{NATIVE}"
-    return int(found.get_function_address(name)) if found is not None else 0
+def native_address(function: Any, argument_types: tuple[Any, ...]) -> int:
+    """Where the function begins that was compiled for these types, for calls from compiled code; 0: not known."""
+    compiled, found = function.overloads.get(argument_types), getattr(_codegen(), "_engine", None)
+    if compiled is None or found is None:
+        return 0
+    return int(found.get_function_address(f"{compiled.fndesc.llvm_cpython_wrapper_name}{NATIVE}"))
 
 
 def call_by_name(context: Any, builder: Any, name: str, signature: Any, arguments: Any) -> Any:
