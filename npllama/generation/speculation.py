@@ -44,24 +44,30 @@ MAX_RUNS = 1 << 15
 MAX_COUNT = 32.0
 """Outcomes that are remembered; older ones count for less and less."""
 
+ID_BITS = 21
+"""Of an id in a run. Larger ids would be taken for each other, which costs a guess."""
+
 LONG, RECENT = 8, 64
 """A text repeats itself if it had so long a match among so many of the latest ids."""
 
 
 class _Runs:
-    """Where each run of n ids last ended in a text."""
+    """Where each run of n ids last ended in a text. A run is one number: its ids side by side."""
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self._ends: dict[int | tuple[int, ...], int] = {}
-        self._older: dict[int | tuple[int, ...], int] = {}  # the same of runs that have not come again for long
+        self._run, self._mask = 0, (1 << n * ID_BITS) - 1
+        self._ends: dict[int, int] = {}
+        self._older: dict[int, int] = {}  # the same of runs that have not come again for long
 
     def __len__(self) -> int:
         return len(self._ends) + len(self._older)
 
-    def exchange(self, ids: Ids[int], end: int) -> int:
-        """Where the run that ends here has ended before; 0: nowhere. It is remembered."""
-        run = ids[end - 1] if self.n == 1 else tuple(ids[end - self.n : end])
+    def exchange(self, token: int, end: int) -> int:
+        """Add the next id of the text, the end-th: where the run that ends with it has ended before; 0: nowhere."""
+        self._run = run = (self._run << ID_BITS | token) & self._mask
+        if end < self.n:
+            return 0
         found = self._ends.get(run) or self._older.get(run, 0)
         self._ends[run] = end
         if len(self._ends) >= MAX_RUNS:
@@ -88,7 +94,7 @@ class Lookup:
             if self._match:
                 self._learn(ids[self._source] == ids[n - 1], n)
             for runs in self._runs:
-                before = runs.exchange(ids, n) if n >= runs.n else 0
+                before = runs.exchange(ids[n - 1], n)
                 if before and not self._match:
                     self._source, self._match = before, runs.n
         self._n = len(ids)
