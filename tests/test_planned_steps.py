@@ -194,9 +194,8 @@ def test_steps_of_a_plan_are_calls_and_draws(llm: Llama) -> None:
         return
     n, R = 7, 10
     cache, other = llm.engine.new_cache(R, n), llm.engine.new_cache(R, n)
-    tokens, found = [*range(20, 20 + R)], None
-    made = plan(llm, R, n)
-    found = llm.engine.run_steps(cache, tokens, [0] * R, range(R), made)
+    tokens = [*range(20, 20 + R)]
+    found = llm.engine.run_steps(cache, tokens, [0] * R, range(R), plan(llm, R, n))
     assert len(found) == n
     assert cache.length.tolist() == [n] * R
     texts = ahead(llm, R, n)

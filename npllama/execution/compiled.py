@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ MAX_KEPT = 64  # logits that the compiled search keeps in order as it goes; it w
 MAX_AHEAD_BYTES = 400_000_000
 """Of a model whose steps are gone in groups: those of larger ones take so long that nothing is gained."""
 
+T = TypeVar("T")
 Report = Callable[[str], None]
 _NO_CHANCES, _NO_NUMBERS, _NO_IDS = np.empty((0, 3)), np.empty(0), np.empty(0, np.int64)
 
@@ -103,9 +104,12 @@ class Compiled:
 
     def forward(self, n_threads: int, arguments: tuple[Any, ...]) -> np.ndarray:
         """model.forward. Raises UsageError in a process that was forked from one that had computed."""
+        return self._run(n_threads, self.function, arguments)
+
+    def _run(self, n_threads: int, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
         before = threads.use(n_threads)
         try:
-            return self._affinity.run(n_threads, self.function, arguments)
+            return self._affinity.run(n_threads, function, arguments)
         finally:
             threads.put_back(before, n_threads)
 
@@ -114,11 +118,7 @@ class Compiled:
         run = self._make_steps() if self._goes_ahead else None
         if run is None:
             return False
-        before = threads.use(n_threads)
-        try:
-            self._affinity.run(n_threads, run, (*arguments, plan))
-        finally:
-            threads.put_back(before, n_threads)
+        self._run(n_threads, run, (*arguments, plan))
         return True
 
     def settle_prefetching(self, kinds: set[str], call_s: Callable[[], float] | None) -> None:

@@ -146,7 +146,7 @@ def multiply_copied(panels, copied, columns, lanes, y, part):
         for t in range(part.t, part.t_stop, TILE_TOKENS):
             kept = (t % MAX_KEPT_TOKENS * MAX_CHUNK_SUMS + i * TILE_TOKENS * TILE_ROWS) * WIDTH
             into = StridedRows(pointer(y, t * N + part.n + i), N)
-            full_tile(TILE_TOKENS, pointer(panels, t * K), rows, columns, pointer(lanes, kept), into, apart)
+            full_tile(pointer(panels, t * K), rows, columns, pointer(lanes, kept), into, apart)
 
 
 def make_copy_rows(load):

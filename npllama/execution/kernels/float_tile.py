@@ -19,7 +19,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from npllama.execution.kernels import llvm
-from npllama.execution.kernels.flags import INLINE, INNER
+from npllama.execution.kernels.flags import INNER
 from npllama.execution.kernels.ir_math import multiply_add, widen_bf16, widen_f16
 from npllama.execution.kernels.llvm import f32, i16, i64
 from npllama.execution.kernels.prefetch import halves_ahead
@@ -178,10 +178,4 @@ def make_tiles(reader):
     return tile
 
 
-_full_tile = make_tile(TILE_ROWS, TILE_TOKENS, F32_READER)
-
-
-@njit(**INLINE)
-def full_tile(n_tokens, panel, w, columns, lanes, y, apart):
-    """The tile of TILE_TOKENS tokens and rows of float32."""
-    _full_tile(panel, w, columns, lanes, y, apart)
+full_tile = make_tile(TILE_ROWS, TILE_TOKENS, F32_READER)
