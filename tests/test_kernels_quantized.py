@@ -21,7 +21,7 @@ numba = pytest.importorskip("numba", reason="compiled kernels: numba is not inst
 
 # E402: these import numba, which may not be there.
 from npllama import ops  # noqa: E402
-from npllama.execution.kernels import amx, int8_input, int8_linear  # noqa: E402
+from npllama.execution.kernels import amx, int8_input, int8_linear, int8_narrow  # noqa: E402
 from npllama.execution.kernels.flags import SERIAL  # noqa: E402
 from npllama.execution.kernels.int8_dot import DOT  # noqa: E402
 from npllama.execution.kernels.target import FEATURES, TRIPLE  # noqa: E402
@@ -142,8 +142,9 @@ def test_a_layer_of_stacked_weights_is_multiplied_where_it_lies(number_format):
 
 
 @numba.njit(**SERIAL)
-def quantize_all_tiles(x, lowest, into):
-    int8_input.quantize_tiles(x, lowest, into, 0, int8_input.n_tiles(len(x)))
+def quantize_all_tiles(x, lowest, start, into):
+    zeros = int8_input.Zeros(lowest, start)
+    int8_input.quantize_tiles(x, zeros, into, 0, int8_input.n_tiles(len(x)))
 
 
 @pytest.mark.parametrize("columns", [32, 40, 172])
@@ -153,9 +154,12 @@ def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
     x[2] = 0
     G = -(-columns // 32)
     into = int8_input.QuantizedInput(
-        np.empty(16 * G * 32, np.int8), np.empty(16 * G, np.float32), np.empty(16 * G, np.int32)
+        np.empty(16 * G * 32, np.int8),
+        np.empty(16 * G, np.float32),
+        np.empty(16 * G, np.int32),
+        np.empty(16 * G * int8_narrow.STARTS if int8_narrow.USED else 0, np.int32),
     )
-    quantize_all_tiles(x, np.int32(-3), into)
+    quantize_all_tiles(x, np.int32(-3), np.int32(29), into)
 
     def wide(a, *end):
         return a.reshape(2, G, 8, *end).swapaxes(1, 2).reshape(16, G, *end)[:13]
@@ -164,6 +168,11 @@ def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
     assert np.array_equal(wide(into.codes, 32), codes)
     assert np.array_equal(wide(into.scales), scales)
     assert np.array_equal(wide(into.corrections), -3 * codes.sum(axis=-1, dtype=np.int32))
+    if int8_narrow.USED:
+        starts = wide(into.starts, int8_narrow.STARTS)
+        halves = codes.reshape(13, G, 2, 4, 2, 2).sum(axis=(3, 5), dtype=np.int16)  # by pairs of columns
+        assert np.array_equal(starts[..., 0], 29 * codes.sum(axis=-1, dtype=np.int32))
+        assert np.array_equal(np.ascontiguousarray(starts[..., 1:]).view(np.int16).reshape(halves.shape), -32 * halves)
 
 
 # ---------------------------------------------------------------- the same bits

@@ -44,6 +44,7 @@ Files, in the order in which to read them:
     q8.py               the kernel of q8
     ggml.py             the kernels of the formats of GGUF files: float16 scales, minimums
     int8_dot.py         vector operations on 8-bit codes, in the form that this CPU has
+    int8_narrow.py      tiles of AVX2: four tokens, whose sums stay in registers, of half a group in 16 bits
     amx.py              the same products by Intel's AMX
     attention.py        ops.attend: online softmax over blocks of the KV cache
     weighted_sum.py     the two products of attention, in float64

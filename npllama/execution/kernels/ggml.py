@@ -16,7 +16,6 @@ from npllama.execution.kernels import amx, llvm
 from npllama.execution.kernels.flags import INLINE, INNER
 from npllama.execution.kernels.int8_dot import (
     UNSIGNED_BIAS,
-    add_scaled,
     as_lanes,
     dot4_signed,
     dot8,
@@ -33,7 +32,7 @@ from npllama.execution.kernels.int8_dot import (
     to_unsigned,
     token_pointer,
 )
-from npllama.execution.kernels.int8_linear import Scaling, register_grouped
+from npllama.execution.kernels.int8_linear import Scaling, add_one_scale, register_grouped
 from npllama.execution.kernels.ir_math import widen_f16
 from npllama.execution.kernels.llvm import address, broadcast, constant, f32, i8, i16, i32
 from npllama.execution.kernels.prefetch import packed_line
@@ -94,15 +93,18 @@ def add_with_minimum(typingctx, total, dots, scale, minimum, scales, sums, offse
 
 
 @njit(**INLINE)
-def add_half(total, dots, w, group, x, at, tile_stride):
-    return add_scaled(total, dots, load_halves(w.scales, group * BLOCK_ROWS), x.scales, at, tile_stride)
+def load_half(w, group):
+    return load_halves(w.scales, group * BLOCK_ROWS)
 
 
 @njit(**INLINE)
-def add_half_and_minimum(total, dots, w, group, x, at, tile_stride):
-    scale = load_halves(w.scales, group * 2 * BLOCK_ROWS)
-    minimum = load_halves(w.scales, (group * 2 + 1) * BLOCK_ROWS)
-    return add_with_minimum(total, dots, scale, minimum, x.scales, x.corrections, at, tile_stride)
+def load_half_and_minimum(w, group):
+    return load_halves(w.scales, group * 2 * BLOCK_ROWS), load_halves(w.scales, (group * 2 + 1) * BLOCK_ROWS)
+
+
+@njit(**INLINE)
+def add_half_and_minimum(total, dots, both, x, at, tile_stride):
+    return add_with_minimum(total, dots, both[0], both[1], x.scales, x.corrections, at, tile_stride)
 
 
 @njit(**INLINE)
@@ -120,8 +122,10 @@ def scale_half_and_minimum(w, b, g, r, level):
     return level * f16_to_f32(w.scales[b, g, 0, r]) + f16_to_f32(w.scales[b, g, 1, r])
 
 
-HALF = Scaling(load_corrections, add_half, as_it_is, scale_half, 1)
-HALF_AND_MINIMUM = Scaling(no_corrections, add_half_and_minimum, as_it_is, scale_half_and_minimum, 1)
+HALF = Scaling(load_corrections, load_half, add_one_scale, as_it_is, scale_half, 1)
+HALF_AND_MINIMUM = Scaling(
+    no_corrections, load_half_and_minimum, add_half_and_minimum, as_it_is, scale_half_and_minimum, 1
+)
 
 
 # ---------------------------------------------------------------- codes
@@ -228,4 +232,4 @@ register_grouped(Q4_1, 4, SUMS, dot_q4_1, unpack_q4_1, level_of_q4_1, HALF_AND_M
 register_grouped(IQ4_NL, 4, -UNSIGNED_BIAS, dot_iq4, unpack_iq4, level_of_iq4, HALF, dot_bytes)
 register_grouped(Q5_0, 5, -16, dot_fives, unpack_q5_0, level_of_q5_0, HALF)
 register_grouped(Q5_1, 5, SUMS, dot_fives, unpack_q5_1, level_of_q5_1, HALF_AND_MINIMUM)
-register_grouped(Q8_0, 8, -UNSIGNED_BIAS, dot_bytes, unpack_bytes, level_of_byte, HALF)
+register_grouped(Q8_0, 8, -UNSIGNED_BIAS, dot_bytes, unpack_bytes, level_of_byte, HALF, dot_bytes)

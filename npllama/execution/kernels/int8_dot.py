@@ -104,12 +104,16 @@ def dot_small_avx2(builder, total, low, low_x, high, high_x):
     return add_pairs(builder, total, narrow)
 
 
+def multiply_signed_pairs(builder, w, x):
+    """The same for signed w: |w| times x with w's sign; two products stay in 16 bits, 2 * 127 * 127 < 2^15."""
+    magnitude = call(builder, f"llvm.abs.v{w.type.count}i8", w.type, w, ir.Constant(ir.IntType(1), 0))
+    return multiply_pairs(builder, magnitude, call(builder, "llvm.x86.avx2.psign.b", x.type, x, w))
+
+
 @in_parts(2)
 def dot_signed_avx2(builder, total, w, x):
-    """For signed codes: |w| times x with w's sign; two products stay in 16 bits, 2 * 127 * 127 < 2^15."""
-    magnitude = call(builder, f"llvm.abs.v{w.type.count}i8", w.type, w, ir.Constant(ir.IntType(1), 0))
-    signed = call(builder, "llvm.x86.avx2.psign.b", x.type, x, w)
-    return add_pairs(builder, total, multiply_pairs(builder, magnitude, signed))
+    """For signed codes."""
+    return add_pairs(builder, total, multiply_signed_pairs(builder, w, x))
 
 
 def dot_plain(builder, total, w, x, signed):

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit, prange
 
+from npllama.execution.kernels import int8_narrow
 from npllama.execution.kernels.flags import INNER, INNER_PARALLEL
 from npllama.execution.kernels.int8_dot import TOKEN_TILE, abs_max, round_group
+from npllama.execution.kernels.int8_narrow import STARTS, store_starts
 from npllama.numbers.activations import MIN_MAGNITUDE
 from npllama.numbers.blocks import GROUP
 
@@ -23,12 +25,24 @@ SERIAL_BELOW = 1 << 15
 class QuantizedInput(NamedTuple):
     """Input in the order of the tiles, g groups of all tokens: codes (g * GROUP,) int8, scales, corrections (g,).
 
-    corrections int32: minus the zero point of w's codes, times the sum of the group's codes.
+    corrections int32: minus the zero point of w's codes, times the sum of the group's codes. starts (g * STARTS,)
+    int32: see int8_narrow.py; nothing where its tiles are not used.
     """
 
     codes: np.ndarray
     scales: np.ndarray
     corrections: np.ndarray
+    starts: np.ndarray
+
+
+class Zeros(NamedTuple):
+    """What sums of codes are multiplied by: int32, `lowest` for corrections, `start` for the first of STARTS."""
+
+    lowest: np.int32
+    start: np.int32
+
+
+NARROW = int8_narrow.USED
 
 
 @njit(**INNER)
@@ -41,11 +55,14 @@ def group_scale(x, begin):
 
 
 @njit(**INNER)
-def quantize_group(x, begin, lowest, into, at):
+def quantize_group(x, begin, zeros, into, at):
     """One group of activations.quantize_rows: the numbers from x[begin] on become group `at`."""
     scale, factor = group_scale(x, begin)
     into.scales[at] = scale
-    into.corrections[at] = lowest * round_group(x, begin, factor, into.codes, at * GROUP)
+    total = round_group(x, begin, factor, into.codes, at * GROUP)
+    if NARROW:
+        total = store_starts(into.codes, at * GROUP, zeros.start, into.starts, at * STARTS)
+    into.corrections[at] = zeros.lowest * total
 
 
 @njit(**INNER)
@@ -70,8 +87,8 @@ def n_tiles(T):
 
 
 @njit(**INNER)
-def quantize_tiles(x, lowest, into, begin, stop):
-    """activations.quantize_rows for the tiles begin .. stop-1. lowest: what code 0 of w stands for."""
+def quantize_tiles(x, zeros, into, begin, stop):
+    """activations.quantize_rows for the tiles begin .. stop-1."""
     T, K = x.shape
     whole, G = K // GROUP, (K + GROUP - 1) // GROUP
     rest = np.zeros((1, GROUP), np.float32)
@@ -81,32 +98,33 @@ def quantize_tiles(x, lowest, into, begin, stop):
         for m in range(M):
             n_groups = whole if first + m < T else 0
             for g in range(n_groups):
-                quantize_group(x, (first + m) * K + g * GROUP, lowest, into, first * G + g * M + m)
+                quantize_group(x, (first + m) * K + g * GROUP, zeros, into, first * G + g * M + m)
             for g in range(n_groups, G):
                 for k in range(GROUP):
                     inside = first + m < T and g * GROUP + k < K
                     rest[0, k] = x[first + m, g * GROUP + k] if inside else np.float32(0)
-                quantize_group(rest, 0, lowest, into, first * G + g * M + m)
+                quantize_group(rest, 0, zeros, into, first * G + g * M + m)
 
 
 @njit(**INNER_PARALLEL)
-def quantize_in_threads(x, lowest, into, n_threads):
+def quantize_in_threads(x, zeros, into, n_threads):
     """quantize_tiles for all tiles, on all threads."""
     n = n_tiles(x.shape[0])
     for p in prange(n_threads):
         thread = np.int64(p)
-        quantize_tiles(x, lowest, into, thread * n // n_threads, (thread + 1) * n // n_threads)
+        quantize_tiles(x, zeros, into, thread * n // n_threads, (thread + 1) * n // n_threads)
 
 
 @njit(**INNER)
-def quantize_input(x, lowest, n_groups, n_threads):
+def quantize_input(x, zeros, n_groups, n_threads):
     """Quantized input for x (T, K), whose rows have so many groups."""
     T = x.shape[0]
     wide = n_wide_tiles(T) * TOKEN_TILE
     n = (wide + tile_tokens(T, wide)) * n_groups
-    into = QuantizedInput(np.empty(n * GROUP, np.int8), np.empty(n, np.float32), np.empty(n, np.int32))
+    starts = np.empty(n * STARTS if NARROW else 0, np.int32)
+    into = QuantizedInput(np.empty(n * GROUP, np.int8), np.empty(n, np.float32), np.empty(n, np.int32), starts)
     if n * GROUP < SERIAL_BELOW:
-        quantize_tiles(x, lowest, into, np.int64(0), n_tiles(T))
+        quantize_tiles(x, zeros, into, np.int64(0), n_tiles(T))
     else:
-        quantize_in_threads(x, lowest, into, n_threads)
+        quantize_in_threads(x, zeros, into, n_threads)
     return into

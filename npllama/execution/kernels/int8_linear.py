@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from npllama.execution.kernels import amx
+from npllama.execution.kernels import amx, int8_narrow
 from npllama.execution.kernels.abandon import abandoned
 from npllama.execution.kernels.amx import (
     LEVELS_BYTES,
@@ -44,7 +44,16 @@ from npllama.execution.kernels.int8_dot import (
     store_tile,
     zeros,
 )
-from npllama.execution.kernels.int8_input import n_wide_tiles, quantize_input, tile_tokens
+from npllama.execution.kernels.int8_input import Zeros, n_wide_tiles, quantize_input, tile_tokens
+from npllama.execution.kernels.int8_narrow import (
+    CENTER,
+    as_they_are,
+    bytes_as_they_are,
+    dot_signed_levels,
+    dot_unsigned_levels,
+    make_narrow_tile,
+    make_unpacked,
+)
 from npllama.execution.kernels.prefetch import bytes_group, packed_group
 from npllama.execution.kernels.simd import bf16_to_f32, noinline, num_threads
 from npllama.execution.kernels.target import REGISTERS
@@ -84,13 +93,15 @@ class Scaling(NamedTuple):
     """How the sums of a group become numbers, and what a row's number is: each njit(**INLINE), but `start`, `scale`.
 
     start: int8_dot.load_corrections, or no_corrections; what products are added to.
-    add(total, dots, w, group, x, at, tile_stride): for each token, total plus its sums of a group, scaled.
+    load(w, group): the scales of a group's rows.
+    add(total, dots, scales, x, at, tile_stride): for each token, total plus its sums of a group, scaled by these.
     finish(total, w, b): for each token, its total over all groups times what belongs to the rows of block b.
     scale(w, b, g, r, level): njit(**INNER), one weight from its level.
     factors: the part of a weight that is Blocks.factors; where it has none its scales, which nobody reads there.
     """
 
     start: Callable[..., Any]
+    load: Callable[..., Any]
     add: Callable[..., Any]
     finish: Callable[..., Any]
     scale: Callable[..., Any]
@@ -98,8 +109,13 @@ class Scaling(NamedTuple):
 
 
 @njit(**INLINE)
-def add_8_bit(total, dots, w, group, x, at, tile_stride):
-    return add_scaled(total, dots, load_scales(w.scales, group * BLOCK_ROWS), x.scales, at, tile_stride)
+def load_8_bit(w, group):
+    return load_scales(w.scales, group * BLOCK_ROWS)
+
+
+@njit(**INLINE)
+def add_one_scale(total, dots, scale, x, at, tile_stride):
+    return add_scaled(total, dots, scale, x.scales, at, tile_stride)
 
 
 @njit(**INLINE)
@@ -112,7 +128,7 @@ def scale_8_bit(w, b, g, r, level):
     return level * SCALES[w.scales[b, g, r]] * bf16_to_f32(w.factors[b, r])
 
 
-EIGHT_BIT = Scaling(load_corrections, add_8_bit, times_factors, scale_8_bit, 2)
+EIGHT_BIT = Scaling(load_corrections, load_8_bit, add_one_scale, times_factors, scale_8_bit, 2)
 """8-bit scales, and a bfloat16 factor for each row: q8, q6, q4."""
 
 
@@ -121,7 +137,7 @@ def make_tile(dot_group, group_bytes, M, prefetch_group, scaling):
 
     prefetch_group: one of prefetch.py, or stays_in_cache.
     """
-    start, add, finish = scaling.start, scaling.add, scaling.finish
+    start, load, add, finish = scaling.start, scaling.load, scaling.add, scaling.finish
 
     @njit(**INLINE)
     def tile(w, b, codes, begin, x, first, y):
@@ -132,7 +148,7 @@ def make_tile(dot_group, group_bytes, M, prefetch_group, scaling):
             prefetch_group(codes, here, group_bytes)
             dots = start(x.corrections, at, tile_stride, M)
             dots = dot_group(dots, codes, here, x.codes, at * GROUP, tile_stride)
-            total = add(total, dots, w, b * G + g, x, at, tile_stride)
+            total = add(total, dots, load(w, b * G + g), x, at, tile_stride)
         T, N = y.shape
         total = finish(total, w, b)
         store_tile(y, first * N + b * BLOCK_ROWS, N, total, T - first, N - b * BLOCK_ROWS)
@@ -159,12 +175,17 @@ def dot_unsigned(dots, levels, begin, x, at, tile_stride):
     return dots
 
 
+def narrow_dot(dot_unpacked):
+    """The operation of int8_narrow that takes codes as dot_unpacked does."""
+    return dot_unsigned_levels if dot_unpacked is dot_unsigned else dot_signed_levels
+
+
 def make_amx_tile(scaling):
     """Two wide tiles, from token `first` on, of block b, whose levels begin at levels[begin].
 
     AMX multiplies later groups while the sums of one are scaled and added.
     """
-    add, finish = scaling.add, scaling.finish
+    load, add, finish = scaling.load, scaling.add, scaling.finish
 
     @njit(**INLINE)
     def tile(w, b, levels, begin, x, first, y, sums):
@@ -177,7 +198,7 @@ def make_amx_tile(scaling):
                 dot_products(x.codes, x_at, tile_stride * GROUP, levels, w_at, sums, later % SUM_BUFFERS)
             if g >= 0:
                 dots = load_sums(sums, g % SUM_BUFFERS)
-                total = add(total, dots, w, b * G + g, x, first * G + g * TOKEN_TILE, tile_stride)
+                total = add(total, dots, load(w, b * G + g), x, first * G + g * TOKEN_TILE, tile_stride)
         T, N = y.shape
         total = finish(total, w, b)
         store_tile(y, first * N + b * BLOCK_ROWS, N, total, T - first, N - b * BLOCK_ROWS)
@@ -208,7 +229,10 @@ def make_multiply_amx(scaling):
 
 def make_multiply_simd(scaling, dot_unpacked):
     """The same with vector instructions."""
-    tile = make_tile(dot_unpacked, LEVELS_BYTES, TOKEN_TILE, stays_in_cache, scaling)
+    if int8_narrow.USED:
+        tile = make_narrow_tile(as_they_are, LEVELS_BYTES, narrow_dot(dot_unpacked), TOKEN_TILE, scaling)
+    else:
+        tile = make_tile(dot_unpacked, LEVELS_BYTES, TOKEN_TILE, stays_in_cache, scaling)
 
     @njit(**INNER)
     def multiply(w, levels, x, y, begin, stop, n):
@@ -275,14 +299,22 @@ def nothing_unpacked(x, w, y, begin, stop):
     return 0
 
 
-def make_multiply_packed(dot_group, code_bits, scaling):
+def make_packed_tile(dot_group, unpack_group, code_bits, M, scaling, dot_unpacked):
+    """The tile of M tokens whose codes are unpacked for all of them at once."""
+    group_bytes, prefetch_group = BLOCK_ROWS * GROUP * code_bits // 8, group_prefetch(code_bits)
+    if not int8_narrow.USED or M < int8_narrow.TOKENS:
+        return make_tile(dot_group, group_bytes, M, prefetch_group, scaling)
+    levels_of = make_unpacked(unpack_group, group_bytes, prefetch_group) if code_bits < 8 else bytes_as_they_are
+    return make_narrow_tile(levels_of, group_bytes, narrow_dot(dot_unpacked), M, scaling)
+
+
+def make_multiply_packed(dot_group, unpack_group, code_bits, scaling, dot_unpacked):
     """A function (x, w, y, begin, stop, first): one tile of the tokens from `first` on, of the blocks begin .. stop-1.
 
-    Codes are unpacked for all its tokens at once. It returns how many these are.
+    It returns how many tokens these are.
     """
-    group_bytes, prefetch_group = BLOCK_ROWS * GROUP * code_bits // 8, group_prefetch(code_bits)
     widest, wide, four, two, one = (
-        make_tile(dot_group, group_bytes, M, prefetch_group, scaling)
+        make_packed_tile(dot_group, unpack_group, code_bits, M, scaling, dot_unpacked)
         for M in (TILES_AT_ONCE * TOKEN_TILE, TOKEN_TILE, 4, 2, 1)
     )
 
@@ -313,7 +345,7 @@ def make_multiply_packed(dot_group, code_bits, scaling):
 def make_multiply_blocks(dot_group, unpack_group, code_bits, scaling, dot_unpacked):
     """A function (x, w, y, begin, stop): the rows of y of the blocks begin .. stop-1, strip by strip."""
     unpacked_strip = make_unpacked_strip(unpack_group, code_bits, scaling, dot_unpacked)
-    multiply_packed = make_multiply_packed(dot_group, code_bits, scaling)
+    multiply_packed = make_multiply_packed(dot_group, unpack_group, code_bits, scaling, dot_unpacked)
 
     @njit(**INNER)
     def multiply_blocks(x, w, y, begin, stop):
@@ -351,8 +383,9 @@ def make_shares(multiply_blocks):
     return share, share_in_threads
 
 
-def make_linears(share, share_in_threads, lowest, factors_part):
+def make_linears(share, share_in_threads, zeros, factors_part):
     """ops.linears for one format: quantize x, then multiply block by block."""
+    lowest, start = zeros
 
     @njit(**INNER)
     def linears(x, ws):
@@ -360,7 +393,7 @@ def make_linears(share, share_in_threads, lowest, factors_part):
         n_threads, ys = num_threads(), outputs(T, ws)
         if abandoned():
             return ys
-        into = quantize_input(x, np.int32(lowest), G, n_threads)
+        into = quantize_input(x, Zeros(np.int32(lowest), np.int32(start)), G, n_threads)
         rows = 0
         for w in ws:
             rows += w.rows
@@ -406,5 +439,6 @@ def register_grouped(
     level(codes, b, g, r, k): one weight's integer as float32.
     """
     multiply = make_multiply_blocks(dot_group, unpack_group, code_bits, scaling, dot_unpacked)
-    linears = make_linears(*make_shares(multiply), lowest, scaling.factors)
+    start = CENTER + (lowest if scaling.start is load_corrections else 0)
+    linears = make_linears(*make_shares(multiply), (lowest, start), scaling.factors)
     register(weight, linears, make_embed(level, scaling.scale))

@@ -40,4 +40,4 @@ def level(codes, b, g, r, k):
     return np.float32(codes[b, g, k // 4 * 4 * BLOCK_ROWS + r * 4 + k % 4])
 
 
-register_grouped(Q8, 8, -UNSIGNED_BIAS, dot_group, unpack_group, level)
+register_grouped(Q8, 8, -UNSIGNED_BIAS, dot_group, unpack_group, level, dot_unpacked=dot_group)

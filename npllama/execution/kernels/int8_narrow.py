@@ -1,0 +1,255 @@
+"""Tiles of AVX2, four tokens at a time, whose sums stay in registers; those of unsigned codes in 16 bits.
+
+The instructions that multiply are the narrow place: two a cycle. Four codes times four of a token are two products of
+pairs in 16 bits (pmaddubsw) and one that widens them (pmaddwd). Eight products of codes less CENTER fit into 16 bits
+again, 8 * 32 * 127 = 32,512 < 2^15; so sums of half a group, in which codes stand as they are, may wrap around when
+they start from -CENTER times the token's codes: what is left is exact. 256 products then take 8 + 2 such
+instructions instead of 8 + 4, and two for scales: 43 products a cycle instead of 37.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from npllama.execution.kernels import llvm
+from npllama.execution.kernels.flags import INLINE
+from npllama.execution.kernels.int8_dot import (
+    DOT,
+    TOKEN_TILE,
+    add_pairs,
+    concat,
+    float32x16,
+    int8x64,
+    int32x16,
+    multiply_pairs,
+    multiply_signed_pairs,
+    store_tile,
+)
+from npllama.execution.kernels.llvm import address, broadcast, constant, f32, i8, i16, i32, shuffle
+from npllama.execution.kernels.prefetch import bytes_group, bytes_line
+from npllama.execution.kernels.simd import pointer
+from npllama.numbers.blocks import BLOCK_ROWS, GROUP
+
+USED = DOT == "avx2"
+
+TOKENS = 4
+"""Tokens whose sums fill half the registers: two vectors of 8 rows for each."""
+
+CENTER = 32
+"""What is taken from unsigned codes, 0 to 64."""
+
+STARTS = 3
+"""What belongs to a group of a token, int32: where its sum starts, then where each half does, two int16 in each."""
+
+LEVELS_BYTES = BLOCK_ROWS * GROUP
+
+row_codes, row_sums, half_sums = ir.VectorType(i8, 32), ir.VectorType(i32, 8), ir.VectorType(i16, 16)
+
+
+@intrinsic
+def store_starts(typingctx, codes, at, factor, starts, offset):
+    """Write the STARTS of the group codes[at ...], the first its sum times a factor, to int32 starts[offset ...].
+
+    Returns the sum.
+    """
+
+    def generate(context, builder, signature, args):
+        codes, at, factor, starts, offset = args
+        x = llvm.load(builder, address(context, builder, signature.args[0], codes, at), row_codes, 1)
+        sums = multiply_pairs(builder, constant(row_codes, 1), x)
+        for distance in (4, 2):  # within each half of the group, until its first two numbers are its sums
+            sums = builder.add(sums, shuffle(builder, sums, sums, [i ^ distance for i in range(16)]))
+        counts = add_pairs(builder, constant(row_sums, 0), sums)
+        total = builder.add(llvm.lane(builder, counts, 0), llvm.lane(builder, counts, 4))
+        less = builder.bitcast(builder.mul(sums, constant(sums.type, -CENTER)), row_sums)
+        target = address(context, builder, signature.args[3], starts, offset)
+        for i, start in enumerate(
+            (builder.mul(total, factor), llvm.lane(builder, less, 0), llvm.lane(builder, less, 4))
+        ):
+            llvm.store(builder, start, llvm.gep(builder, target, i32, i), 4)
+        return total
+
+    return types.int32(codes, types.intp, types.int32, starts, types.intp), generate
+
+
+def repeated(builder, pointer, vector):
+    """The four bytes at a pointer, as often as they fit into a vector of this type."""
+    four = llvm.load(builder, pointer, i32, 4)
+    return builder.bitcast(broadcast(builder, four, row_sums.count), vector)
+
+
+def pinned(builder, value):
+    """The same value in a register, and what is computed before stays before: LLVM would keep too many at once."""
+    signature = ir.FunctionType(value.type, [value.type])
+    return builder.call(ir.InlineAsm(signature, "", "=x,0", side_effect=True), [value])
+
+
+def load_rows(builder, levels, column):
+    """The codes of four columns of a group: a vector for each 8 rows."""
+    at = llvm.gep(builder, levels, i8, column * BLOCK_ROWS)
+    return [llvm.load(builder, llvm.gep(builder, at, i8, 32 * r), row_codes, 1) for r in range(2)]
+
+
+def codes_of(builder, x, m, column):
+    """Four codes of token m from a column of the group on, for every row."""
+    return repeated(builder, llvm.gep(builder, x, i8, m * GROUP + column), row_codes)
+
+
+def start_of(builder, starts, m, i, vector):
+    """Of token m's STARTS the i-th, in all lanes."""
+    return repeated(builder, llvm.gep(builder, starts, i32, m * STARTS + i), vector)
+
+
+def dot_unsigned(builder, levels, x, starts, n):
+    """The products of a group with each of n tokens: for each token two vectors of 8 rows."""
+    totals: list[list[ir.Value]] = [[]] * n
+    for half in range(2):
+        sums = [[start_of(builder, starts, m, 1 + half, half_sums)] * 2 for m in range(n)]
+        for column in range(half * GROUP // 2, (half + 1) * GROUP // 2, 4):
+            rows = load_rows(builder, levels, column)
+            for m in range(n):
+                four = codes_of(builder, x, m, column)
+                new = [builder.add(s, multiply_pairs(builder, w, four)) for s, w in zip(sums[m], rows, strict=True)]
+                sums[m] = [pinned(builder, s) for s in new]
+        for m in range(n):
+            before = totals[m] if half else [start_of(builder, starts, m, 0, row_sums)] * 2
+            totals[m] = [pinned(builder, add_pairs(builder, b, s)) for b, s in zip(before, sums[m], strict=True)]
+    return totals
+
+
+def dot_signed(builder, levels, x, starts, n):
+    """The same for signed codes, whose pairs of products fill 16 bits: 28 products a cycle."""
+    totals = [[constant(row_sums, 0)] * 2 for m in range(n)]
+    for column in range(0, GROUP, 4):
+        rows = load_rows(builder, levels, column)
+        for m in range(n):
+            four = codes_of(builder, x, m, column)
+            pairs = [multiply_signed_pairs(builder, w, four) for w in rows]
+            totals[m] = [pinned(builder, add_pairs(builder, t, p)) for t, p in zip(totals[m], pairs, strict=True)]
+    return totals
+
+
+def make_dot_levels(dot):
+    """An operation: the products of a group, at a pointer, with the codes of TOKENS tokens from x's group `at` on."""
+
+    @intrinsic
+    def dot_levels(typingctx, levels, codes, starts, at):
+        many = types.UniTuple(int32x16, TOKENS)
+
+        def generate(context, builder, signature, args):
+            levels, codes, starts, at = args
+            x = address(context, builder, signature.args[1], codes, builder.mul(at, llvm.index(GROUP)))
+            starts = address(context, builder, signature.args[2], starts, builder.mul(at, llvm.index(STARTS)))
+            totals = dot(builder, levels, x, starts, TOKENS)
+            result = ir.Constant(context.get_value_type(many), ir.Undefined)
+            for m, parts in enumerate(totals):
+                result = builder.insert_value(result, concat(builder, parts), m)
+            return result
+
+        return many(levels, codes, starts, types.intp), generate
+
+    return dot_levels
+
+
+dot_unsigned_levels, dot_signed_levels = make_dot_levels(dot_unsigned), make_dot_levels(dot_signed)
+
+
+# ---------------------------------------------------------------- tiles
+
+
+@intrinsic
+def local_levels(typingctx):
+    """Memory for the codes of a group, on the stack of the function that calls this."""
+
+    def generate(context, builder, signature, args):
+        return llvm.cast(builder, llvm.variable(builder, ir.ArrayType(int8x64.llvm, GROUP // 4)), i8)
+
+    return types.CPointer(types.int8)(), generate
+
+
+@intrinsic
+def local_totals(typingctx):
+    """Memory for the sums of two times TOKENS tokens, all 0, on the stack of the function that calls this."""
+
+    def generate(context, builder, signature, args):
+        many = ir.ArrayType(float32x16.llvm, 2 * TOKENS)
+        return llvm.cast(builder, llvm.variable(builder, many, ir.Constant(many, None)), f32)
+
+    return types.CPointer(types.float32)(), generate
+
+
+@intrinsic
+def load_totals(typingctx, totals, first):
+    """The sums of TOKENS tokens from `first` on."""
+    many = types.UniTuple(float32x16, TOKENS)
+
+    def generate(context, builder, signature, args):
+        at = llvm.gep(builder, args[0], float32x16.llvm, args[1])
+        return llvm.load(builder, at, context.get_value_type(many))
+
+    return many(totals, types.intp), generate
+
+
+@intrinsic
+def store_totals(typingctx, totals, first, values):
+    """Keep the sums of TOKENS tokens from `first` on."""
+
+    def generate(context, builder, signature, args):
+        llvm.store(builder, args[2], llvm.gep(builder, args[0], float32x16.llvm, args[1]))
+        return llvm.nothing(context)
+
+    return types.void(totals, types.intp, values), generate
+
+
+@njit(**INLINE)
+def as_they_are(codes, here, levels):
+    """Codes that were unpacked before."""
+    return pointer(codes, here)
+
+
+def make_unpacked(unpack_group, group_bytes, prefetch_group):
+    """Unpack the group codes[here ...] to `levels`."""
+
+    @njit(**INLINE)
+    def unpacked(codes, here, levels):
+        prefetch_group(codes, here, group_bytes)
+        unpack_group(codes, here, levels, 0)
+        return levels
+
+    return unpacked
+
+
+@njit(**INLINE)
+def bytes_as_they_are(codes, here, levels):
+    """Codes of 8 bits, which need no unpacking."""
+    bytes_group(codes, here, LEVELS_BYTES)
+    for v in range(LEVELS_BYTES // 64):
+        bytes_line(codes, here + v * 64)
+    return pointer(codes, here)
+
+
+def make_narrow_tile(levels_of, group_bytes, dot_levels, M, scaling):
+    """The tile of block b and the M tokens from `first` on, 4 or 8: see int8_linear.make_tile.
+
+    levels_of(codes, here, levels): pointer to the codes of the group codes[here ...], a byte each; it may use `levels`.
+    """
+    load, add, finish = scaling.load, scaling.add, scaling.finish
+
+    @njit(**INLINE)
+    def tile(w, b, codes, begin, x, first, y):
+        G, levels, totals = w.scales.shape[1], local_levels(), local_totals()
+        for g in range(G):
+            group, at = levels_of(codes, begin + g * group_bytes, levels), first * G + g * M
+            scales = load(w, b * G + g)
+            for m in range(0, M, TOKENS):
+                dots = dot_levels(group, x.codes, x.starts, at + m)
+                total = add(load_totals(totals, m), dots, scales, x, at + m, TOKEN_TILE)
+                store_totals(totals, m, total)
+        T, N = y.shape
+        for m in range(0, M, TOKENS):
+            total = finish(load_totals(totals, m), w, b)
+            store_tile(y, (first + m) * N + b * BLOCK_ROWS, N, total, T - first - m, N - b * BLOCK_ROWS)
+
+    return tile
