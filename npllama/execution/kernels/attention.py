@@ -338,6 +338,8 @@ def attend(q, q_sink, k, v, cache, l, pos, seq):
     y, G = np.empty((T, H * E), np.float32), k.shape[1]
     store_kv(k, v, cache, l, pos, seq)
     most = max(1, min(MAX_TILE_ROWS * G // H, T * G // (2 * num_threads())))
+    even = TILE_ROWS // math.gcd(TILE_ROWS, H // G)
+    most = most // even * even if most >= even else most
     starts = cut_tiles(seq, most)
     products = 0
     for t in range(T):

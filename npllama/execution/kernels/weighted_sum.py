@@ -17,7 +17,7 @@ from npllama.execution.kernels.simd import doubles, noinline
 from npllama.execution.kernels.strided_rows import skip_columns, skip_rows
 from npllama.execution.kernels.target import REGISTERS, WIDTH, WIDTH64
 
-TILE_ROWS = 8 if REGISTERS >= 32 else 4
+TILE_ROWS = 8 if REGISTERS >= 32 else 6
 """Rows of weights that are summed together."""
 
 
