@@ -144,7 +144,7 @@ def test_a_layer_of_stacked_weights_is_multiplied_where_it_lies(number_format):
 @numba.njit(**SERIAL)
 def quantize_all_tiles(x, lowest, start, into):
     zeros = int8_input.Zeros(lowest, start)
-    int8_input.quantize_tiles(x, zeros, into, 0, int8_input.n_tiles(len(x)))
+    int8_input.quantize_tiles(x, x.shape[1], zeros, into, 0, int8_input.n_tiles(into.n_tokens))
 
 
 @pytest.mark.parametrize("columns", [32, 40, 172])
@@ -158,6 +158,7 @@ def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
         np.empty(16 * G, np.float32),
         np.empty(16 * G, np.int32),
         np.empty(16 * G * int8_narrow.STARTS if int8_narrow.USED else 0, np.int32),
+        len(x),
     )
     quantize_all_tiles(x, np.int32(-3), np.int32(29), into)
 

@@ -18,7 +18,6 @@ import numpy as np
 from numba import njit, prange
 from numba.extending import overload
 
-from npllama import cache as kv
 from npllama import ops
 from npllama.cache import BLOCK_SLOTS
 from npllama.execution.kernels.abandon import abandoned
@@ -65,6 +64,26 @@ class Queries(NamedTuple):
     n_heads: int
     head_dim: int
     heads_per_kv: int
+
+
+class Cache(NamedTuple):
+    """What is read of the cache beside keys and values: pointers to `table`, `window` and `n_sink`, and its sizes."""
+
+    table: object
+    window: object
+    n_sink: object
+    columns: int  # C, blocks of a sequence
+    slots: int  # of each layer and head
+
+
+class Rows(NamedTuple):
+    """The rows of a call, pointers, and the tiles that they are cut into: tile i is rows starts[i] .. starts[i+1]-1."""
+
+    pos: object  # (T,)
+    seq: object  # (T,)
+    starts: object  # (n_tiles + 1,)
+    n_tiles: int
+    layer: int
 
 
 class KVView(NamedTuple):
@@ -263,92 +282,107 @@ def attend_tile(queries, view, tile, work):
 
 
 @njit(**INNER)
-def attend_tiles(doubles, singles, M, queries, cache, l, pos, seq, starts, part, parts):
+def attend_tiles(doubles, singles, M, queries, k, v, cache, rows, part, parts):
     """Every parts-th pair of a tile and a key/value head, from `part` on, so that long and short ones mix.
 
-    doubles, singles: from `allocate_workspace` for M rows. starts (n + 1,): tile i is the rows starts[i] ..
-    starts[i+1]-1.
+    doubles, singles: from `allocate_workspace` for M rows. k, v: pointers.
     """
     work = carve_workspace(doubles, singles, M, queries.head_dim)
-    C, n_tiles = cache.table.shape[1], starts.shape[0] - 1
     G, share = queries.n_heads // queries.heads_per_kv, queries.heads_per_kv
-    k, v, S = pointers(cache.k), pointers(cache.v), pool_slots(cache.k)
-    for unit in range(part, n_tiles * G, parts):
+    for unit in range(part, rows.n_tiles * G, parts):
         if abandoned():
             return
-        i, g = unit % n_tiles, unit // n_tiles
-        i = n_tiles - 1 - i if g % 2 == 1 else i  # else one thread would take all the longer ones of each pair
-        t = load_scalar(starts, i)
-        n = load_scalar(seq, t)
+        i, g = unit % rows.n_tiles, unit // rows.n_tiles
+        i = rows.n_tiles - 1 - i if g % 2 == 1 else i  # else one thread would take all the longer ones of each pair
+        t = load_scalar(rows.starts, i)
+        n = load_scalar(rows.seq, t)
         window, n_sink = load_scalar(cache.window, n), load_scalar(cache.n_sink, n)
-        view = KVView(k, v, pointer(cache.table, n * C), (l * G + g) * S, window, n_sink)
-        tile = Tile(t, load_scalar(starts, i + 1) - t, load_scalar(pos, t), g * share)
+        table = pointer(cache.table, n * cache.columns)
+        view = KVView(k, v, table, (rows.layer * G + g) * cache.slots, window, n_sink)
+        tile = Tile(t, load_scalar(rows.starts, i + 1) - t, load_scalar(rows.pos, t), g * share)
         attend_tile(queries, view, tile, work)
 
 
 @njit(**INNER)
-def attend_part(q, q_sink, cache, l, pos, seq, starts, G, part, parts, y):
-    """One thread's part, in a workspace of its own."""
-    H, E = q.shape[1], q.shape[2]
-    M = max(MAX_TILE_ROWS, H // G)
-    doubles, singles = allocate_workspace(M, E)
-    queries = Queries(pointer(q, 0), pointer(q_sink, 0), pointer(y, 0), H, E, H // G)
-    attend_tiles(doubles, singles, M, queries, cache, l, pos, seq, starts, part, parts)
+def attend_part(queries, k, v, cache, rows, M, part, parts):
+    """One thread's part, in a workspace of its own. M: query rows of the largest tile."""
+    doubles, singles = allocate_workspace(M, queries.head_dim)
+    attend_tiles(doubles, singles, M, queries, k, v, cache, rows, part, parts)
 
 
 @njit(**INNER_PARALLEL)
-def attend_in_threads(q, q_sink, k, v, table, window, n_sink, length, l, pos, seq, starts, G, y):
-    """All parts. The parts of the cache one by one: a parallel loop takes no tuples in tuples."""
-    parts = num_threads()
+def attend_in_threads(queries, k, v, cache, rows, M, parts):
     for part in prange(parts):
-        cache = kv.KVCache(k, v, table, window, n_sink, length)
-        attend_part(q, q_sink, cache, l, pos, seq, starts, G, np.int64(part), parts, y)
+        attend_part(queries, k, v, cache, rows, M, np.int64(part), parts)
 
 
 @njit(**INNER)
-def store_kv(k, v, cache, l, pos, seq):
-    """Write the keys and values of all rows into layer l; head by head, as they lie in the cache."""
-    T, G, E = k.shape
-    S, keys, values = pool_slots(cache.k), pointers(cache.k), pointers(cache.v)
+def store_kv(k, v, keys, values, G, E, T, cache, rows):
+    """Write the keys and values of all rows into their layer; head by head, as they lie in the cache."""
     for g in range(G):
         for t in range(T):
-            block = cache.table[seq[t], pos[t] // BLOCK_SLOTS]
-            row = (l * G + g) * S + block * BLOCK_SLOTS + pos[t] % BLOCK_SLOTS
+            place = load_scalar(rows.pos, t)
+            at = load_scalar(rows.seq, t) * cache.columns + place // BLOCK_SLOTS
+            first = load_scalar(cache.table, at) * BLOCK_SLOTS + place % BLOCK_SLOTS
+            row = (rows.layer * G + g) * cache.slots + first
             store_head(keys, row, E, k, (t * G + g) * E)
             store_head(values, row, E, v, (t * G + g) * E)
 
 
 @njit(**INNER)
-def cut_tiles(seq, most):
-    """Bounds of tiles over all rows: of one sequence each, and of at most so many rows."""
-    T = seq.shape[0]
-    starts, n = np.empty(T + 1, np.int64), 0
+def cut_tiles(seq, T, most, starts):
+    """Write to `starts` the bounds of tiles over all rows: of one sequence each, and of at most so many rows."""
+    n, first = 0, 0
     for t in range(T):
-        if t == 0 or seq[t] != seq[t - 1] or t - starts[n - 1] == most:
-            starts[n] = t
-            n += 1
-    starts[n] = T
-    return starts[: n + 1]
+        if t == 0 or load_scalar(seq, t) != load_scalar(seq, t - 1) or t - first == most:
+            store_scalar(starts, n, t)
+            n, first = n + 1, t
+    store_scalar(starts, n, T)
+    return n
+
+
+@njit(**INNER)
+def tile_tokens(T, G, share):
+    """Tokens of a tile, at most: such that its rows come in sixes or eights, where that is possible."""
+    most = max(1, min(MAX_TILE_ROWS // share, T * G // (2 * num_threads())))
+    even = TILE_ROWS // math.gcd(TILE_ROWS, share)
+    return most // even * even if most >= even else most
+
+
+@njit(**INNER)
+def attend_rows(q, q_sink, k, v, cache, l, pos, seq, starts, y):
+    """ops.attend into y. starts: room for the bounds of tiles."""
+    T, H, E = q.shape
+    G = k.shape[1]
+    keys, values = pointers(cache.k), pointers(cache.v)
+    blocks = Cache(
+        pointer(cache.table, 0),
+        pointer(cache.window, 0),
+        pointer(cache.n_sink, 0),
+        cache.table.shape[1],
+        pool_slots(cache.k),
+    )
+    most = tile_tokens(T, G, H // G)
+    n_tiles = cut_tiles(pointer(seq, 0), T, most, pointer(starts, 0))
+    rows = Rows(pointer(pos, 0), pointer(seq, 0), pointer(starts, 0), n_tiles, l)
+    store_kv(pointer(k, 0), pointer(v, 0), keys, values, G, E, T, blocks, rows)
+    queries = Queries(pointer(q, 0), pointer(q_sink, 0), pointer(y, 0), H, E, H // G)
+    products = 0
+    for t in range(T):
+        seen = min(load_scalar(rows.pos, t) + 1, load_scalar(blocks.window, load_scalar(rows.seq, t)))
+        products += seen * H * E
+    if products < SERIAL_BELOW:
+        attend_part(queries, keys, values, blocks, rows, most * (H // G), np.int64(0), np.int64(1))
+    else:
+        attend_in_threads(queries, keys, values, blocks, rows, most * (H // G), num_threads())
 
 
 @njit(**INNER)
 def attend(q, q_sink, k, v, cache, l, pos, seq):
     """ops.attend: all rows are written, then all tiles look."""
     T, H, E = q.shape
-    y, G = np.empty((T, H * E), np.float32), k.shape[1]
-    store_kv(k, v, cache, l, pos, seq)
-    most = max(1, min(MAX_TILE_ROWS * G // H, T * G // (2 * num_threads())))
-    even = TILE_ROWS // math.gcd(TILE_ROWS, H // G)
-    most = most // even * even if most >= even else most
-    starts = cut_tiles(seq, most)
-    products = 0
-    for t in range(T):
-        products += min(pos[t] + 1, cache.window[seq[t]]) * H * E
-    if products < SERIAL_BELOW:
-        attend_part(q, q_sink, cache, l, pos, seq, starts, G, np.int64(0), np.int64(1), y)
-    else:
-        parts = cache.k, cache.v, cache.table, cache.window, cache.n_sink, cache.length
-        attend_in_threads(q, q_sink, *parts, l, pos, seq, starts, G, y)
+    y, starts = np.empty((T, H * E), np.float32), np.empty(T + 1, np.int64)
+    attend_rows(q, q_sink, k, v, cache, l, pos, seq, starts, y)
     return y
 
 

@@ -7,11 +7,13 @@ number. A parallel loop of Numba takes no tuples in tuples, so it gets a tuple o
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.core import imputils
 from numba.extending import intrinsic, register_jitable
 
 from npllama.execution.kernels.formats import n_rows, no_rows
+from npllama.execution.kernels.llvm import address, i64
 
 MAX_FUSED = 3
 """Matrices at once: queries, keys and values."""
@@ -30,6 +32,36 @@ def part_of_each(typingctx, weights, i):
     return found(weights, types.literal(i)), generate
 
 
+@intrinsic(prefer_literal=True)
+def pointers_of_each(typingctx, weights, i):
+    """The same as pointers, which count no references. The caller keeps the arrays alive."""
+    i = i.literal_value
+    array = weights.dtype.types[i]
+    found = types.UniTuple(types.CPointer(array.dtype), weights.count)
+
+    def generate(context, builder, signature, args):
+        arrays = [builder.extract_value(builder.extract_value(args[0], n), i) for n in range(weights.count)]
+        return context.make_tuple(builder, found, [_data(context, builder, array, a) for a in arrays])
+
+    return found(weights, types.literal(i)), generate
+
+
+@intrinsic
+def pointers_of(typingctx, arrays):
+    """A tuple of arrays as pointers."""
+    found = types.UniTuple(types.CPointer(arrays.dtype.dtype), arrays.count)
+
+    def generate(context, builder, signature, args):
+        each = [builder.extract_value(args[0], n) for n in range(arrays.count)]
+        return context.make_tuple(builder, found, [_data(context, builder, arrays.dtype, a) for a in each])
+
+    return found(arrays), generate
+
+
+def _data(context, builder, array_type, array):
+    return address(context, builder, array_type, array, ir.Constant(i64, 0))
+
+
 @register_jitable
 def outputs(T, weights):
     """An array for the products of T tokens with each of MAX_FUSED weights."""
@@ -38,6 +70,12 @@ def outputs(T, weights):
         np.empty((T, n_rows(weights[1])), np.float32),
         np.empty((T, n_rows(weights[2])), np.float32),
     )
+
+
+@register_jitable
+def rows_of_each(weights):
+    """How many rows each of MAX_FUSED weights has."""
+    return n_rows(weights[0]), n_rows(weights[1]), n_rows(weights[2])
 
 
 def padded_to_max(linears, n_weights):

@@ -15,6 +15,7 @@ from npllama.execution.kernels import int8_narrow
 from npllama.execution.kernels.flags import INNER, INNER_PARALLEL
 from npllama.execution.kernels.int8_dot import TOKEN_TILE, abs_max, round_group
 from npllama.execution.kernels.int8_narrow import STARTS, store_starts
+from npllama.execution.kernels.simd import load_scalar, pointer, store_scalar
 from npllama.numbers.activations import MIN_MAGNITUDE
 from npllama.numbers.blocks import GROUP
 
@@ -26,13 +27,14 @@ class QuantizedInput(NamedTuple):
     """Input in the order of the tiles, g groups of all tokens: codes (g * GROUP,) int8, scales, corrections (g,).
 
     corrections int32: minus the zero point of w's codes, times the sum of the group's codes. starts (g * STARTS,)
-    int32: see int8_narrow.py; nothing where its tiles are not used.
+    int32: see int8_narrow.py; nothing where its tiles are not used. Arrays, or pointers in their place.
     """
 
-    codes: np.ndarray
-    scales: np.ndarray
-    corrections: np.ndarray
-    starts: np.ndarray
+    codes: object
+    scales: object
+    corrections: object
+    starts: object
+    n_tokens: int
 
 
 class Zeros(NamedTuple):
@@ -58,11 +60,20 @@ def group_scale(x, begin):
 def quantize_group(x, begin, zeros, into, at):
     """One group of activations.quantize_rows: the numbers from x[begin] on become group `at`."""
     scale, factor = group_scale(x, begin)
-    into.scales[at] = scale
+    store_scalar(into.scales, at, scale)
     total = round_group(x, begin, factor, into.codes, at * GROUP)
     if NARROW:
         total = store_starts(into.codes, at * GROUP, zeros.start, into.starts, at * STARTS)
-    into.corrections[at] = zeros.lowest * total
+    store_scalar(into.corrections, at, zeros.lowest * total)
+
+
+@njit(**INNER)
+def quantize_rest(x, begin, n, zeros, into, at):
+    """The same of a group that has n numbers, filled up with zeros."""
+    rest = np.zeros(GROUP, np.float32)
+    for k in range(n):
+        rest[k] = load_scalar(x, begin + k)
+    quantize_group(rest, 0, zeros, into, at)
 
 
 @njit(**INNER)
@@ -87,44 +98,58 @@ def n_tiles(T):
 
 
 @njit(**INNER)
-def quantize_tiles(x, zeros, into, begin, stop):
-    """activations.quantize_rows for the tiles begin .. stop-1."""
-    T, K = x.shape
-    whole, G = K // GROUP, (K + GROUP - 1) // GROUP
-    rest = np.zeros((1, GROUP), np.float32)
+def quantize_tiles(x, K, zeros, into, begin, stop):
+    """activations.quantize_rows for the tiles begin .. stop-1 of rows of K numbers."""
+    T, whole, G = into.n_tokens, K // GROUP, (K + GROUP - 1) // GROUP
     for i in range(begin, stop):
         first = i * TOKEN_TILE
         M = tile_tokens(T, first)
         for m in range(M):
+            row, at = (first + m) * K, first * G + m
             n_groups = whole if first + m < T else 0
             for g in range(n_groups):
-                quantize_group(x, (first + m) * K + g * GROUP, zeros, into, first * G + g * M + m)
+                quantize_group(x, row + g * GROUP, zeros, into, at + g * M)
             for g in range(n_groups, G):
-                for k in range(GROUP):
-                    inside = first + m < T and g * GROUP + k < K
-                    rest[0, k] = x[first + m, g * GROUP + k] if inside else np.float32(0)
-                quantize_group(rest, 0, zeros, into, first * G + g * M + m)
+                n = K - g * GROUP if first + m < T else 0
+                quantize_rest(x, row + g * GROUP, n, zeros, into, at + g * M)
 
 
 @njit(**INNER_PARALLEL)
-def quantize_in_threads(x, zeros, into, n_threads):
+def quantize_in_threads(x, K, zeros, into, n_threads):
     """quantize_tiles for all tiles, on all threads."""
-    n = n_tiles(x.shape[0])
+    n = n_tiles(into.n_tokens)
     for p in prange(n_threads):
         thread = np.int64(p)
-        quantize_tiles(x, zeros, into, thread * n // n_threads, (thread + 1) * n // n_threads)
+        quantize_tiles(x, K, zeros, into, thread * n // n_threads, (thread + 1) * n // n_threads)
 
 
 @njit(**INNER)
-def quantize_input(x, zeros, n_groups, n_threads):
-    """Quantized input for x (T, K), whose rows have so many groups."""
-    T = x.shape[0]
+def input_groups(T, n_groups):
+    """Groups of the quantized input of T tokens, those of the tokens that fill up tiles included."""
     wide = n_wide_tiles(T) * TOKEN_TILE
-    n = (wide + tile_tokens(T, wide)) * n_groups
+    return (wide + tile_tokens(T, wide)) * n_groups
+
+
+@njit(**INNER)
+def empty_input(T, n_groups):
+    """Arrays for the quantized input of T tokens."""
+    n = input_groups(T, n_groups)
     starts = np.empty(n * STARTS if NARROW else 0, np.int32)
-    into = QuantizedInput(np.empty(n * GROUP, np.int8), np.empty(n, np.float32), np.empty(n, np.int32), starts)
-    if n * GROUP < SERIAL_BELOW:
-        quantize_tiles(x, zeros, into, np.int64(0), n_tiles(T))
+    return QuantizedInput(np.empty(n * GROUP, np.int8), np.empty(n, np.float32), np.empty(n, np.int32), starts, T)
+
+
+@njit(**INNER)
+def addresses(into):
+    """The same as pointers, which count no references. The caller keeps the arrays alive."""
+    codes, scales = pointer(into.codes, 0), pointer(into.scales, 0)
+    return QuantizedInput(codes, scales, pointer(into.corrections, 0), pointer(into.starts, 0), into.n_tokens)
+
+
+@njit(**INNER)
+def quantize_input(x, K, zeros, into, n_threads):
+    """Quantize rows of K numbers. Pointers."""
+    T = into.n_tokens
+    if T * K < SERIAL_BELOW:
+        quantize_tiles(x, K, zeros, into, np.int64(0), n_tiles(T))
     else:
-        quantize_in_threads(x, zeros, into, n_threads)
-    return into
+        quantize_in_threads(x, K, zeros, into, n_threads)

@@ -32,7 +32,7 @@ from npllama.execution.kernels.amx import (
 from npllama.execution.kernels.amx import TOKENS as AMX_TOKENS
 from npllama.execution.kernels.flags import INLINE, INNER, INNER_PARALLEL
 from npllama.execution.kernels.formats import register
-from npllama.execution.kernels.fused_inputs import outputs, part_of_each
+from npllama.execution.kernels.fused_inputs import outputs, pointers_of, pointers_of_each, rows_of_each
 from npllama.execution.kernels.int8_dot import (
     TOKEN_TILE,
     add_scaled,
@@ -44,7 +44,14 @@ from npllama.execution.kernels.int8_dot import (
     store_tile,
     zeros,
 )
-from npllama.execution.kernels.int8_input import Zeros, n_wide_tiles, quantize_input, tile_tokens
+from npllama.execution.kernels.int8_input import (
+    Zeros,
+    addresses,
+    empty_input,
+    n_wide_tiles,
+    quantize_input,
+    tile_tokens,
+)
 from npllama.execution.kernels.int8_narrow import (
     CENTER,
     as_they_are,
@@ -55,7 +62,7 @@ from npllama.execution.kernels.int8_narrow import (
     make_unpacked,
 )
 from npllama.execution.kernels.prefetch import bytes_group, packed_group
-from npllama.execution.kernels.simd import bf16_to_f32, noinline, num_threads
+from npllama.execution.kernels.simd import bf16_to_f32, noinline, num_threads, pointer
 from npllama.execution.kernels.target import REGISTERS
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP, SCALES
 
@@ -82,11 +89,16 @@ GROUPS_AHEAD, SUM_BUFFERS = 3, 4
 
 
 class Blocks(NamedTuple):
-    """What a tile needs of a matrix: codes (B, G, bytes), scales (B, G, ...), factors (B, 16) of formats with them."""
+    """A matrix, and pointers to its codes (B, G, bytes), scales (B, G, ...), factors (B, 16) of formats with them.
 
-    codes: np.ndarray
-    scales: np.ndarray
-    factors: np.ndarray
+    Pointers, because threads that count references to an array wait for each other.
+    """
+
+    codes: object
+    scales: object
+    factors: object
+    n_groups: int
+    rows: int
 
 
 class Scaling(NamedTuple):
@@ -141,7 +153,7 @@ def make_tile(dot_group, group_bytes, M, prefetch_group, scaling):
 
     @njit(**INLINE)
     def tile(w, b, codes, begin, x, first, y):
-        G = w.scales.shape[1]
+        G = w.n_groups
         total, tile_stride = zeros(M), G * TOKEN_TILE
         for g in range(G):
             here, at = begin + g * group_bytes, first * G + g * min(M, TOKEN_TILE)
@@ -149,9 +161,8 @@ def make_tile(dot_group, group_bytes, M, prefetch_group, scaling):
             dots = start(x.corrections, at, tile_stride, M)
             dots = dot_group(dots, codes, here, x.codes, at * GROUP, tile_stride)
             total = add(total, dots, load(w, b * G + g), x, at, tile_stride)
-        T, N = y.shape
-        total = finish(total, w, b)
-        store_tile(y, first * N + b * BLOCK_ROWS, N, total, T - first, N - b * BLOCK_ROWS)
+        total, N = finish(total, w, b), w.rows
+        store_tile(y, first * N + b * BLOCK_ROWS, N, total, x.n_tokens - first, N - b * BLOCK_ROWS)
 
     return tile
 
@@ -189,7 +200,7 @@ def make_amx_tile(scaling):
 
     @njit(**INLINE)
     def tile(w, b, levels, begin, x, first, y, sums):
-        G = w.scales.shape[1]
+        G = w.n_groups
         total, tile_stride = zeros(AMX_TOKENS), G * TOKEN_TILE
         for g in range(-GROUPS_AHEAD, G):
             if g + GROUPS_AHEAD < G:
@@ -199,9 +210,8 @@ def make_amx_tile(scaling):
             if g >= 0:
                 dots = load_sums(sums, g % SUM_BUFFERS)
                 total = add(total, dots, load(w, b * G + g), x, first * G + g * TOKEN_TILE, tile_stride)
-        T, N = y.shape
-        total = finish(total, w, b)
-        store_tile(y, first * N + b * BLOCK_ROWS, N, total, T - first, N - b * BLOCK_ROWS)
+        total, N = finish(total, w, b), w.rows
+        store_tile(y, first * N + b * BLOCK_ROWS, N, total, x.n_tokens - first, N - b * BLOCK_ROWS)
 
     return tile
 
@@ -216,7 +226,7 @@ def make_multiply_amx(scaling):
     @njit(**INNER)
     def multiply(w, levels, x, y, begin, stop, n):
         noinline()
-        G, sums = w.scales.shape[1], np.empty(SUM_BUFFERS * N_SUMS + 15, np.int32)
+        G, sums = w.n_groups, np.empty(SUM_BUFFERS * N_SUMS + 15, np.int32)
         sums = sums[bytes_to_line(sums) // 4 :]
         configure()
         for first in range(0, n * TOKEN_TILE, AMX_TOKENS):
@@ -237,7 +247,7 @@ def make_multiply_simd(scaling, dot_unpacked):
     @njit(**INNER)
     def multiply(w, levels, x, y, begin, stop, n):
         noinline()
-        G = w.scales.shape[1]
+        G = w.n_groups
         for first in range(0, n * TOKEN_TILE, TOKEN_TILE):
             for b in range(begin, stop):
                 tile(w, b, levels, (b - begin) * G * LEVELS_BYTES, x, first, y)
@@ -258,7 +268,7 @@ def make_unpack(unpack_group, code_bits):
     @njit(**INNER)
     def unpack(w, begin, stop):
         noinline()
-        G = w.scales.shape[1]
+        G = w.n_groups
         n_groups = (stop - begin) * G
         buffer = np.empty(n_groups * LEVELS_BYTES + 63, np.int8)
         levels = buffer[bytes_to_line(buffer) :]
@@ -284,7 +294,7 @@ def make_unpacked_strip(unpack_group, code_bits, scaling, dot_unpacked):
 
     @njit(**INNER)
     def strip(x, w, y, begin, stop):
-        n = n_wide_tiles(y.shape[0]) // at_once * at_once
+        n = n_wide_tiles(x.n_tokens) // at_once * at_once
         if n < MIN_TILES_UNPACKED:
             return 0
         multiply(w, unpack(w, begin, stop), x, y, begin, stop, n)
@@ -318,10 +328,12 @@ def make_multiply_packed(dot_group, unpack_group, code_bits, scaling, dot_unpack
         for M in (TILES_AT_ONCE * TOKEN_TILE, TOKEN_TILE, 4, 2, 1)
     )
 
+    group_bytes = BLOCK_ROWS * GROUP * code_bits // 8
+
     @njit(**INNER)
     def multiply(x, w, y, begin, stop, first):
         noinline()
-        T, block_bytes = y.shape[0], w.codes.shape[1] * w.codes.shape[2]
+        T, block_bytes = x.n_tokens, w.n_groups * group_bytes
         n = tile_tokens(T, first)
         if TILES_AT_ONCE == 2 and first + TOKEN_TILE < n_wide_tiles(T) * TOKEN_TILE:
             n = TILES_AT_ONCE * TOKEN_TILE
@@ -347,16 +359,18 @@ def make_multiply_blocks(dot_group, unpack_group, code_bits, scaling, dot_unpack
     unpacked_strip = make_unpacked_strip(unpack_group, code_bits, scaling, dot_unpacked)
     multiply_packed = make_multiply_packed(dot_group, unpack_group, code_bits, scaling, dot_unpacked)
 
+    group_bytes = BLOCK_ROWS * GROUP * code_bits // 8
+
     @njit(**INNER)
     def multiply_blocks(x, w, y, begin, stop):
         noinline()
-        strip = max(1, STRIP_BYTES // (w.codes.shape[1] * w.codes.shape[2]))
+        strip = max(1, STRIP_BYTES // (w.n_groups * group_bytes))
         for low in range(begin, stop, strip):
             high = min(low + strip, stop)
             if abandoned():
                 return
             first = unpacked_strip(x, w, y, low, high) * TOKEN_TILE
-            while first < y.shape[0]:
+            while first < x.n_tokens:
                 first += multiply_packed(x, w, y, low, high, first)
 
     return multiply_blocks
@@ -369,16 +383,16 @@ def make_shares(multiply_blocks):
     """A thread's part, neighbouring blocks of every matrix, one matrix after the other; and all, on all threads."""
 
     @njit(**INNER)
-    def share(x, codes, scales, factors, ys, part, parts):
+    def share(x, codes, scales, factors, n_groups, rows, ys, part, parts):
         for i in range(len(codes)):
-            n_blocks = codes[i].shape[0]
-            w = Blocks(codes[i], scales[i], factors[i])
+            n_blocks = (rows[i] + BLOCK_ROWS - 1) // BLOCK_ROWS
+            w = Blocks(codes[i], scales[i], factors[i], n_groups, rows[i])
             multiply_blocks(x, w, ys[i], part * n_blocks // parts, (part + 1) * n_blocks // parts)
 
     @njit(**INNER_PARALLEL)
-    def share_in_threads(x, codes, scales, factors, ys, parts):
+    def share_in_threads(x, codes, scales, factors, n_groups, rows, ys, parts):
         for part in prange(parts):
-            share(x, codes, scales, factors, ys, np.int64(part), parts)
+            share(x, codes, scales, factors, n_groups, rows, ys, np.int64(part), parts)
 
     return share, share_in_threads
 
@@ -388,20 +402,21 @@ def make_linears(share, share_in_threads, zeros, factors_part):
     lowest, start = zeros
 
     @njit(**INNER)
-    def linears(x, ws):
-        T, G = x.shape[0], ws[0].scales.shape[1]
-        n_threads, ys = num_threads(), outputs(T, ws)
-        if abandoned():
-            return ys
-        into = quantize_input(x, Zeros(np.int32(lowest), np.int32(start)), G, n_threads)
-        rows = 0
-        for w in ws:
-            rows += w.rows
-        codes, scales, factors = part_of_each(ws, 0), part_of_each(ws, 1), part_of_each(ws, factors_part)
-        if into.codes.shape[0] * rows < SERIAL_BELOW:
-            share(into, codes, scales, factors, ys, np.int64(0), np.int64(1))
+    def multiply_all(x, ws, ys, arrays):
+        n_threads, n_groups, rows, into = num_threads(), ws[0].scales.shape[1], rows_of_each(ws), addresses(arrays)
+        quantize_input(pointer(x, 0), x.shape[1], Zeros(np.int32(lowest), np.int32(start)), into, n_threads)
+        codes, scales = pointers_of_each(ws, 0), pointers_of_each(ws, 1)
+        factors, outs = pointers_of_each(ws, factors_part), pointers_of(ys)
+        if x.size * (rows[0] + rows[1] + rows[2]) < SERIAL_BELOW:
+            share(into, codes, scales, factors, n_groups, rows, outs, np.int64(0), np.int64(1))
         else:
-            share_in_threads(into, codes, scales, factors, ys, n_threads)
+            share_in_threads(into, codes, scales, factors, n_groups, rows, outs, n_threads)
+
+    @njit(**INNER)
+    def linears(x, ws):
+        ys = outputs(x.shape[0], ws)
+        if not abandoned():
+            multiply_all(x, ws, ys, empty_input(x.shape[0], ws[0].scales.shape[1]))
         return ys
 
     return linears

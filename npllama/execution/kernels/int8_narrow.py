@@ -239,7 +239,7 @@ def make_narrow_tile(levels_of, group_bytes, dot_levels, M, scaling):
 
     @njit(**INLINE)
     def tile(w, b, codes, begin, x, first, y):
-        G, levels, totals = w.scales.shape[1], local_levels(), local_totals()
+        G, levels, totals = w.n_groups, local_levels(), local_totals()
         for g in range(G):
             group, at = levels_of(codes, begin + g * group_bytes, levels), first * G + g * M
             scales = load(w, b * G + g)
@@ -247,9 +247,9 @@ def make_narrow_tile(levels_of, group_bytes, dot_levels, M, scaling):
                 dots = dot_levels(group, x.codes, x.starts, at + m)
                 total = add(load_totals(totals, m), dots, scales, x, at + m, TOKEN_TILE)
                 store_totals(totals, m, total)
-        T, N = y.shape
+        N = w.rows
         for m in range(0, M, TOKENS):
             total = finish(load_totals(totals, m), w, b)
-            store_tile(y, (first + m) * N + b * BLOCK_ROWS, N, total, T - first - m, N - b * BLOCK_ROWS)
+            store_tile(y, (first + m) * N + b * BLOCK_ROWS, N, total, x.n_tokens - first - m, N - b * BLOCK_ROWS)
 
     return tile
