@@ -76,7 +76,7 @@ class Cache(NamedTuple):
     slots: int  # of each layer and head
 
 
-class Rows(NamedTuple):
+class Tiles(NamedTuple):
     """The rows of a call, pointers, and the tiles that they are cut into: tile i is rows starts[i] .. starts[i+1]-1."""
 
     pos: object  # (T,)
@@ -282,49 +282,49 @@ def attend_tile(queries, view, tile, work):
 
 
 @njit(**INNER)
-def attend_tiles(doubles, singles, M, queries, k, v, cache, rows, part, parts):
+def attend_tiles(doubles, singles, M, queries, k, v, cache, tiles, part, parts):
     """Every parts-th pair of a tile and a key/value head, from `part` on, so that long and short ones mix.
 
-    doubles, singles: from `allocate_workspace` for M rows. k, v: pointers.
+    doubles, singles: from `allocate_workspace` for M tiles. k, v: pointers.
     """
     work = carve_workspace(doubles, singles, M, queries.head_dim)
     G, share = queries.n_heads // queries.heads_per_kv, queries.heads_per_kv
-    for unit in range(part, rows.n_tiles * G, parts):
+    for unit in range(part, tiles.n_tiles * G, parts):
         if abandoned():
             return
-        i, g = unit % rows.n_tiles, unit // rows.n_tiles
-        i = rows.n_tiles - 1 - i if g % 2 == 1 else i  # else one thread would take all the longer ones of each pair
-        t = load_scalar(rows.starts, i)
-        n = load_scalar(rows.seq, t)
+        i, g = unit % tiles.n_tiles, unit // tiles.n_tiles
+        i = tiles.n_tiles - 1 - i if g % 2 == 1 else i  # else one thread would take all the longer ones of each pair
+        t = load_scalar(tiles.starts, i)
+        n = load_scalar(tiles.seq, t)
         window, n_sink = load_scalar(cache.window, n), load_scalar(cache.n_sink, n)
         table = pointer(cache.table, n * cache.columns)
-        view = KVView(k, v, table, (rows.layer * G + g) * cache.slots, window, n_sink)
-        tile = Tile(t, load_scalar(rows.starts, i + 1) - t, load_scalar(rows.pos, t), g * share)
+        view = KVView(k, v, table, (tiles.layer * G + g) * cache.slots, window, n_sink)
+        tile = Tile(t, load_scalar(tiles.starts, i + 1) - t, load_scalar(tiles.pos, t), g * share)
         attend_tile(queries, view, tile, work)
 
 
 @njit(**INNER)
-def attend_part(queries, k, v, cache, rows, M, part, parts):
+def attend_part(queries, k, v, cache, tiles, M, part, parts):
     """One thread's part, in a workspace of its own. M: query rows of the largest tile."""
     doubles, singles = allocate_workspace(M, queries.head_dim)
-    attend_tiles(doubles, singles, M, queries, k, v, cache, rows, part, parts)
+    attend_tiles(doubles, singles, M, queries, k, v, cache, tiles, part, parts)
 
 
 @njit(**INNER_PARALLEL)
-def attend_in_threads(queries, k, v, cache, rows, M, parts):
+def attend_in_threads(queries, k, v, cache, tiles, M, parts):
     for part in prange(parts):
-        attend_part(queries, k, v, cache, rows, M, np.int64(part), parts)
+        attend_part(queries, k, v, cache, tiles, M, np.int64(part), parts)
 
 
 @njit(**INNER)
-def store_kv(k, v, keys, values, G, E, T, cache, rows):
+def store_kv(k, v, keys, values, G, E, T, cache, tiles):
     """Write the keys and values of all rows into their layer; head by head, as they lie in the cache."""
     for g in range(G):
         for t in range(T):
-            place = load_scalar(rows.pos, t)
-            at = load_scalar(rows.seq, t) * cache.columns + place // BLOCK_SLOTS
+            place = load_scalar(tiles.pos, t)
+            at = load_scalar(tiles.seq, t) * cache.columns + place // BLOCK_SLOTS
             first = load_scalar(cache.table, at) * BLOCK_SLOTS + place % BLOCK_SLOTS
-            row = (rows.layer * G + g) * cache.slots + first
+            row = (tiles.layer * G + g) * cache.slots + first
             store_head(keys, row, E, k, (t * G + g) * E)
             store_head(values, row, E, v, (t * G + g) * E)
 
@@ -364,17 +364,17 @@ def attend_rows(q, q_sink, k, v, cache, l, pos, seq, starts, y):
     )
     most = tile_tokens(T, G, H // G)
     n_tiles = cut_tiles(pointer(seq, 0), T, most, pointer(starts, 0))
-    rows = Rows(pointer(pos, 0), pointer(seq, 0), pointer(starts, 0), n_tiles, l)
-    store_kv(pointer(k, 0), pointer(v, 0), keys, values, G, E, T, blocks, rows)
+    tiles = Tiles(pointer(pos, 0), pointer(seq, 0), pointer(starts, 0), n_tiles, l)
+    store_kv(pointer(k, 0), pointer(v, 0), keys, values, G, E, T, blocks, tiles)
     queries = Queries(pointer(q, 0), pointer(q_sink, 0), pointer(y, 0), H, E, H // G)
     products = 0
     for t in range(T):
-        seen = min(load_scalar(rows.pos, t) + 1, load_scalar(blocks.window, load_scalar(rows.seq, t)))
+        seen = min(load_scalar(tiles.pos, t) + 1, load_scalar(blocks.window, load_scalar(tiles.seq, t)))
         products += seen * H * E
     if products < SERIAL_BELOW:
-        attend_part(queries, keys, values, blocks, rows, most * (H // G), np.int64(0), np.int64(1))
+        attend_part(queries, keys, values, blocks, tiles, most * (H // G), np.int64(0), np.int64(1))
     else:
-        attend_in_threads(queries, keys, values, blocks, rows, most * (H // G), num_threads())
+        attend_in_threads(queries, keys, values, blocks, tiles, most * (H // G), num_threads())
 
 
 @njit(**INNER)
