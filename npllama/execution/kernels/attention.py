@@ -24,8 +24,7 @@ from npllama.execution.kernels.abandon import abandoned
 from npllama.execution.kernels.flags import INLINE, INNER, INNER_PARALLEL
 from npllama.execution.kernels.kv_formats import block_rows, pointers, pool_slots, store_head
 from npllama.execution.kernels.simd import (
-    add,
-    exp,
+    MANY_EXPS,
     exp_scalar,
     horizontal_max,
     horizontal_sum,
@@ -36,9 +35,8 @@ from npllama.execution.kernels.simd import (
     pointer,
     round_to_width,
     splat,
-    store,
+    store_exps,
     store_scalar,
-    sub,
 )
 from npllama.execution.kernels.strided_rows import StridedRows, skip_columns, skip_rows, transpose_square
 from npllama.execution.kernels.target import WIDTH, WIDTH64
@@ -223,7 +221,7 @@ def online_softmax(work, m, at, n_slots):
     rescale becomes the factor for what was summed under a lower highest score: exactly 1 where nothing higher came.
     """
     top = splat(-np.inf)
-    for s in range(n_slots, (n_slots + WIDTH64 - 1) // WIDTH64 * WIDTH64):
+    for s in range(n_slots, (n_slots + MANY_EXPS - 1) // MANY_EXPS * MANY_EXPS):
         store_scalar(work.score, at + s, -np.inf)
     for s in range(0, n_slots, WIDTH64):
         top = maximum(top, load_doubles(work.score, at + s))
@@ -232,10 +230,8 @@ def online_softmax(work, m, at, n_slots):
     store_scalar(work.max_score, m, now)
     level = now if now > -np.inf else 0.0  # nothing visible yet
     total_weight = splat(0.0)
-    for s in range(0, n_slots, WIDTH64):
-        weight = exp(sub(load_doubles(work.score, at + s), splat(level)))
-        store(work.score, at + s, weight)
-        total_weight = add(total_weight, weight)
+    for s in range(0, n_slots, MANY_EXPS):
+        total_weight = store_exps(work.score, at + s, level, total_weight)
     rescale = 1.0 if before == now else 0.0 if before == -np.inf else exp_scalar(before - level)
     store_scalar(work.rescale, m, rescale)
     store_scalar(work.weight_sum, m, load_scalar(work.weight_sum, m) * rescale + horizontal_sum(total_weight))

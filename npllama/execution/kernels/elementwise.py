@@ -16,17 +16,17 @@ from npllama import ops
 from npllama.execution.kernels.abandon import abandoned
 from npllama.execution.kernels.flags import INNER, INNER_PARALLEL
 from npllama.execution.kernels.simd import (
+    AT_ONCE,
     add,
-    div,
-    exp,
     fma,
+    gated,
     horizontal_sum,
     load,
     load_last,
+    load_many,
     load_scalar,
     load_twice,
     mul,
-    narrow,
     negate_even,
     num_threads,
     pointer,
@@ -34,12 +34,11 @@ from npllama.execution.kernels.simd import (
     store,
     store_last,
     store_scalar,
-    sub,
     swap_pairs,
     thread_bounds,
     widened,
 )
-from npllama.execution.kernels.target import WIDTH
+from npllama.execution.kernels.target import WIDTH, WIDTH64
 
 SERIAL_BELOW = 1 << 14
 """Below so many numbers, starting threads costs more than it saves."""
@@ -131,27 +130,18 @@ def rope(x, cos, sin):
 
 
 @njit(**INNER)
-def gated(gate, up):
-    """gate / (1 + e^-gate) * up in each lane."""
-    one = splat(1.0)
-    return mul(div(gate, add(one, exp(sub(splat(0.0), gate)))), up)
-
-
-@njit(**INNER)
-def gated_floats(gate, up):
-    """The same of float32, rounded once."""
-    return narrow(gated(widened(gate, 0), widened(up, 0)), gated(widened(gate, 1), widened(up, 1)))
-
-
-@njit(**INNER)
 def swiglu_part(gate, up, y, begin, stop):
     """ops.swiglu for the numbers begin .. stop-1 of all rows. y has at least WIDTH numbers before stop."""
-    whole = begin + (stop - begin) // WIDTH * WIDTH
-    for i in range(begin, whole, WIDTH):
-        store(y, i, gated_floats(load(gate, i), load(up, i)))
-    if whole < stop:
-        last, rest = stop - WIDTH, stop - whole
-        store_last(y, last, gated_floats(load_last(gate, last, rest), load_last(up, last, rest)), rest)
+    i, many = begin, AT_ONCE * WIDTH64
+    while i + many <= stop:
+        store(y, i, gated(load_many(gate, i), load_many(up, i)))
+        i += many
+    while i + WIDTH <= stop:
+        store(y, i, gated(load(gate, i), load(up, i)))
+        i += WIDTH
+    if i < stop:
+        last, rest = stop - WIDTH, stop - i
+        store_last(y, last, gated(load_last(gate, last, rest), load_last(up, last, rest)), rest)
 
 
 @njit(**INNER_PARALLEL)

@@ -17,7 +17,20 @@ from numba.extending import intrinsic
 from npllama.execution.kernels import llvm
 from npllama.execution.kernels.flags import PLAIN
 from npllama.execution.kernels.ir_math import widen_bf16, widen_f16
-from npllama.execution.kernels.llvm import address, broadcast, call, constant, f32, i8, i16, i32, i64, shuffle
+from npllama.execution.kernels.llvm import (
+    address,
+    broadcast,
+    call,
+    concat,
+    constant,
+    f32,
+    i8,
+    i16,
+    i32,
+    i64,
+    shuffle,
+    split,
+)
 from npllama.execution.kernels.simd import VectorType
 from npllama.execution.kernels.target import ARM64, SHORT_LOOPS, has
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
@@ -37,20 +50,6 @@ UNSIGNED_BIAS = 128 if DOT in ("vnni", "avxvnni") else 0
 
 
 # ---------------------------------------------------------------- parts of vectors
-
-
-def split(builder, a, n):
-    """A vector cut into n equal ones."""
-    lanes = a.type.count // n
-    return [shuffle(builder, a, a, range(i * lanes, (i + 1) * lanes)) for i in range(n)]
-
-
-def concat(builder, vectors):
-    """Vectors end to end; their number is a power of two."""
-    while len(vectors) > 1:
-        lanes = range(2 * vectors[0].type.count)
-        vectors = [shuffle(builder, a, b, lanes) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
-    return vectors[0]
 
 
 def in_parts(n):

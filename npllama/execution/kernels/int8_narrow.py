@@ -19,7 +19,6 @@ from npllama.execution.kernels.int8_dot import (
     DOT,
     TOKEN_TILE,
     add_pairs,
-    concat,
     float32x16,
     int8x64,
     int32x16,
@@ -27,7 +26,7 @@ from npllama.execution.kernels.int8_dot import (
     multiply_signed_pairs,
     store_tile,
 )
-from npllama.execution.kernels.llvm import address, broadcast, constant, f32, i8, i16, i32, shuffle
+from npllama.execution.kernels.llvm import address, broadcast, concat, constant, f32, i8, i16, i32, pinned, shuffle
 from npllama.execution.kernels.prefetch import bytes_group, bytes_line
 from npllama.execution.kernels.simd import pointer
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
@@ -78,12 +77,6 @@ def repeated(builder, pointer, vector):
     """The four bytes at a pointer, as often as they fit into a vector of this type."""
     four = llvm.load(builder, pointer, i32, 4)
     return builder.bitcast(broadcast(builder, four, row_sums.count), vector)
-
-
-def pinned(builder, value):
-    """The same value in a register, and what is computed before stays before: LLVM would keep too many at once."""
-    signature = ir.FunctionType(value.type, [value.type])
-    return builder.call(ir.InlineAsm(signature, "", "=x,0", side_effect=True), [value])
 
 
 def load_rows(builder, levels, column):

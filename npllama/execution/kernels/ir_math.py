@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from npllama.execution.kernels.llvm import call, constant, f16, f32, i16, i32, i64
-from npllama.execution.kernels.target import FMA, HAS_F16
+from npllama.execution.kernels.llvm import call, concat, constant, f16, f32, f64, i16, i32, i64, pinned, split
+from npllama.execution.kernels.target import FMA, HAS_F16, WIDTH64, has
 
 
 def multiply_add(builder, a, b, c):
@@ -90,20 +90,49 @@ ROUND = 1.5 * 2.0**52  # adding it rounds to an integer, which then stands in th
 
 def exp(builder, x):
     """e^x = 2^n e^r of float64 with x = n log(2) + r: 0 below -708, infinite above 709, NaN for NaN."""
-    numbers, ints = x.type, ir.VectorType(i64, x.type.count)
+    return exp_of_each(builder, [x])[0]
+
+
+def exp_of_each(builder, xs):
+    """The same of several vectors, step by step: each is a chain of operations that wait for the one before."""
+    numbers, ints = xs[0].type, ir.VectorType(i64, xs[0].type.count)
 
     def c(number):
         return constant(numbers, number)
 
-    shifted = multiply_add(builder, x, c(1.4426950408889634), c(ROUND))
-    n = builder.fsub(shifted, c(ROUND))
-    r = multiply_add(builder, n, c(-LOG2_HIGH), x)
-    r = multiply_add(builder, n, c(-LOG2_LOW), r)
-    tail = c(EXP[-1])
+    def each(step, *operands):
+        found = (step(*some) for some in zip(*operands, strict=True))
+        return [pinned(builder, value) for value in found] if len(xs) > 1 and has("avx2") else [*found]
+
+    def fma(a, b, c):
+        return multiply_add(builder, a, b, c)
+
+    shifted = each(lambda x: fma(x, c(1.4426950408889634), c(ROUND)), xs)
+    n = each(lambda s: builder.fsub(s, c(ROUND)), shifted)
+    r = each(lambda n, x: fma(n, c(-LOG2_HIGH), x), n, xs)
+    r = each(lambda n, r: fma(n, c(-LOG2_LOW), r), n, r)
+    tail = [c(EXP[-1])] * len(xs)
     for coefficient in EXP[-2::-1]:
-        tail = multiply_add(builder, tail, r, c(coefficient))
-    value = builder.fadd(multiply_add(builder, builder.fmul(r, r), tail, r), c(1.0))
-    n = builder.shl(builder.bitcast(shifted, ints), constant(ints, 52))  # ROUND's own bits are shifted out
-    value = builder.bitcast(builder.add(builder.bitcast(value, ints), n), numbers)  # 2^n: added to the exponent
-    value = builder.select(builder.fcmp_ordered("<", x, c(-708.0)), c(0.0), value)
-    return builder.select(builder.fcmp_ordered(">", x, c(709.0)), c(float("inf")), value)
+        tail = each(lambda t, r, k=coefficient: fma(t, r, c(k)), tail, r)
+    tail = each(lambda t, r: builder.fadd(fma(builder.fmul(r, r), t, r), c(1.0)), tail, r)
+    found = []
+    for x, s, value in zip(xs, shifted, tail, strict=True):
+        n = builder.shl(builder.bitcast(s, ints), constant(ints, 52))  # ROUND's own bits are shifted out
+        value = builder.bitcast(builder.add(builder.bitcast(value, ints), n), numbers)  # 2^n: added to the exponent
+        value = builder.select(builder.fcmp_ordered("<", x, c(-708.0)), c(0.0), value)
+        found.append(builder.select(builder.fcmp_ordered(">", x, c(709.0)), c(float("inf")), value))
+    return found
+
+
+def exp_in_parts(builder, x):
+    """The same of a vector that fills several registers."""
+    return concat(builder, exp_of_each(builder, split(builder, x, max(1, x.type.count // WIDTH64))))
+
+
+def gated(builder, gate, up):
+    """gate / (1 + e^-gate) * up of float32, computed in float64 and rounded once."""
+    wide = ir.VectorType(f64, gate.type.count)
+    gate64, up64 = builder.fpext(gate, wide), builder.fpext(up, wide)
+    power = exp_in_parts(builder, builder.fsub(constant(wide, 0.0), gate64))
+    product = builder.fmul(builder.fdiv(gate64, builder.fadd(constant(wide, 1.0), power)), up64)
+    return builder.fptrunc(product, gate.type)

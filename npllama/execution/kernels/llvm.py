@@ -104,6 +104,26 @@ def shuffle(builder, a, b, lanes):
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(i32, len(lanes)), list(lanes)))
 
 
+def split(builder, a, n):
+    """A vector cut into n equal ones."""
+    lanes = a.type.count // n
+    return [shuffle(builder, a, a, range(i * lanes, (i + 1) * lanes)) for i in range(n)]
+
+
+def concat(builder, vectors):
+    """Vectors end to end; their number is a power of two."""
+    while len(vectors) > 1:
+        lanes = range(2 * vectors[0].type.count)
+        vectors = [shuffle(builder, a, b, lanes) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
+
+
+def pinned(builder, value):
+    """The same vector in a register of an x86 CPU, computed where it stands: LLVM would change the order."""
+    signature = ir.FunctionType(value.type, [value.type])
+    return builder.call(ir.InlineAsm(signature, "", "=x,0", side_effect=True), [value])
+
+
 def lane(builder, vector, i):
     """One lane as a scalar."""
     return builder.extract_element(vector, ir.Constant(i32, i))

@@ -17,7 +17,7 @@ from numba.extending import intrinsic, models, register_model
 from npllama.execution.kernels import ir_math, llvm
 from npllama.execution.kernels.flags import INNER
 from npllama.execution.kernels.llvm import address, f32, f64, i8, i16, i32, i64
-from npllama.execution.kernels.target import WIDTH, WIDTH64
+from npllama.execution.kernels.target import AVX512, WIDTH, WIDTH64
 
 
 class VectorType(types.Type):
@@ -38,6 +38,11 @@ class VectorModel(models.PrimitiveModel):
 
 floats = VectorType(f32, WIDTH)
 doubles = VectorType(f64, WIDTH64)
+AT_ONCE = 4
+"""Vectors of float64 whose exponentials are computed together: each is a chain of operations that wait."""
+MANY_EXPS = WIDTH64 if AVX512 else AT_ONCE * WIDTH64
+"""Numbers of `store_exps`. With registers of eight, more would stand where few scores of a block are seen."""
+many_floats = VectorType(f32, AT_ONCE * WIDTH64)
 bits16 = ir.VectorType(i16, WIDTH)
 
 
@@ -88,6 +93,16 @@ def _last_lanes(builder, start, n, stored):
 load, load_last = _loads(floats.llvm, lambda builder, value: value, "float32")
 load_f16, load_last_f16 = _loads(bits16, ir_math.widen_f16, "float16, bits in a uint16 array, widened to float32,")
 load_bf16, load_last_bf16 = _loads(bits16, ir_math.widen_bf16, "bfloat16, bits in a uint16 array, widened to float32,")
+
+
+@intrinsic
+def load_many(typingctx, array, offset):
+    """AT_ONCE * WIDTH64 float32 from array[offset] on."""
+
+    def generate(context, builder, signature, args):
+        return llvm.load(builder, address(context, builder, signature.args[0], *args), many_floats.llvm, 4)
+
+    return many_floats(array, types.intp), generate
 
 
 @intrinsic
@@ -224,13 +239,30 @@ def maximum(typingctx, a, b):
 
 
 @intrinsic
-def exp(typingctx, a):
-    """e^a in each lane."""
+def store_exps(typingctx, array, offset, level, total):
+    """Replace MANY_EXPS float64, from array[offset] on, by e^(number - level); total plus each vector in turn."""
 
     def generate(context, builder, signature, args):
-        return ir_math.exp(builder, args[0])
+        array, offset, level, total = args
+        start = address(context, builder, signature.args[0], array, offset)
+        numbers = llvm.load(builder, start, ir.VectorType(f64, MANY_EXPS), 8)
+        powers = ir_math.exp_in_parts(builder, builder.fsub(numbers, llvm.broadcast(builder, level, MANY_EXPS)))
+        llvm.store(builder, powers, start, 8)
+        for i in range(0, MANY_EXPS, WIDTH64):
+            total = builder.fadd(total, llvm.shuffle(builder, powers, powers, range(i, i + WIDTH64)))
+        return total
 
-    return doubles(doubles), generate
+    return doubles(array, types.intp, types.float64, doubles), generate
+
+
+@intrinsic
+def gated(typingctx, gate, up):
+    """gate / (1 + e^-gate) * up in each lane of vectors of float32."""
+
+    def generate(context, builder, signature, args):
+        return ir_math.gated(builder, *args)
+
+    return gate(gate, gate), generate
 
 
 @intrinsic
