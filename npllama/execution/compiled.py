@@ -83,13 +83,13 @@ class Compiled:
         self._make_top_k = functools.cache(functools.partial(_compile_top_k, cache_of))
         types = compiler.types_of((*arguments, empty_plan()))
         steps_name = name.replace(compiled_code.FORWARD, compiled_code.STEPS)
-        steps_cache, self._goes_ahead = cache_of(steps_name), size_bytes < MAX_AHEAD_BYTES
+        steps_cache, self.goes_ahead = cache_of(steps_name), size_bytes < MAX_AHEAD_BYTES
         self._make_steps = functools.cache(lambda: self._compile_steps(types, steps_cache, steps_name))
         self._block, self.threaded_rows = compiler.top_k.BLOCK_LOGITS, compiler.top_k.SERIAL_BELOW
         if (cache is None or not cache.loaded) and not PLAIN:  # plain twins are there to be compared
             self._affinity.prepare()  # rarely needed, but when it is the machine is busy
             self._make_top_k()
-        if self._goes_ahead and (steps_cache is None or not steps_cache.exists) and not PLAIN:
+        if self.goes_ahead and (steps_cache is None or not steps_cache.exists) and not PLAIN:
             self._make_steps()
         self.compile_s = time.perf_counter() - started
 
@@ -115,7 +115,7 @@ class Compiled:
 
     def run_steps(self, n_threads: int, arguments: tuple[Any, ...], plan: Plan) -> bool:
         """Go the steps of a plan: see kernels.planned. False where it gains nothing, or this Numba has no way to."""
-        run = self._make_steps() if self._goes_ahead else None
+        run = self._make_steps() if self.goes_ahead else None
         if run is None:
             return False
         self._run(n_threads, run, (*arguments, plan))

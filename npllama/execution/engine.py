@@ -266,10 +266,10 @@ class Engine:
     ) -> list[list[int]]:
         """The ids that a plan draws: of each step that was gone, those of all texts. Writes the cache as `forward`.
 
-        tokens, pos, seq: one row of each text, as for `forward`. No step was gone where kernels are not compiled.
+        tokens, pos, seq: one row of each text, as for `forward`. No step was gone where that gains nothing.
         """
         compiled, (n, R) = self.compiled, plan.numbers.shape
-        if compiled is None:
+        if compiled is None or not compiled.goes_ahead:
             return []
         batch = [np.array(a, np.int64, ndmin=1) for a in (tokens, pos, seq, range(R))]
         with self._lock:

@@ -33,6 +33,12 @@ AHEAD_S = 0.016
 MAX_AHEAD = 32
 """Steps of such a call at most."""
 
+
+def steps_ahead(step_s: float) -> int:
+    """How many steps go in one compiled call, where one takes so many seconds."""
+    return min(MAX_AHEAD, int(AHEAD_S / max(1e-6, step_s)))
+
+
 Part = tuple[Job, Sequence, int]
 """A job of a step, its sequence, and how many ids of it are fed."""
 
@@ -221,7 +227,7 @@ class Batching:
 
     def _go_ahead(self, parts: list[Part]) -> list[list[int]]:
         """Go several steps in one compiled call, where nobody could tell: the ids of each step, part by part."""
-        n = min(MAX_AHEAD, int(AHEAD_S / max(1e-6, self._pace.seconds(len(parts)))))
+        n = steps_ahead(self._pace.seconds(len(parts)))
         texts: list[Ahead] = []
         for job, sequence, n_fed in parts:
             one = job.ahead(n) if n > 1 and n_fed == 1 and sequence.length == len(job.ids) - 1 else None

@@ -6,6 +6,8 @@ reading a prompt is arithmetic. Names of the figures are llama-bench's where it 
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from npllama.errors import ContextError
+from npllama.execution.drawing.plan import greedy_plan
 from npllama.execution.engine import Engine, stepwise
+from npllama.generation.batching import steps_ahead
 from npllama.generation.chunks import feed
 from npllama.inference import Llama
 from npllama.system.machine import free_memory
@@ -165,6 +169,7 @@ class Bench:
     def __init__(self, llama: Llama) -> None:
         self._llama = llama
         self._ids = np.random.default_rng(0).integers(3, llama.config.vocab_size, llama.context).tolist()
+        self._step_s = math.inf
 
     def _read(self, cache: Any, start: int, n: int) -> None:
         """Feed n random tokens as a prompt is read."""
@@ -187,8 +192,18 @@ class Bench:
 
     def _once(self, cache: Any, depth: int, n_prompt: int, n_gen: int) -> None:
         self._read(cache, depth, n_prompt)
-        for position in range(depth + n_prompt, depth + n_prompt + n_gen):
-            self._llama.engine.forward(cache, [self._ids[position]], [position], [0], [0])
+        self._generate(cache, depth + n_prompt, depth + n_prompt + n_gen)
+
+    def _generate(self, cache: Any, position: int, stop: int) -> None:
+        """As `Llama.generate` goes: several steps in one call where the model is small, else one after the other."""
+        engine, n_ids = self._llama.engine, self._llama.config.vocab_size
+        while position < stop:
+            one = cache, [self._ids[position]], [position], [0]
+            n = min(stop - position, steps_ahead(self._step_s))
+            gone = len(engine.run_steps(*one, greedy_plan(n, n_ids))) if n > 1 else 0
+            if not gone:
+                self._step_s = _seconds(functools.partial(engine.forward, *one, [0]))
+            position += max(1, gone)
 
 
 def measure(

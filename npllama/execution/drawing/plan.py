@@ -40,3 +40,11 @@ def empty_plan() -> Plan:
     """A plan without steps: of the types that every plan has."""
     some, none = np.empty((0, 2), np.int64), np.empty(0, np.int64)
     return Plan(some, np.empty((0, 3)), np.empty((0, 0)), none, none, np.empty(0), none, some, some)
+
+
+def greedy_plan(n_steps: int, n_ids: int) -> Plan:
+    """The next ids of one text, each the most probable of the first n_ids; nothing ends it."""
+    none, some = np.empty(0, np.int64), np.empty((1, 1), np.int64)
+    cuts, chances = np.array([[n_ids, 1]]), np.array([[0.0, 1.0, 1.0]])
+    drawn = np.full((n_steps, 1), NOT_DRAWN)
+    return Plan(cuts, chances, np.zeros((n_steps, 1)), none, none, np.empty(0), none, some, drawn)
