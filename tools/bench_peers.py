@@ -62,6 +62,8 @@ MARKERS_OF = {"": MARKERS, "avx2": ("<!-- speed-avx2: begin -->", "<!-- speed-av
 
 Step = Callable[[int, int], None]
 """Feeds n tokens that begin at a position, and waits for the logits of the last."""
+Served = tuple[Step, Step, Callable[[int], None]]
+"""How a program reads n tokens from a position on, generates n there, and forgets all but the first ones."""
 
 
 def main() -> None:
@@ -232,7 +234,7 @@ def stored(rows: np.ndarray, number_format: str) -> np.ndarray:
 def serve(program: str, model: Path, threads: int, context: int, kv_dtype: str) -> None:
     """The child's side."""
     answers, sys.stdout = sys.stdout, sys.stderr
-    step, forget = {"npllama": open_npllama, "llama.cpp": open_llama_cpp, "torch": open_torch}[program](
+    read, generate, forget = {"npllama": open_npllama, "llama.cpp": open_llama_cpp, "torch": open_torch}[program](
         model, threads, context, kv_dtype
     )
     print("ready", file=answers, flush=True)
@@ -242,7 +244,7 @@ def serve(program: str, model: Path, threads: int, context: int, kv_dtype: str) 
         if depth != at_depth:
             forget(0)
             if depth:
-                step(0, depth)
+                read(0, depth)
             at_depth = depth
         time.sleep(REST_S)  # threads of the program before still spin for a while
         spent, runs = 0.0, -1
@@ -250,9 +252,8 @@ def serve(program: str, model: Path, threads: int, context: int, kv_dtype: str) 
             forget(depth)
             started = time.perf_counter()
             if n_prompt:
-                step(depth, n_prompt)
-            for position in range(depth + n_prompt, depth + n_prompt + n_gen):
-                step(position, 1)
+                read(depth, n_prompt)
+            generate(depth + n_prompt, n_gen)
             spent += time.perf_counter() - started if runs >= 0 else 0.0  # the first one warms up
             runs += 1
         print(spent / runs, file=answers, flush=True)
@@ -263,19 +264,31 @@ def random_ids(n: int) -> list[int]:
     return ids
 
 
-def open_npllama(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
-    """npllama as users open it; prompts in its own chunks."""
+def one_by_one(step: Step) -> Step:
+    """Generating by a program that reads one id after the other."""
+
+    def generate(start: int, n: int) -> None:
+        for position in range(start, start + n):
+            step(position, 1)
+
+    return generate
+
+
+def open_npllama(model: Path, threads: int, context: int, kv_dtype: str) -> Served:
+    """npllama as users open it; prompts in its own chunks, ids in steps as `generate` goes."""
     import npllama
-    from npllama.generation.chunks import feed
+    from npllama.measure.bench import Bench
 
     llama = npllama.load(model, backend="numba", threads=threads, context=context, kv_dtype=kv_dtype or "f32")
-    cache, ids = llama.new_cache(), random_ids(context)
+    cache, bench = llama.new_cache(), Bench(llama)
 
-    def step(start: int, n: int) -> None:
-        for _ in feed(llama.engine, cache, ids[: start + n], llama.chunk, start):
-            pass
+    def read(start: int, n: int) -> None:
+        bench.read(cache, start, n)
 
-    return step, lambda kept: None
+    def generate(start: int, n: int) -> None:
+        bench.generate(cache, start, start + n)
+
+    return read, generate, lambda kept: None
 
 
 def silence_llama_cpp() -> None:
@@ -288,7 +301,7 @@ def silence_llama_cpp() -> None:
     silence_llama_cpp.quiet = quiet  # type: ignore[attr-defined] # the callback must live as long as the program
 
 
-def open_llama_cpp(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
+def open_llama_cpp(model: Path, threads: int, context: int, kv_dtype: str) -> Served:
     """llama.cpp through its C interface; prompts in its usual batches of 512."""
     import llama_cpp
 
@@ -314,7 +327,7 @@ def open_llama_cpp(model: Path, threads: int, context: int, kv_dtype: str) -> tu
     def forget(kept: int) -> None:
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(state), 0, kept, -1)
 
-    return step, forget
+    return step, one_by_one(step), forget
 
 
 def torch_weights(model: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -343,7 +356,7 @@ def torch_rotation(c: ModelConfig, context: int) -> Any:
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
-def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[Step, Callable[[int], None]]:
+def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> Served:
     """LLaMA 2 in torch as one would write it: matrix products, scaled_dot_product_attention, a static cache.
 
     The cache has the number format of the weights: kv_dtype is npllama's and llama.cpp's.
@@ -386,7 +399,7 @@ def open_torch(model: Path, threads: int, context: int, kv_dtype: str) -> tuple[
             x = x + (functional.silu(h @ w["w1"][l].T) * (h @ w["w3"][l].T)) @ w["w2"][l].T
         _ = norm(x[-1:], w["norm"]) @ w["output"].T
 
-    return step, lambda kept: None
+    return step, one_by_one(step), lambda kept: None
 
 
 # Output.

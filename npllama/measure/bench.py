@@ -171,7 +171,7 @@ class Bench:
         self._ids = np.random.default_rng(0).integers(3, llama.config.vocab_size, llama.context).tolist()
         self._step_s = math.inf
 
-    def _read(self, cache: Any, start: int, n: int) -> None:
+    def read(self, cache: Any, start: int, n: int) -> None:
         """Feed n random tokens as a prompt is read."""
         for _ in feed(self._llama.engine, cache, self._ids[: start + n], self._llama.chunk, start):
             pass
@@ -184,17 +184,17 @@ class Bench:
                 f"{self._llama.context}; ask for fewer, or for a larger context (-c)."
             )
         cache = self._llama.new_cache()
-        self._read(cache, 0, depth)
+        self.read(cache, 0, depth)
         self._once(cache, depth, n_prompt, n_gen)
         for _ in range(repetitions):
             # Writing the same positions again leaves the cache as it was: the depth is read once.
             yield _seconds(lambda: self._once(cache, depth, n_prompt, n_gen))
 
     def _once(self, cache: Any, depth: int, n_prompt: int, n_gen: int) -> None:
-        self._read(cache, depth, n_prompt)
-        self._generate(cache, depth + n_prompt, depth + n_prompt + n_gen)
+        self.read(cache, depth, n_prompt)
+        self.generate(cache, depth + n_prompt, depth + n_prompt + n_gen)
 
-    def _generate(self, cache: Any, position: int, stop: int) -> None:
+    def generate(self, cache: Any, position: int, stop: int) -> None:
         """As `Llama.generate` goes: several steps in one call where the model is small, else one after the other."""
         engine, n_ids = self._llama.engine, self._llama.config.vocab_size
         while position < stop:
