@@ -143,8 +143,8 @@ def test_a_layer_of_stacked_weights_is_multiplied_where_it_lies(number_format):
 
 @numba.njit(**SERIAL)
 def quantize_all_tiles(x, lowest, start, into):
-    zeros = int8_input.Zeros(lowest, start)
-    int8_input.quantize_tiles(x, x.shape[1], zeros, into, 0, int8_input.n_tiles(into.n_tokens))
+    wanted = int8_input.Wanted(lowest, start, into.wide.size > 0)
+    int8_input.quantize_tiles(x, x.shape[1], wanted, into, 0, int8_input.n_tiles(into.n_tokens))
 
 
 @pytest.mark.parametrize("columns", [32, 40, 172])
@@ -158,6 +158,7 @@ def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
         np.empty(16 * G, np.float32),
         np.empty(16 * G, np.int32),
         np.empty(16 * G * int8_narrow.STARTS if int8_narrow.USED else 0, np.int32),
+        np.empty(16 * G * 32 if int8_narrow.USED else 0, np.int16),
         len(x),
     )
     quantize_all_tiles(x, np.int32(-3), np.int32(29), into)
@@ -170,6 +171,7 @@ def test_input_is_quantized_to_the_very_codes_of_the_definition(columns):
     assert np.array_equal(wide(into.scales), scales)
     assert np.array_equal(wide(into.corrections), -3 * codes.sum(axis=-1, dtype=np.int32))
     if int8_narrow.USED:
+        assert np.array_equal(wide(into.wide, 32), codes)
         starts = wide(into.starts, int8_narrow.STARTS)
         halves = codes.reshape(13, G, 2, 4, 2, 2).sum(axis=(3, 5), dtype=np.int16)  # by pairs of columns
         assert np.array_equal(starts[..., 0], 29 * codes.sum(axis=-1, dtype=np.int32))

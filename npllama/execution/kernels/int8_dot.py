@@ -260,14 +260,17 @@ def store_levels(typingctx, array, offset, value, lowest):
 # ---------------------------------------------------------------- loops
 
 
+def hidden(builder, n):
+    """n, hidden from the compiler, so that it keeps a loop of so many rounds."""
+    return builder.asm(ir.FunctionType(i64, [i64]), "", "=r,0", [n], side_effect=True)
+
+
 @intrinsic
 def opaque_count(typingctx, n):
     """n, hidden from the compiler where it is to keep a loop and not unroll it (SHORT_LOOPS)."""
 
     def generate(context, builder, signature, args):
-        if not SHORT_LOOPS:
-            return args[0]
-        return builder.asm(ir.FunctionType(i64, [i64]), "", "=r,0", [args[0]], side_effect=True)
+        return hidden(builder, args[0]) if SHORT_LOOPS else args[0]
 
     return types.int64(types.int64), generate
 

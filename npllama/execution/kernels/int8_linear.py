@@ -45,7 +45,7 @@ from npllama.execution.kernels.int8_dot import (
     zeros,
 )
 from npllama.execution.kernels.int8_input import (
-    Zeros,
+    Wanted,
     addresses,
     empty_input,
     n_wide_tiles,
@@ -58,8 +58,11 @@ from npllama.execution.kernels.int8_narrow import (
     bytes_as_they_are,
     dot_signed_levels,
     dot_unsigned_levels,
+    dot_wide_levels,
+    local_levels,
     make_narrow_tile,
     make_unpacked,
+    widen_rows,
 )
 from npllama.execution.kernels.prefetch import bytes_group, packed_group
 from npllama.execution.kernels.simd import bf16_to_f32, noinline, num_threads, pointer
@@ -186,9 +189,9 @@ def dot_unsigned(dots, levels, begin, x, at, tile_stride):
     return dots
 
 
-def narrow_dot(dot_unpacked):
-    """The operation of int8_narrow that takes codes as dot_unpacked does."""
-    return dot_unsigned_levels if dot_unpacked is dot_unsigned else dot_signed_levels
+def is_wide(dot_unpacked):
+    """Whether codes for many tokens are widened to 16 bits: signed ones by AVX2."""
+    return int8_narrow.USED and dot_unpacked is not dot_unsigned
 
 
 def make_amx_tile(scaling):
@@ -240,7 +243,8 @@ def make_multiply_amx(scaling):
 def make_multiply_simd(scaling, dot_unpacked):
     """The same with vector instructions."""
     if int8_narrow.USED:
-        tile = make_narrow_tile(as_they_are, LEVELS_BYTES, narrow_dot(dot_unpacked), TOKEN_TILE, scaling)
+        dot_levels = dot_unsigned_levels if dot_unpacked is dot_unsigned else dot_wide_levels
+        tile = make_narrow_tile(as_they_are, LEVELS_BYTES, dot_levels, TOKEN_TILE, scaling)
     else:
         tile = make_tile(dot_unpacked, LEVELS_BYTES, TOKEN_TILE, stays_in_cache, scaling)
 
@@ -281,14 +285,36 @@ def make_unpack(unpack_group, code_bits):
     return unpack
 
 
+def make_unpack_wide(levels_of, code_bits):
+    """The same of signed codes to 16 bits, two columns of 16 rows to 64 bytes."""
+    group_bytes = BLOCK_ROWS * GROUP * code_bits // 8
+
+    @njit(**INNER)
+    def unpack(w, begin, stop):
+        noinline()
+        G, local = w.n_groups, local_levels()
+        n_groups = (stop - begin) * G
+        levels = np.empty(n_groups * LEVELS_BYTES, np.int16)
+        for group in range(n_groups):
+            codes = levels_of(w.codes, (begin * G + group) * group_bytes, local)
+            for column in range(0, LEVELS_BYTES, 64):
+                widen_rows(codes, column, levels, group * LEVELS_BYTES + column)
+        return levels
+
+    return unpack
+
+
 def make_unpacked_strip(unpack_group, code_bits, scaling, dot_unpacked):
     """A function (x, w, y, begin, stop) that unpacks the codes of some blocks once and multiplies them with all tokens.
 
     It returns how many wide tiles it has done: none where there are few, or where there is nothing to unpack.
     """
-    if not UNPACKS or (code_bits >= 8 and not amx.USED):
+    if is_wide(dot_unpacked):
+        unpack = make_unpack_wide(levels_in_place(unpack_group, code_bits), code_bits)
+    elif not UNPACKS or (code_bits >= 8 and not amx.USED):
         return nothing_unpacked
-    unpack = make_unpack(unpack_group, code_bits)
+    else:
+        unpack = make_unpack(unpack_group, code_bits)
     multiply = make_multiply_unpacked(scaling, dot_unpacked)
     at_once = AMX_TOKENS // TOKEN_TILE if amx.USED else 1
 
@@ -309,13 +335,20 @@ def nothing_unpacked(x, w, y, begin, stop):
     return 0
 
 
+def levels_in_place(unpack_group, code_bits):
+    """The `levels_of` (see int8_narrow.make_narrow_tile) of packed codes."""
+    if code_bits >= 8:
+        return bytes_as_they_are
+    return make_unpacked(unpack_group, BLOCK_ROWS * GROUP * code_bits // 8, group_prefetch(code_bits))
+
+
 def make_packed_tile(dot_group, unpack_group, code_bits, M, scaling, dot_unpacked):
     """The tile of M tokens whose codes are unpacked for all of them at once."""
-    group_bytes, prefetch_group = BLOCK_ROWS * GROUP * code_bits // 8, group_prefetch(code_bits)
+    group_bytes = BLOCK_ROWS * GROUP * code_bits // 8
     if not int8_narrow.USED or M < int8_narrow.TOKENS:
-        return make_tile(dot_group, group_bytes, M, prefetch_group, scaling)
-    levels_of = make_unpacked(unpack_group, group_bytes, prefetch_group) if code_bits < 8 else bytes_as_they_are
-    return make_narrow_tile(levels_of, group_bytes, narrow_dot(dot_unpacked), M, scaling)
+        return make_tile(dot_group, group_bytes, M, group_prefetch(code_bits), scaling)
+    dot_levels = dot_unsigned_levels if dot_unpacked is dot_unsigned else dot_signed_levels
+    return make_narrow_tile(levels_in_place(unpack_group, code_bits), group_bytes, dot_levels, M, scaling)
 
 
 def make_multiply_packed(dot_group, unpack_group, code_bits, scaling, dot_unpacked):
@@ -397,14 +430,21 @@ def make_shares(multiply_blocks):
     return share, share_in_threads
 
 
-def make_linears(share, share_in_threads, zeros, factors_part):
+@njit(**INNER)
+def many_wide(T, wide):
+    """Whether T tokens are so many that their codes are wanted in 16 bits, by a format that can use them."""
+    return wide and n_wide_tiles(T) >= MIN_TILES_UNPACKED
+
+
+def make_linears(share, share_in_threads, wanted, factors_part):
     """ops.linears for one format: quantize x, then multiply block by block."""
-    lowest, start = zeros
+    lowest, start, wide = wanted
 
     @njit(**INNER)
     def multiply_all(x, ws, ys, arrays):
         n_threads, n_groups, rows, into = num_threads(), ws[0].scales.shape[1], rows_of_each(ws), addresses(arrays)
-        quantize_input(pointer(x, 0), x.shape[1], Zeros(np.int32(lowest), np.int32(start)), into, n_threads)
+        wanted = Wanted(np.int32(lowest), np.int32(start), many_wide(x.shape[0], wide))
+        quantize_input(pointer(x, 0), x.shape[1], wanted, into, n_threads)
         codes, scales = pointers_of_each(ws, 0), pointers_of_each(ws, 1)
         factors, outs = pointers_of_each(ws, factors_part), pointers_of(ys)
         if x.size * (rows[0] + rows[1] + rows[2]) < SERIAL_BELOW:
@@ -416,7 +456,8 @@ def make_linears(share, share_in_threads, zeros, factors_part):
     def linears(x, ws):
         ys = outputs(x.shape[0], ws)
         if not abandoned():
-            multiply_all(x, ws, ys, empty_input(x.shape[0], ws[0].scales.shape[1]))
+            T = x.shape[0]
+            multiply_all(x, ws, ys, empty_input(T, ws[0].scales.shape[1], many_wide(T, wide)))
         return ys
 
     return linears
@@ -455,5 +496,5 @@ def register_grouped(
     """
     multiply = make_multiply_blocks(dot_group, unpack_group, code_bits, scaling, dot_unpacked)
     start = CENTER + (lowest if scaling.start is load_corrections else 0)
-    linears = make_linears(*make_shares(multiply), (lowest, start), scaling.factors)
+    linears = make_linears(*make_shares(multiply), (lowest, start, is_wide(dot_unpacked)), scaling.factors)
     register(weight, linears, make_embed(level, scaling.scale))
