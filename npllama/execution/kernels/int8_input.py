@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit, prange
 
 from npllama.execution.kernels import int8_narrow
-from npllama.execution.kernels.flags import INNER, INNER_PARALLEL
+from npllama.execution.kernels.flags import INLINE, INNER, INNER_PARALLEL
 from npllama.execution.kernels.int8_dot import TOKEN_TILE, abs_max, round_group
 from npllama.execution.kernels.int8_narrow import STARTS, store_starts, widen_group
 from npllama.execution.kernels.simd import load_scalar, pointer, store_scalar
@@ -21,6 +21,9 @@ from npllama.numbers.blocks import GROUP
 
 SERIAL_BELOW = 1 << 15
 """Below so many numbers, starting threads costs more than it saves."""
+
+
+USED_STARTS = STARTS if int8_narrow.USED else 0
 
 
 class QuantizedInput(NamedTuple):
@@ -50,9 +53,6 @@ class Wanted(NamedTuple):
     wide: bool
 
 
-NARROW = int8_narrow.USED
-
-
 @njit(**INNER)
 def group_scale(x, begin):
     """quantize_rows for the group from x[begin] on: its scale, and the factor of its numbers."""
@@ -62,16 +62,29 @@ def group_scale(x, begin):
     return magnitude / np.float32(127), np.float32(127) / magnitude
 
 
+@njit(**INLINE)
+def keep_for_narrow_tiles(total, wanted, into, at):
+    """What tiles of AVX2 want of the codes of group `at` besides, and their sum."""
+    if wanted.wide:
+        widen_group(into.codes, into.wide, at * GROUP)
+    return store_starts(into.codes, at * GROUP, wanted.start, into.starts, at * STARTS)
+
+
+@njit(**INLINE)
+def keep_nothing(total, wanted, into, at):
+    """The same for other tiles."""
+    return total
+
+
+keep_more = keep_for_narrow_tiles if int8_narrow.USED else keep_nothing
+
+
 @njit(**INNER)
 def quantize_group(x, begin, wanted, into, at):
     """One group of activations.quantize_rows: the numbers from x[begin] on become group `at`."""
     scale, factor = group_scale(x, begin)
     store_scalar(into.scales, at, scale)
-    total = round_group(x, begin, factor, into.codes, at * GROUP)
-    if NARROW:
-        total = store_starts(into.codes, at * GROUP, wanted.start, into.starts, at * STARTS)
-        if wanted.wide:
-            widen_group(into.codes, into.wide, at * GROUP)
+    total = keep_more(round_group(x, begin, factor, into.codes, at * GROUP), wanted, into, at)
     store_scalar(into.corrections, at, wanted.lowest * total)
 
 
@@ -143,7 +156,7 @@ def empty_input(T, n_groups, wide):
     """Arrays for the quantized input of T tokens."""
     n = input_groups(T, n_groups)
     codes, scales, corrections = np.empty(n * GROUP, np.int8), np.empty(n, np.float32), np.empty(n, np.int32)
-    starts, again = np.empty(n * STARTS if NARROW else 0, np.int32), np.empty(n * GROUP if wide else 0, np.int16)
+    starts, again = np.empty(n * USED_STARTS, np.int32), np.empty(n * GROUP if wide else 0, np.int16)
     return QuantizedInput(codes, scales, corrections, starts, again, T)
 
 
