@@ -76,8 +76,8 @@ def _no_rows(w):
     if len(w.types) == 1:
         return lambda w: weight(w[0][:0])
     if len(w.types) == 4:
-        return lambda w: weight(w[0][:0], w[1][:0], 0, w.columns)
-    return lambda w: weight(w[0][:0], w[1][:0], w[2][:0], 0, w.columns)
+        return lambda w: weight(w[0], w[1], 0, w.columns)
+    return lambda w: weight(w[0], w[1], w[2], 0, w.columns)
 
 
 def n_rows(w):

@@ -47,6 +47,18 @@ def pointers_of_each(typingctx, weights, i):
 
 
 @intrinsic
+def rows_of_each(typingctx, weights):
+    """How many rows each of several weights has, of a format that says it."""
+    found, i = types.UniTuple(types.intp, weights.count), weights.dtype.fields.index("rows")
+
+    def generate(context, builder, signature, args):
+        each = [builder.extract_value(builder.extract_value(args[0], n), i) for n in range(weights.count)]
+        return context.make_tuple(builder, found, each)
+
+    return found(weights), generate
+
+
+@intrinsic
 def pointers_of(typingctx, arrays):
     """A tuple of arrays as pointers."""
     found = types.UniTuple(types.CPointer(arrays.dtype.dtype), arrays.count)
@@ -65,17 +77,17 @@ def _data(context, builder, array_type, array):
 @register_jitable
 def outputs(T, weights):
     """An array for the products of T tokens with each of MAX_FUSED weights."""
-    return (
-        np.empty((T, n_rows(weights[0])), np.float32),
-        np.empty((T, n_rows(weights[1])), np.float32),
-        np.empty((T, n_rows(weights[2])), np.float32),
-    )
+    return outputs_of(T, (n_rows(weights[0]), n_rows(weights[1]), n_rows(weights[2])))
 
 
 @register_jitable
-def rows_of_each(weights):
-    """How many rows each of MAX_FUSED weights has."""
-    return n_rows(weights[0]), n_rows(weights[1]), n_rows(weights[2])
+def outputs_of(T, rows):
+    """The same for weights that have so many rows."""
+    return (
+        np.empty((T, rows[0]), np.float32),
+        np.empty((T, rows[1]), np.float32),
+        np.empty((T, rows[2]), np.float32),
+    )
 
 
 def padded_to_max(linears, n_weights):

@@ -32,7 +32,7 @@ from npllama.execution.kernels.amx import (
 from npllama.execution.kernels.amx import TOKENS as AMX_TOKENS
 from npllama.execution.kernels.flags import INLINE, INNER, INNER_PARALLEL
 from npllama.execution.kernels.formats import register
-from npllama.execution.kernels.fused_inputs import outputs, pointers_of, pointers_of_each, rows_of_each
+from npllama.execution.kernels.fused_inputs import outputs_of, pointers_of, pointers_of_each, rows_of_each
 from npllama.execution.kernels.int8_dot import (
     TOKEN_TILE,
     add_scaled,
@@ -59,13 +59,12 @@ from npllama.execution.kernels.int8_narrow import (
     dot_signed_levels,
     dot_unsigned_levels,
     dot_wide_levels,
-    local_levels,
     make_narrow_tile,
+    make_unpack_wide,
     make_unpacked,
-    widen_rows,
 )
 from npllama.execution.kernels.prefetch import bytes_group, packed_group
-from npllama.execution.kernels.simd import bf16_to_f32, noinline, num_threads, pointer
+from npllama.execution.kernels.simd import bf16_to_f32, keep_alive, noinline, num_threads, pointer
 from npllama.execution.kernels.target import REGISTERS
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP, SCALES
 
@@ -285,32 +284,13 @@ def make_unpack(unpack_group, code_bits):
     return unpack
 
 
-def make_unpack_wide(levels_of, code_bits):
-    """The same of signed codes to 16 bits, two columns of 16 rows to 64 bytes."""
-    group_bytes = BLOCK_ROWS * GROUP * code_bits // 8
-
-    @njit(**INNER)
-    def unpack(w, begin, stop):
-        noinline()
-        G, local = w.n_groups, local_levels()
-        n_groups = (stop - begin) * G
-        levels = np.empty(n_groups * LEVELS_BYTES, np.int16)
-        for group in range(n_groups):
-            codes = levels_of(w.codes, (begin * G + group) * group_bytes, local)
-            for column in range(0, LEVELS_BYTES, 64):
-                widen_rows(codes, column, levels, group * LEVELS_BYTES + column)
-        return levels
-
-    return unpack
-
-
 def make_unpacked_strip(unpack_group, code_bits, scaling, dot_unpacked):
     """A function (x, w, y, begin, stop) that unpacks the codes of some blocks once and multiplies them with all tokens.
 
     It returns how many wide tiles it has done: none where there are few, or where there is nothing to unpack.
     """
     if is_wide(dot_unpacked):
-        unpack = make_unpack_wide(levels_in_place(unpack_group, code_bits), code_bits)
+        unpack = make_unpack_wide(levels_in_place(unpack_group, code_bits), BLOCK_ROWS * GROUP * code_bits // 8)
     elif not UNPACKS or (code_bits >= 8 and not amx.USED):
         return nothing_unpacked
     else:
@@ -441,23 +421,26 @@ def make_linears(share, share_in_threads, wanted, factors_part):
     lowest, start, wide = wanted
 
     @njit(**INNER)
-    def multiply_all(x, ws, ys, arrays):
-        n_threads, n_groups, rows, into = num_threads(), ws[0].scales.shape[1], rows_of_each(ws), addresses(arrays)
-        wanted = Wanted(np.int32(lowest), np.int32(start), many_wide(x.shape[0], wide))
-        quantize_input(pointer(x, 0), x.shape[1], wanted, into, n_threads)
-        codes, scales = pointers_of_each(ws, 0), pointers_of_each(ws, 1)
-        factors, outs = pointers_of_each(ws, factors_part), pointers_of(ys)
-        if x.size * (rows[0] + rows[1] + rows[2]) < SERIAL_BELOW:
+    def multiply_all(x, K, into, codes, scales, factors, n_groups, rows, outs):
+        noinline()
+        if abandoned():
+            return
+        T, n_threads = into.n_tokens, num_threads()
+        quantize_input(x, K, Wanted(np.int32(lowest), np.int32(start), many_wide(T, wide)), into, n_threads)
+        if T * K * (rows[0] + rows[1] + rows[2]) < SERIAL_BELOW:
             share(into, codes, scales, factors, n_groups, rows, outs, np.int64(0), np.int64(1))
         else:
             share_in_threads(into, codes, scales, factors, n_groups, rows, outs, n_threads)
 
     @njit(**INNER)
     def linears(x, ws):
-        ys = outputs(x.shape[0], ws)
-        if not abandoned():
-            T = x.shape[0]
-            multiply_all(x, ws, ys, empty_input(T, ws[0].scales.shape[1], many_wide(T, wide)))
+        (T, K), rows = x.shape, rows_of_each(ws)
+        n_groups = (K + GROUP - 1) // GROUP
+        ys, into = outputs_of(T, rows), empty_input(T, n_groups, many_wide(T, wide))
+        codes, scales, factors = pointers_of_each(ws, 0), pointers_of_each(ws, 1), pointers_of_each(ws, factors_part)
+        outs = pointers_of(ys)
+        multiply_all(pointer(x, 0), K, addresses(into), codes, scales, factors, n_groups, rows, outs)
+        keep_alive(into)
         return ys
 
     return linears

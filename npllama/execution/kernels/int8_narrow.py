@@ -13,12 +13,13 @@ instructions (pmaddwd and an addition) for half as many products: 28 a cycle.
 
 from __future__ import annotations
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
 from npllama.execution.kernels import llvm
-from npllama.execution.kernels.flags import INLINE
+from npllama.execution.kernels.flags import INLINE, INNER
 from npllama.execution.kernels.int8_dot import (
     DOT,
     TOKEN_TILE,
@@ -45,7 +46,7 @@ from npllama.execution.kernels.llvm import (
     shuffle,
 )
 from npllama.execution.kernels.prefetch import bytes_group, bytes_line
-from npllama.execution.kernels.simd import pointer
+from npllama.execution.kernels.simd import noinline, pointer
 from npllama.numbers.blocks import BLOCK_ROWS, GROUP
 
 USED = DOT == "avx2"
@@ -319,6 +320,24 @@ def bytes_as_they_are(codes, here, levels):
     for v in range(LEVELS_BYTES // 64):
         bytes_line(codes, here + v * 64)
     return pointer(codes, here)
+
+
+def make_unpack_wide(levels_of, group_bytes):
+    """A function (w, begin, stop): the codes of the blocks begin .. stop-1 in 16 bits, two columns of 16 rows in turn."""
+
+    @njit(**INNER)
+    def unpack(w, begin, stop):
+        noinline()
+        G, local = w.n_groups, local_levels()
+        n_groups = (stop - begin) * G
+        levels = np.empty(n_groups * LEVELS_BYTES, np.int16)
+        for group in range(n_groups):
+            codes = levels_of(w.codes, (begin * G + group) * group_bytes, local)
+            for column in range(0, LEVELS_BYTES, 64):
+                widen_rows(codes, column, levels, group * LEVELS_BYTES + column)
+        return levels
+
+    return unpack
 
 
 def make_narrow_tile(levels_of, group_bytes, dot_levels, M, scaling):

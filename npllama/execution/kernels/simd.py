@@ -175,6 +175,16 @@ def pointer(typingctx, array, offset):
 
 
 @intrinsic
+def keep_alive(typingctx, arrays):
+    """Nothing: arrays that are used here, after their addresses were, are not freed before."""
+
+    def generate(context, builder, signature, args):
+        return llvm.nothing(context)
+
+    return types.void(arrays), generate
+
+
+@intrinsic
 def load_scalar(typingctx, array, offset):
     """The one number at array[offset], as it is stored."""
 
