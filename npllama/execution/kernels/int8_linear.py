@@ -174,6 +174,11 @@ def stays_in_cache(codes, begin, n_bytes):
     """In the place of prefetch_group, for what was unpacked a moment ago."""
 
 
+def packed_bytes(code_bits):
+    """Bytes of a group of packed codes."""
+    return BLOCK_ROWS * GROUP * code_bits // 8
+
+
 def group_prefetch(code_bits):
     """How groups of packed codes, or of those of 8 bits, are prefetched."""
     return packed_group if code_bits < 8 else bytes_group
@@ -266,7 +271,7 @@ def make_multiply_unpacked(scaling, dot_unpacked):
 
 def make_unpack(unpack_group, code_bits):
     """A function (w, begin, stop): the levels of the blocks begin .. stop-1, from the start of a cache line on."""
-    group_bytes, prefetch_group = BLOCK_ROWS * GROUP * code_bits // 8, group_prefetch(code_bits)
+    group_bytes, prefetch_group = packed_bytes(code_bits), group_prefetch(code_bits)
 
     @njit(**INNER)
     def unpack(w, begin, stop):
@@ -290,7 +295,7 @@ def make_unpacked_strip(unpack_group, code_bits, scaling, dot_unpacked):
     It returns how many wide tiles it has done: none where there are few, or where there is nothing to unpack.
     """
     if is_wide(dot_unpacked):
-        unpack = make_unpack_wide(levels_in_place(unpack_group, code_bits), BLOCK_ROWS * GROUP * code_bits // 8)
+        unpack = make_unpack_wide(levels_in_place(unpack_group, code_bits), packed_bytes(code_bits))
     elif not UNPACKS or (code_bits >= 8 and not amx.USED):
         return nothing_unpacked
     else:
@@ -319,12 +324,12 @@ def levels_in_place(unpack_group, code_bits):
     """The `levels_of` (see int8_narrow.make_narrow_tile) of packed codes."""
     if code_bits >= 8:
         return bytes_as_they_are
-    return make_unpacked(unpack_group, BLOCK_ROWS * GROUP * code_bits // 8, group_prefetch(code_bits))
+    return make_unpacked(unpack_group, packed_bytes(code_bits), group_prefetch(code_bits))
 
 
 def make_packed_tile(dot_group, unpack_group, code_bits, M, scaling, dot_unpacked):
     """The tile of M tokens whose codes are unpacked for all of them at once."""
-    group_bytes = BLOCK_ROWS * GROUP * code_bits // 8
+    group_bytes = packed_bytes(code_bits)
     if not int8_narrow.USED or M < int8_narrow.TOKENS:
         return make_tile(dot_group, group_bytes, M, group_prefetch(code_bits), scaling)
     dot_levels = dot_unsigned_levels if dot_unpacked is dot_unsigned else dot_signed_levels
@@ -340,8 +345,7 @@ def make_multiply_packed(dot_group, unpack_group, code_bits, scaling, dot_unpack
         make_packed_tile(dot_group, unpack_group, code_bits, M, scaling, dot_unpacked)
         for M in (TILES_AT_ONCE * TOKEN_TILE, TOKEN_TILE, 4, 2, 1)
     )
-
-    group_bytes = BLOCK_ROWS * GROUP * code_bits // 8
+    group_bytes = packed_bytes(code_bits)
 
     @njit(**INNER)
     def multiply(x, w, y, begin, stop, first):
@@ -371,8 +375,7 @@ def make_multiply_blocks(dot_group, unpack_group, code_bits, scaling, dot_unpack
     """A function (x, w, y, begin, stop): the rows of y of the blocks begin .. stop-1, strip by strip."""
     unpacked_strip = make_unpacked_strip(unpack_group, code_bits, scaling, dot_unpacked)
     multiply_packed = make_multiply_packed(dot_group, unpack_group, code_bits, scaling, dot_unpacked)
-
-    group_bytes = BLOCK_ROWS * GROUP * code_bits // 8
+    group_bytes = packed_bytes(code_bits)
 
     @njit(**INNER)
     def multiply_blocks(x, w, y, begin, stop):

@@ -323,7 +323,7 @@ def bytes_as_they_are(codes, here, levels):
 
 
 def make_unpack_wide(levels_of, group_bytes):
-    """A function (w, begin, stop): the codes of the blocks begin .. stop-1 in 16 bits, two columns of 16 rows in turn."""
+    """A function (w, begin, stop): the codes of the blocks begin .. stop-1 in 16 bits, two columns after two."""
 
     @njit(**INNER)
     def unpack(w, begin, stop):
