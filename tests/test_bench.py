@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +114,25 @@ def test_a_test_longer_than_the_context_is_refused(folder: Path) -> None:
         pytest.raises(ContextError, match=r"3 \+ 4 \+ 2 tokens does not fit"),
     ):
         list(bench.Bench(llama).seconds(4, 2, 3, 1))
+
+
+def test_generation_goes_as_many_steps_in_a_call_as_generate_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = os.environ.get("NPLLAMA_BACKEND", "numba")
+    with npllama.load(folder, context=40, backend=backend) as llama:
+        forward, calls = llama.engine.forward, []
+
+        def counted(*arguments: object) -> np.ndarray:
+            calls.append(arguments)
+            return forward(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(llama.engine, "forward", counted)
+        monkeypatch.setattr(bench, "steps_ahead", lambda step_s: 8 if step_s < math.inf else 0)
+        cache = llama.new_cache()
+        bench.Bench(llama).generate(cache, 0, 30)
+        assert cache.length[0] == 30
+        assert len(calls) == (30 if backend == "numpy" else 1)
 
 
 def test_bytes_read_for_a_token_are_those_of_all_matrices_but_the_table(folder: Path) -> None:

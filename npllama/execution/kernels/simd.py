@@ -225,7 +225,6 @@ def _binary(name, doc):
 add = _binary("fadd", "a + b in each lane.")
 sub = _binary("fsub", "a - b in each lane.")
 mul = _binary("fmul", "a * b in each lane.")
-div = _binary("fdiv", "a / b in each lane.")
 
 
 @intrinsic
@@ -340,17 +339,6 @@ def horizontal_max(typingctx, a):
 
 
 # ---------------------------------------------------------------- conversions
-
-
-@intrinsic
-def narrow(typingctx, low, high):
-    """The float32 nearest to the float64 of two vectors, end to end."""
-
-    def generate(context, builder, signature, args):
-        low, high = (builder.fptrunc(a, ir.VectorType(f32, WIDTH64)) for a in args)
-        return llvm.shuffle(builder, low, high, range(WIDTH))
-
-    return floats(doubles, doubles), generate
 
 
 @intrinsic(prefer_literal=True)
