@@ -114,8 +114,8 @@ class Compiled:
             threads.put_back(before, n_threads)
 
     def run_steps(self, n_threads: int, arguments: tuple[Any, ...], plan: Plan) -> bool:
-        """Go the steps of a plan: see kernels.planned. False where it gains nothing, or this Numba has no way to."""
-        run = self._make_steps() if self.goes_ahead else None
+        """Go the steps of a plan: see kernels.planned. False where this Numba has no way to."""
+        run = self._make_steps()
         if run is None:
             return False
         self._run(n_threads, run, (*arguments, plan))

@@ -281,7 +281,7 @@ def attend_tile(queries, view, tile, work):
 def attend_tiles(doubles, singles, M, queries, k, v, cache, tiles, part, parts):
     """Every parts-th pair of a tile and a key/value head, from `part` on, so that long and short ones mix.
 
-    doubles, singles: from `allocate_workspace` for M tiles. k, v: pointers.
+    doubles, singles: from `allocate_workspace` for M rows. k, v: pointers.
     """
     work = carve_workspace(doubles, singles, M, queries.head_dim)
     G, share = queries.n_heads // queries.heads_per_kv, queries.heads_per_kv

@@ -1,7 +1,8 @@
 """Several matrices that multiply the same input, in one parallel loop: queries, keys and values; gate and up.
 
 Kernels take always MAX_FUSED matrices, the last ones empty where there are fewer: compiled once, a kernel serves any
-number. A parallel loop of Numba takes no tuples in tuples, so it gets a tuple of arrays for each part of the format.
+number. A parallel loop of Numba takes no tuples in tuples, so it gets a tuple of arrays, or of pointers, for each part
+of the format.
 """
 
 from __future__ import annotations

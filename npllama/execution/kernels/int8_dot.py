@@ -91,9 +91,14 @@ def multiply_pairs(builder, w, x):
     return call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(i16, w.type.count // 2), w, x)
 
 
+def multiply_wide(builder, w, x):
+    """w[2i] * x[2i] + w[2i+1] * x[2i+1] in 32 bits, of 16-bit numbers."""
+    return call(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(i32, w.type.count // 2), w, x)
+
+
 def add_pairs(builder, total, narrow):
     """total + the two 16-bit numbers of each lane."""
-    return builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", total.type, narrow, constant(narrow.type, 1)))
+    return builder.add(total, multiply_wide(builder, narrow, constant(narrow.type, 1)))
 
 
 @in_parts(2)

@@ -19,6 +19,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from npllama.execution.kernels import llvm
+from npllama.execution.kernels.amx import LEVELS_BYTES
 from npllama.execution.kernels.flags import INLINE, INNER
 from npllama.execution.kernels.int8_dot import (
     DOT,
@@ -30,12 +31,12 @@ from npllama.execution.kernels.int8_dot import (
     int32x16,
     multiply_pairs,
     multiply_signed_pairs,
+    multiply_wide,
     store_tile,
 )
 from npllama.execution.kernels.llvm import (
     address,
     broadcast,
-    call,
     concat,
     constant,
     f32,
@@ -59,8 +60,6 @@ CENTER = 32
 
 STARTS = 3
 """What belongs to a group of a token, int32: where its sum starts, then where each half does, two int16 in each."""
-
-LEVELS_BYTES = BLOCK_ROWS * GROUP
 
 row_codes, row_sums, half_sums = ir.VectorType(i8, 32), ir.VectorType(i32, 8), ir.VectorType(i16, 16)
 
@@ -131,7 +130,7 @@ def dot_unsigned(builder, levels, x, starts, n):
 
 
 def dot_signed(builder, levels, x, starts, n):
-    """The same for signed codes, whose pairs of products fill 16 bits: 28 products a cycle."""
+    """The same for signed codes, whose pairs of products fill 16 bits."""
     totals = [[constant(row_sums, 0)] * 2 for m in range(n)]
     for column in range(0, GROUP, 4):
         rows = load_rows(builder, levels, column)
@@ -154,11 +153,6 @@ def dot_wide(builder, levels, x, starts, n):
                 new = [pinned(builder, builder.add(t, p)) for t, p in zip(totals[m], new, strict=True)]
             totals[m] = new
     return totals
-
-
-def multiply_wide(builder, w, x):
-    """w[2i] * x[2i] + w[2i+1] * x[2i+1] in 32 bits."""
-    return call(builder, "llvm.x86.avx2.pmadd.wd", row_sums, w, x)
 
 
 def make_dot_levels(dot):
