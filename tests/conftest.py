@@ -37,8 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Compiled code is kept for this run alone, unless a directory was given: code is loaded once it is there.
 
-    What checkpoints are exported to is kept for this run in any case.
+    What checkpoints are exported to is kept for this run in any case. One execution runs all tests: left to itself, a
+    small model takes NumPy's until a test that ran before has compiled it.
     """
+    os.environ.setdefault("NPLLAMA_BACKEND", "numba" if importlib.util.find_spec("numba") else "numpy")
     models = os.environ["NPLLAMA_MODELS_DIR"] = tempfile.mkdtemp(prefix="npllama-tests-models-")
     config.add_cleanup(lambda: shutil.rmtree(models, ignore_errors=True))
     n_processes = len(getattr(config.option, "tx", None) or ())
