@@ -456,3 +456,33 @@ def test_the_compiled_search_is_what_runs(engine: Engine, monkeypatch: pytest.Mo
     logits = np.arange(5000, dtype=np.float32)
     monkeypatch.setattr(compiled.search, "top_k", None)
     assert engine.top_k(logits, 40).tolist() == list(range(4999, 4959, -1))
+
+
+@pytest.mark.parametrize(("n_tokens", "buffer"), [(3, 2048), (40, engine_module.BUFFER_OF_MANY)])
+def test_numpys_buffer_is_short_for_many_tokens_changes_no_bit_and_is_put_back(
+    opened: OpenModel, monkeypatch: pytest.MonkeyPatch, n_tokens: int, buffer: int
+) -> None:
+    engine, ids, seen = Engine(opened, "numpy"), np.arange(n_tokens), []
+    swiglu = model.swiglu
+
+    def look(*arguments: np.ndarray) -> np.ndarray:
+        seen.append(np.getbufsize())
+        if len(seen) == 3:
+            raise ZeroDivisionError
+        return swiglu(*arguments)
+
+    def forward() -> bytes:
+        return engine.forward(engine.new_cache(1, 64), ids, ids, ids * 0, ids).tobytes()
+
+    expected = forward()
+    before = np.setbufsize(2048)
+    try:
+        assert forward() == expected
+        monkeypatch.setattr(model, "swiglu", look)
+        assert forward() == expected
+        with pytest.raises(ZeroDivisionError):
+            forward()
+        assert np.getbufsize() == 2048
+    finally:
+        np.setbufsize(before)
+    assert seen == [buffer] * 3

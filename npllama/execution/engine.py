@@ -40,6 +40,9 @@ TABULATED = 8192  # positions whose angles are kept; of later ones they are comp
 MAX_POSITIONS = 1 << 40  # angles of positions are float64 and stay exact far beyond it
 MAX_THREADS = 4096
 BACKENDS = ("auto", "numpy", "numba")
+# NumPy copies what is broadcast into a buffer wherever several rows fit into it, which takes longer than to multiply
+# them: for this many numbers, instead of 8192, in calls of many tokens. Those of few convert much, and keep the buffer.
+BUFFER_OF_MANY, MANY_TOKENS = 512, 8
 FEW_ROWS = 64  # up to so many numbers are looked at faster one by one
 
 
@@ -408,8 +411,14 @@ class Engine:
 
 def _forward_in_numpy(*arguments: Any) -> np.ndarray:
     """model.forward without NumPy's warnings: numbers that are not finite are refused where an id is sampled."""
+    before = np.getbufsize()
     with np.errstate(all="ignore"):
-        return model.forward(*arguments)
+        try:
+            if len(arguments[0].tokens) >= MANY_TOKENS:
+                np.setbufsize(BUFFER_OF_MANY)
+            return model.forward(*arguments)
+        finally:
+            np.setbufsize(before)
 
 
 def stepwise(steps: dict[str, Callable[..., np.ndarray]]) -> Callable[..., np.ndarray]:
