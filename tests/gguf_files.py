@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from helpers import TINY, random_weights
@@ -191,17 +192,17 @@ def file_of(
     return File(metadata_of(config), tensors, order), weights
 
 
-def write_gguf(folder: Path, **options: object) -> dict[str, np.ndarray]:
+def write_gguf(folder: Path, **options: Any) -> dict[str, np.ndarray]:
     """Write a folder that holds one GGUF file; returns its weights."""
-    file, weights = file_of(**options)  # type: ignore[arg-type]
+    file, weights = file_of(**options)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.gguf").write_bytes(file.bytes())
     return weights
 
 
-def write_split(folder: Path, parts: int, **options: object) -> dict[str, np.ndarray]:
+def write_split(folder: Path, parts: int, **options: Any) -> dict[str, np.ndarray]:
     """Write a GGUF file in parts, as llama.cpp's gguf-split does."""
-    file, weights = file_of(**options)  # type: ignore[arg-type]
+    file, weights = file_of(**options)
     folder.mkdir(parents=True, exist_ok=True)
     for i, part in enumerate(split(file, parts)):
         (folder / f"model-{i + 1:05d}-of-{parts:05d}.gguf").write_bytes(part.bytes())

@@ -7,6 +7,7 @@ import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -123,9 +124,9 @@ def test_generation_goes_as_many_steps_in_a_call_as_generate_does(
     with npllama.load(folder, context=40, backend=backend) as llama:
         forward, calls = llama.engine.forward, []
 
-        def counted(*arguments: object) -> np.ndarray:
+        def counted(*arguments: Any) -> np.ndarray:
             calls.append(arguments)
-            return forward(*arguments)  # type: ignore[arg-type]
+            return forward(*arguments)
 
         monkeypatch.setattr(llama.engine, "forward", counted)
         monkeypatch.setattr(bench, "steps_ahead", lambda step_s: 8 if step_s < math.inf else 0)

@@ -468,7 +468,7 @@ def test_the_first_completion_of_a_prompt_may_end_before_the_others_begin(llm: L
     def cancel_the_first(done: int, total: int, seconds: float) -> None:
         groups[0][0].cancelled = True
 
-    llm._completions = note  # type: ignore[method-assign]
+    llm._completions = note  # type: ignore[method-assign]  # until it is deleted below
     try:
         results = llm.generate(LONG[:1] + LONG[1:], max_tokens=4, n=3, seed=5, progress=cancel_the_first)
     finally:
